@@ -1,0 +1,1 @@
+"""A two-stage fine-tuning pipeline for image classifiers."""

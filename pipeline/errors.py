@@ -1,0 +1,43 @@
+"""What can go wrong for a user, one class per kind.
+
+PipelineError
+├── ParamError        params.yaml: a key or a value
+├── DataError         the images, their folders, their labels
+├── WeightsError      pretrained weights: not there, or not of this network
+└── CheckpointError   a checkpoint of ours: not one, or of another network
+
+Each message is one line: what is wrong, where, and what to do.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PipelineError(Exception):
+    """A user's error; the command line prints it as one line and exits with 1."""
+
+
+class ParamError(PipelineError):
+    """A key or a value in params.yaml is wrong."""
+
+
+class DataError(PipelineError):
+    """The images, their folders or their labels can't be used."""
+
+
+class WeightsError(PipelineError):
+    """Pretrained weights are missing or belong to another network."""
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint is damaged or belongs to another network or data set."""
+
+
+def near(word: str, known: Iterable[str], most: int = 3) -> str:
+    """Name the known words nearest to `word`, for the end of an error message."""
+    known = list(known)
+    close = get_close_matches(word, known, n=most, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"known are: {shown}"

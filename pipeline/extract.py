@@ -1,0 +1,95 @@
+"""Extract: CNN codes of all images at several depths of the frozen, pretrained network."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from annotated_types import Interval
+from numpy.typing import NDArray
+
+from pipeline.images.pack import read_facts, read_images, read_rows
+from pipeline.images.sources import SPLITS
+from pipeline.learn.codes import Labelled, new_codes, write_labels
+from pipeline.nets import blocks
+from pipeline.nets.backbone import pretrained
+from pipeline.nets.fold import Precision, fold, resolved
+from pipeline.nets.network import Network, over, refuse_larger
+from pipeline.nets.taps import Taps
+from pipeline.progress import track
+from pipeline.runtime import threads
+from pipeline.stage import Key, main, whole_folder, write_json
+
+
+def extract(
+    *,
+    prepared: Path,
+    out: Path,
+    image_size: Annotated[int, Interval(ge=16, le=2048)],
+    depths: Literal["auto"] | list[str],
+    name: Annotated[str, Key("backbone.name")],
+    weights: Annotated[str, Key("backbone.weights")],
+    sha256: Annotated[str, Key("backbone.sha256")],
+    precision: Annotated[Precision, Key("precision")],
+    seed: Annotated[int, Key("seed")],
+) -> dict[str, float]:
+    """Run every image through the frozen network once and keep its pooled activations.
+
+    Writes {split}-{depth}.npy (N, D), facts.json, and labels.csv: the labels of train and val, not
+    of test.
+
+    Raises ParamError for a wrong size, network or depth, WeightsError for wrong weights.
+    """
+    torch.set_num_threads(threads())
+    torch.manual_seed(seed)  # weights: none draws them
+    packed = read_facts(prepared)
+    refuse_larger("extract", image_size, packed.size)
+    model, backbone = pretrained(name, weights, sha256)
+    chosen = blocks.depths(model) if depths == "auto" else blocks.match(model, depths, "extract.depths")
+    network = Network(
+        fold(model.eval(), resolved(precision)),
+        backbone,
+        packed.classes,
+        image_size,
+        packed.size,
+        packed.fit,
+        packed.channels,
+        resolved(precision),
+    )
+    taps = Taps(network.model, chosen)
+    seconds, n_images = 0.0, 0
+    with whole_folder(out) as folder:
+        for split in SPLITS:
+            images = read_images(prepared, split)
+            start = time.perf_counter()
+            _extract(network, taps, images, split, folder)
+            seconds += time.perf_counter() - start
+            n_images += len(images)
+        facts = {**network.facts(), "depths": taps.depths}
+        write_json(folder / "facts.json", facts)
+        labelled = {}
+        for split in ("train", "val"):
+            rows = read_rows(prepared, split)
+            labelled[split] = Labelled(rows.labels, rows.groups, rows.weights)
+        write_labels(folder / "labels.csv", labelled)
+    return {"images_per_second": n_images / seconds}
+
+
+def _extract(network: Network, taps: Taps, images: NDArray[np.uint8], split: str, out: Path) -> None:
+    arrays: list[NDArray[np.float32]] = []
+    done = 0
+    outputs = over(images, lambda pixels: taps(network.normalise(pixels)))
+    for codes in track(outputs, len(images), f"codes {split}", width=lambda codes: len(codes[0])):
+        if not arrays:
+            arrays = [
+                new_codes(out, split, depth, len(images), code.shape[1])
+                for depth, code in zip(taps.depths, codes, strict=True)
+            ]
+        for array, code in zip(arrays, codes, strict=True):
+            array[done : done + len(code)] = code
+        done += len(codes[0])
+
+
+if __name__ == "__main__":
+    main(extract)

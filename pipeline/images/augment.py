@@ -1,0 +1,93 @@
+"""Augmentation as a function of (seed, epoch, image): order, resume and processes don't change it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+Flips = Literal["none", "horizontal", "dihedral"]
+DIHEDRAL = 8  # flips and quarter turns of a square
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What may be done to a training image without changing what it shows."""
+
+    flips: Flips  # dihedral adds vertical flips and quarter turns
+    crop: float  # the smallest share of the area that a random crop keeps; 1 is off
+    light: float  # how far brightness and contrast may change, as a share; 0 is off
+
+
+def augment(pixels: Tensor, ids: NDArray[np.int64], epoch: int, seed: int, how: Augment) -> Tensor:
+    """Augment uint8 images (B, H, W) or (B, H, W, 3); returns the same shape, 0..255 in float32.
+
+    Crops follow Inception's (area and an aspect ratio of 3/4 to 4/3), resized back to H x W.
+    """
+    u = _uniform(ids, epoch, seed)  # (B, 7)
+    x = pixels
+    if how.flips != "none":
+        turns = DIHEDRAL if how.flips == "dihedral" else 2
+        kinds = torch.from_numpy((u[:, 0] * turns).astype(np.int64))
+        x = torch.empty_like(pixels)
+        for kind in kinds.unique():
+            chosen = kinds == kind
+            x[chosen] = dihedral(pixels[chosen], int(kind))
+    x = x.to(torch.float32)
+    if how.crop < 1:
+        x = _cropped(x, u[:, 1:5], how.crop)
+    if how.light > 0:
+        factors = torch.from_numpy(1 + how.light * (2 * u[:, 5:7] - 1)).to(torch.float32)
+        shape = (-1, *[1] * (x.ndim - 1))
+        mean = x.mean(tuple(range(1, x.ndim)), keepdim=True)
+        x = (x - mean) * factors[:, 0].view(shape) + mean * factors[:, 1].view(shape)
+        x = x.clamp(0, 255)
+    return x
+
+
+def dihedral(pixels: Tensor, kind: int) -> Tensor:
+    """Flip and turn square images (B, H, W[, 3]): kind 0 is none, 1 a horizontal flip, up to 7."""
+    if kind & 1:
+        pixels = pixels.flip(2)
+    if kind & 2:
+        pixels = pixels.flip(1)
+    if kind & 4:
+        pixels = pixels.transpose(1, 2)
+    return pixels
+
+
+def views(flips: Flips, n: int) -> Sequence[int]:
+    """List the kinds of `dihedral` to average a prediction over, at most `n`."""
+    return range(min(n, {"none": 1, "horizontal": 2, "dihedral": DIHEDRAL}[flips]))
+
+
+def _uniform(ids: NDArray[np.int64], epoch: int, seed: int) -> NDArray[np.float64]:
+    """Draw seven numbers in [0, 1) an image from a counter-based generator."""
+    key = np.array([seed, epoch], np.uint64)
+    return np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, int(i)])).random(7)
+            for i in ids
+        ]
+    )
+
+
+def _cropped(x: Tensor, u: NDArray[np.float64], smallest: float) -> Tensor:
+    area = smallest + (1 - smallest) * u[:, 0]
+    ratio = np.exp(math.log(4 / 3) * (2 * u[:, 1] - 1))
+    width, height = np.sqrt(area * ratio).clip(max=1), np.sqrt(area / ratio).clip(max=1)
+    theta = np.zeros((len(u), 2, 3))  # from the output's coordinates in -1..1 to the input's
+    theta[:, 0, 0], theta[:, 1, 1] = width, height
+    theta[:, 0, 2] = (1 - width) * (2 * u[:, 2] - 1)
+    theta[:, 1, 2] = (1 - height) * (2 * u[:, 3] - 1)
+    planes = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
+    grid = F.affine_grid(
+        torch.from_numpy(theta).to(torch.float32), list(planes.shape), align_corners=False
+    )
+    planes = F.grid_sample(planes, grid, padding_mode="reflection", align_corners=False)
+    return planes[:, 0] if x.ndim == 3 else planes.permute(0, 2, 3, 1)

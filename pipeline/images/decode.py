@@ -1,0 +1,83 @@
+"""From a file to pixels: decoded once, upright, square, 8 bits."""
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline.errors import DataError
+
+Fit = Literal["squash", "crop", "pad"]
+Pixels = NDArray[np.uint8]
+
+GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "F"})
+
+
+def is_grey(file: Path) -> bool:
+    """Tell from its header whether an image is grey.
+
+    Raises DataError if Pillow can't identify the file.
+    """
+    with _opened(file) as image:
+        return image.mode in GREY_MODES
+
+
+def decode(file: Path, size: int, fit: Fit, channels: int) -> Pixels:
+    """Decode an image, turn it upright by its EXIF orientation and fit it to a square.
+
+    `squash` changes the aspect ratio, `crop` keeps the middle square, `pad` adds black borders.
+    Transparent parts become white. Returns uint8, (H, W) for one channel, else (H, W, 3).
+
+    Raises DataError naming the file if it can't be read as an image.
+    """
+    with _opened(file) as image:
+        try:
+            upright = ImageOps.exif_transpose(image)
+            flat = _flat(upright, "L" if channels == 1 else "RGB")
+        except Exception as error:  # Pillow raises anything from SyntaxError to struct.error
+            raise DataError(f"{file}: can't be read as an image ({_said(error)})") from None
+    square = (size, size)
+    if fit == "squash":
+        fitted = flat.resize(square, Image.Resampling.BICUBIC)
+    elif fit == "crop":
+        fitted = ImageOps.fit(flat, square, Image.Resampling.BICUBIC)
+    else:
+        fitted = ImageOps.pad(flat, square, Image.Resampling.BICUBIC)
+    return np.asarray(fitted)
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # A claim of ten thousands of pixels a side is refused, not only warned about.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(file)
+    except Exception as error:
+        raise DataError(f"{file}: can't be read as an image ({_said(error)})") from None
+
+
+def _flat(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit and float grey to 8 bits; Pillow's own `convert` would clip at 255."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        top = 1.0 if values.max(initial=0) <= 1 else 255.0
+    else:
+        top = 65535.0
+    return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,97 @@
+"""The packed images: one memory-mapped uint8 array a split, and the index that names its rows."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+from pipeline.images.sources import Item
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What later stages must know of the packed images, written once by prepare."""
+
+    classes: list[str]
+    size: int  # pixels a side
+    fit: str
+    channels: int  # 1 for grey, else 3
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The labelled rows of one split, in the order of its packed array; each array is (N,)."""
+
+    ids: NDArray[np.int64]
+    paths: list[str]
+    labels: NDArray[np.int64]  # positions in Facts.classes
+    groups: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+
+def read_facts(prepared: Path) -> Facts:
+    """Read what prepare wrote about its packed images.
+
+    Raises DataError if prepare didn't run.
+    """
+    try:
+        return Facts(**json.loads((prepared / "facts.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise DataError(f"{prepared}/facts.json: not there; run `dvc repro prepare`") from None
+
+
+def read_rows(prepared: Path, split: str) -> Rows:
+    """Read one split of index.csv, labels included; only evaluate may read those of test.
+
+    Raises DataError if a label is none of the classes.
+    """
+    classes = {name: i for i, name in enumerate(read_facts(prepared).classes)}
+    index = prepared / "index.csv"
+    with index.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["split"] == split]
+    for row in rows:
+        if row["label"] not in classes:
+            raise DataError(f"{index}: row {row['id']} has the unknown label {row['label']!r}")
+    return Rows(
+        np.array([int(row["id"]) for row in rows], np.int64),
+        [row["path"] for row in rows],
+        np.array([classes[row["label"]] for row in rows], np.int64),
+        np.array([int(row["group"]) for row in rows], np.int64),
+        np.array([float(row["weight"]) for row in rows]),
+    )
+
+
+def read_images(prepared: Path, split: str) -> NDArray[np.uint8]:
+    """Memory-map a split's images, (N, H, W) for grey ones, else (N, H, W, 3)."""
+    images: NDArray[np.uint8] = np.load(prepared / f"{split}.npy", mmap_mode="r")
+    return images
+
+
+def new_images(file: Path, n: int, size: int, channels: int) -> NDArray[np.uint8]:
+    """Create a memory-mapped array for `n` images, to be filled."""
+    shape = (n, size, size) if channels == 1 else (n, size, size, channels)
+    array: NDArray[np.uint8] = np.lib.format.open_memmap(
+        file, mode="w+", dtype=np.uint8, shape=shape
+    )
+    return array
+
+
+def write_index(
+    file: Path,
+    items: Sequence[Item],
+    splits: Sequence[str],
+    groups: Sequence[int],
+    digests: Sequence[str],
+) -> None:
+    """Write index.csv: one row an image, in the order of `items`."""
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("id", "path", "label", "split", "group", "weight", "sha256"))
+        columns = zip(items, splits, groups, digests, strict=True)
+        for i, (item, split, group, digest) in enumerate(columns):
+            writer.writerow((i, item.path, item.label, split, group, item.weight, digest))

@@ -1,0 +1,68 @@
+"""The features folder: one memory-mapped array of codes a split and depth, and labelled rows."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labels of one split, in the order of its codes; each array is (N,)."""
+
+    labels: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+
+def new_codes(folder: Path, split: str, depth: str, n: int, width: int) -> NDArray[np.float32]:
+    """Create the memory-mapped codes (N, D) of one split and depth, to be filled."""
+    array: NDArray[np.float32] = np.lib.format.open_memmap(
+        folder / f"{split}-{depth}.npy", mode="w+", dtype=np.float32, shape=(n, width)
+    )
+    return array
+
+
+def read_codes(features: Path, split: str, depth: str) -> NDArray[np.float32]:
+    """Memory-map the codes (N, D) of one split and depth."""
+    codes: NDArray[np.float32] = np.load(features / f"{split}-{depth}.npy", mmap_mode="r")
+    return codes
+
+
+def read_feature_facts(features: Path) -> dict[str, Any]:
+    """Read what made the codes: the network's facts and the depths.
+
+    Raises DataError if extract didn't run.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((features / "facts.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{features}/facts.json: not there; run `dvc repro extract`") from None
+    return facts
+
+
+def write_labels(file: Path, splits: dict[str, Labelled]) -> None:
+    """Write the labels of the given splits, so that who reads codes needs no images."""
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("split", "label", "group", "weight"))
+        for split, rows in splits.items():
+            for row in zip(rows.labels, rows.groups, rows.weights, strict=True):
+                writer.writerow((split, *(value.item() for value in row)))
+
+
+def read_labels(features: Path, split: str) -> Labelled:
+    """Read the labels of train or val, in the order of their codes."""
+    with (features / "labels.csv").open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["split"] == split]
+    return Labelled(
+        np.array([int(row["label"]) for row in rows], np.int64),
+        np.array([int(row["group"]) for row in rows], np.int64),
+        np.array([float(row["weight"]) for row in rows]),
+    )

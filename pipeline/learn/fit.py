@@ -1,0 +1,161 @@
+"""The training loop of both stages, written out."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.errors import PipelineError
+from pipeline.learn.schedule import Schedule, layer_factors, rate
+from pipeline.nets.blocks import chain, is_inside
+
+Ints = NDArray[np.int64]
+
+
+class DivergedError(PipelineError):
+    """The loss is no number any more."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: plain numbers, the same for both stages."""
+
+    epochs: int
+    batch_size: int
+    optimizer: Literal["adamw", "sgd"]
+    lr: float
+    layer_decay: float  # factor on the rate for each block further from the head
+    weight_decay: float  # not on biases and normalisation
+    momentum: float  # of sgd
+    schedule: Schedule
+    warmup_epochs: float
+    step_epochs: int  # of the step schedule
+    gamma: float
+    label_smoothing: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of training came to."""
+
+    epoch: int
+    lr: float  # at the head, at the epoch's last step
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    batch: Callable[[int, Ints], Tensor],
+    labels: Ints,
+    weights: NDArray[np.float64],
+    recipe: Recipe,
+    seed: int,
+    progress: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+) -> Iterator[Epoch]:
+    """Train a model's trainable parameters, yielding after each epoch.
+
+    `batch(epoch, rows)` gives the input of `forward`, which gives logits (B, C); `labels` and
+    `weights` are (N,), the weights of mean 1. Each epoch sees the images in an order that
+    depends on seed and epoch alone; a last batch that isn't full is left out.
+
+    Raises DivergedError naming the epoch and the rate if the loss is no number.
+    """
+    n = len(labels)
+    size = min(recipe.batch_size, n)
+    steps = n // size
+    optimizer = make_optimizer(model, recipe)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    for epoch in range(1, recipe.epochs + 1):
+        start = time.perf_counter()
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        torch.manual_seed(seed * 100_003 + epoch)  # dropout in the layers that train
+        model.train()
+        total_loss, total_right, factor = 0.0, 0, 0.0
+        for step in range(steps):
+            rows = order[step * size : (step + 1) * size]
+            factor = rate(
+                recipe.schedule,
+                (epoch - 1) * steps + step,
+                steps,
+                recipe.epochs,
+                recipe.warmup_epochs,
+                recipe.step_epochs,
+                recipe.gamma,
+            )
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            logits = forward(batch(epoch, rows))
+            target = torch.from_numpy(labels[rows])
+            losses = F.cross_entropy(
+                logits, target, reduction="none", label_smoothing=recipe.label_smoothing
+            )
+            loss = (losses * torch.from_numpy(weights[rows]).to(losses.dtype)).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            value = loss.item()
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"epoch {epoch}: the loss is {value} at learning rate {recipe.lr * factor:g}; "
+                    "lower the stage's lr"
+                )
+            total_loss += value
+            total_right += int((logits.argmax(1) == target).sum())
+            progress(epoch, step + 1, steps)
+        yield Epoch(
+            epoch,
+            recipe.lr * factor,
+            total_loss / steps,
+            total_right / (steps * size),
+            time.perf_counter() - start,
+        )
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Make an optimiser that holds exactly the trainable parameters.
+
+    A group for each pair of block and decay: lower rates for blocks further from the head, no
+    weight decay on tensors of one dimension (biases, normalisation).
+    """
+    factors = layer_factors(chain(model), recipe.layer_decay)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inside = [f for block, f in factors.items() if is_inside(name, block)]
+            # A parameter outside all blocks belongs to no depth: it gets the lowest rate.
+            factor = inside[0] if inside else min(factors.values())
+            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((factor, decay), []).append(parameter)
+    settings = [
+        {"params": parameters, "lr": recipe.lr * factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(settings, momentum=recipe.momentum, fused=True)
+    return torch.optim.AdamW(settings, fused=True)
+
+
+def training_weights(
+    labels: Ints, weights: NDArray[np.float64], n_classes: int, class_weight: str
+) -> NDArray[np.float64]:
+    """Combine sample and class weights to a mean of 1, as scikit-learn's `balanced` does."""
+    combined = weights.astype(np.float64)
+    if class_weight == "balanced":
+        counts = np.bincount(labels, minlength=n_classes)
+        combined = combined * (len(labels) / (n_classes * np.maximum(counts, 1)))[labels]
+    return np.asarray(combined / combined.mean())
+
+
+def better(a: Sequence[float], b: Sequence[float] | None) -> bool:
+    """Tell whether (validation accuracy, loss) `a` of a later epoch beats `b` of an earlier one."""
+    return b is None or (a[0], -a[1]) > (b[0], -b[1])

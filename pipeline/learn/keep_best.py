@@ -1,0 +1,86 @@
+"""Train, validate after each epoch, keep the best one; the history is there to follow."""
+
+import csv
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.learn.fit import Epoch, better
+from pipeline.progress import say
+from pipeline.stage import write_json, write_text
+
+Validation = dict[str, float]
+COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
+
+@dataclass
+class Best:
+    """The best epoch so far: its weights and what it scored."""
+
+    epoch: int
+    train_accuracy: float
+    val: Validation
+    state: dict[str, Tensor]
+
+
+def keep_best(
+    stage: str,
+    out: Path,
+    model: nn.Module,
+    epochs: Iterator[Epoch],
+    validate: Callable[[], Validation],
+    before: list[Validation],
+    patience: int,
+) -> Best:
+    """Run a stage's epochs and give the best by validation accuracy, then loss, then the earlier.
+
+    `before` are validations before the first step; they are rows of epoch 0 in history.csv and no
+    candidates. Stops early after `patience` epochs without a better one; 0 never does. Rewrites
+    history.csv and metrics.json whole after each epoch, so that a run can be followed.
+    """
+    rows: list[dict[str, Any]] = [_row(0, None, val) for val in before]
+    best: Best | None = None
+    for epoch in epochs:
+        val = validate()
+        score = (val["accuracy"], val["loss"])
+        if better(score, best and (best.val["accuracy"], best.val["loss"])):
+            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            best = Best(epoch.epoch, epoch.accuracy, val, state)
+        assert best is not None
+        rows.append(_row(epoch.epoch, epoch, val))
+        write_text(out / "history.csv", _as_csv(rows))
+        write_metrics(out, stage, best.val, epochs=epoch.epoch, best_epoch=best.epoch)
+        say(
+            f"epoch {epoch.epoch:>3}  train loss {epoch.loss:.4f} acc {epoch.accuracy:.4f}  "
+            f"val loss {val['loss']:.4f} acc {val['accuracy']:.4f}  best {best.val['accuracy']:.4f} "
+            f"(epoch {best.epoch})  {epoch.seconds:.1f} s"
+        )
+        if patience and epoch.epoch - best.epoch >= patience:
+            say(f"stopped early: no better epoch in {patience}")
+            break
+    assert best is not None
+    model.load_state_dict(best.state)
+    return best
+
+
+def write_metrics(out: Path, stage: str, val: Validation, **more: float) -> None:
+    """Write a stage's metrics.json under its own top-level key."""
+    write_json(out / "metrics.json", {stage: {"val": val, **more}})
+
+
+def _row(number: int, epoch: Epoch | None, val: Validation) -> dict[str, Any]:
+    trained = (epoch.lr, epoch.loss, epoch.accuracy) if epoch else ("", "", "")
+    values = (number, *trained, val["loss"], val["accuracy"])
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

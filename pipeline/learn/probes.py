@@ -1,0 +1,165 @@
+"""Linear and SVM probes on codes: fitting, scores from plain arrays, storage without pickle."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.svm import SVC
+
+from pipeline.errors import CheckpointError
+from pipeline.nets import checkpoint
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Kind = Literal["linear", "svm_linear", "svm_rbf"]
+KINDS: tuple[Kind, ...] = ("linear", "svm_linear", "svm_rbf")  # from simple to flexible
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Standardisation of codes; mean and scale are (D,)."""
+
+    mean: Floats
+    scale: Floats
+
+    @classmethod
+    def fit(cls, codes: NDArray[Any]) -> "Scaler":
+        """Measure codes (N, D); a feature that never changes is only centred."""
+        scale = codes.std(0, dtype=np.float64)
+        return cls(codes.mean(0, dtype=np.float64), np.where(scale > 1e-12, scale, 1.0))
+
+    def __call__(self, codes: NDArray[Any]) -> Floats:
+        """Standardise codes (N, D)."""
+        return np.asarray((codes - self.mean) / self.scale, np.float64)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted probe as plain arrays; `scores` gives the same numbers as scikit-learn's own."""
+
+    kind: Kind
+    depth: str
+    c: float
+    gamma: float  # of the RBF kernel; 0 otherwise
+    arrays: dict[str, NDArray[Any]]  # mean, scale, and by kind: weight, bias | vectors, dual, ...
+
+    def scores(self, codes: NDArray[Any]) -> Floats:
+        """Score codes (N, D): (N, C), the higher the likelier; for a linear probe the logits."""
+        a = self.arrays
+        x = Scaler(a["mean"], a["scale"])(codes)
+        if self.kind == "linear":
+            return np.asarray(x @ a["weight"].T + a["bias"])
+        kernel = gram(x, a["vectors"], self.kind, self.gamma)
+        return _one_against_one(kernel, a["dual"], a["n_vectors"], a["bias"])
+
+    def facts(self) -> dict[str, Any]:
+        """Give what isn't an array, for the metadata of a file."""
+        return {"kind": self.kind, "depth": self.depth, "c": self.c, "gamma": self.gamma}
+
+
+def head_of(probe: Probe) -> tuple[Floats, Floats]:
+    """Turn a linear probe into a head on raw codes: weight (C, D) and bias (C,).
+
+    The scaling is folded in, so that the head's logits are the probe's scores.
+    """
+    a = probe.arrays
+    weight = a["weight"] / a["scale"]
+    return weight, a["bias"] - weight @ a["mean"]
+
+
+def gram(x: Floats, vectors: Floats, kind: Kind, gamma: float) -> Floats:
+    """Compute the kernel (N, S) between standardised codes (N, D) and vectors (S, D)."""
+    dot = x @ vectors.T
+    if kind == "svm_linear":
+        return np.asarray(dot)
+    squares = (x**2).sum(1)[:, None] + (vectors**2).sum(1) - 2 * dot
+    return np.asarray(np.exp(-gamma * np.maximum(squares, 0)))
+
+
+def fit_linear(
+    x: Floats, y: Ints, weights: Floats, c: float, class_weight: str | None
+) -> LogisticRegression:
+    """Fit a logistic regression on standardised codes (N, D)."""
+    return LogisticRegression(C=c, class_weight=class_weight, max_iter=2000).fit(x, y, weights)
+
+
+def fit_svm(kernel: Floats, y: Ints, weights: Floats, c: float, class_weight: str | None) -> SVC:
+    """Fit a support vector machine on a kernel (N, N) that all C and folds share."""
+    return SVC(C=c, kernel="precomputed", class_weight=class_weight).fit(kernel, y, weights)
+
+
+def linear_probe(fitted: LogisticRegression, scaler: Scaler, depth: str) -> Probe:
+    """Make a probe of a fitted logistic regression; two classes' one row w becomes ±w/2."""
+    weight, bias = fitted.coef_, fitted.intercept_
+    if len(weight) == 1:
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    arrays = {"mean": scaler.mean, "scale": scaler.scale, "weight": weight, "bias": bias}
+    return Probe("linear", depth, float(fitted.C), 0.0, arrays)
+
+
+def svm_probe(
+    fitted: SVC, x: Floats, scaler: Scaler, depth: str, kind: Kind, gamma: float
+) -> Probe:
+    """Make a probe of a machine fitted on the kernel of standardised codes (N, D)."""
+    arrays = {
+        "mean": scaler.mean,
+        "scale": scaler.scale,
+        "vectors": x[fitted.support_],  # (S, D), sorted by class
+        # With two classes scikit-learn flips the sign that libsvm uses; undo it for one formula.
+        "dual": fitted._dual_coef_,  # (C - 1, S)
+        "n_vectors": fitted.n_support_.astype(np.int64),  # (C,)
+        "bias": fitted._intercept_,  # (C (C - 1) / 2,)
+    }
+    return Probe(kind, depth, float(fitted.C), gamma, arrays)
+
+
+def _one_against_one(kernel: Floats, dual: Floats, n_vectors: Ints, bias: Floats) -> Floats:
+    """Score by libsvm's machines, one a pair of classes: (N, S) -> (N, C).
+
+    For two classes the decision value, halved to either side; for more the votes, with ties broken
+    by the sum of the decision values squeezed below a third: as scikit-learn's `ovr` shape does.
+    """
+    n_classes = len(n_vectors)
+    ends = n_vectors.cumsum()
+    of = [slice(end - n, end) for end, n in zip(ends, n_vectors, strict=True)]
+    votes = np.zeros((len(kernel), n_classes))
+    sums = np.zeros_like(votes)
+    pairs = [(i, j) for i in range(n_classes) for j in range(i + 1, n_classes)]
+    for (i, j), b in zip(pairs, bias, strict=True):
+        # In row r, a vector's coefficient against class r, or r + 1 from its own class on.
+        for_i = kernel[:, of[i]] @ dual[j - 1, of[i]] + kernel[:, of[j]] @ dual[i, of[j]] + b
+        if n_classes == 2:
+            return np.stack([for_i, -for_i], 1) / 2
+        votes[:, i] += for_i > 0
+        votes[:, j] += for_i <= 0
+        sums[:, i] += for_i
+        sums[:, j] -= for_i
+    return np.asarray(votes + sums / (3 * (np.abs(sums) + 1)))
+
+
+def save_probes(file: Path, winner: Probe, linear: Probe, meta: dict[str, Any]) -> None:
+    """Write both probes into one file, each array under its probe's name."""
+    both = {"winner": winner, "linear": linear}
+    tensors = {f"{n}.{k}": a for n, probe in both.items() for k, a in probe.arrays.items()}
+    checkpoint.write(file, tensors, {**meta, **{n: probe.facts() for n, probe in both.items()}})
+
+
+def read_probes(file: Path) -> tuple[Probe, Probe, dict[str, Any]]:
+    """Read the winner, the linear probe on the last codes, and the metadata.
+
+    Raises CheckpointError if the file isn't one of probes.
+    """
+    tensors, meta = checkpoint.read(file)
+    if "winner" not in meta or "linear" not in meta:
+        raise CheckpointError(f"{file}: holds no probes; run `dvc repro probe`")
+    winner, linear = (
+        Probe(
+            **meta[name],
+            arrays={k.removeprefix(f"{name}."): a for k, a in tensors.items() if k.startswith(f"{name}.")},
+        )
+        for name in ("winner", "linear")
+    )
+    return winner, linear, meta

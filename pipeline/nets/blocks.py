@@ -1,0 +1,131 @@
+"""What a network is made of, seen by running it once: its chain of blocks, and their names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ParamError, near
+from pipeline.nets.backbone import head_name
+
+TRACE_SIZE = 96  # pixels; enough for five halvings
+
+
+@dataclass
+class Call:
+    """One call of a module while the network ran, by order of its start and of its end."""
+
+    name: str
+    start: int
+    end: int = -1
+    shape: tuple[int, ...] = ()  # of its output, if that is one tensor
+
+
+def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
+    """Run a network once on zeros and list the calls of its modules, in order of their start."""
+    calls: list[Call] = []
+    open_calls: list[Call] = []
+    clock = iter(range(10**9))
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            open_calls.append(Call(name, next(clock)))
+            calls.append(open_calls[-1])
+
+        return hook
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        call = open_calls.pop()
+        call.end = next(clock)
+        call.shape = tuple(output.shape) if isinstance(output, Tensor) else ()
+
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(before(name)))
+            handles.append(module.register_forward_hook(after))
+    training = [m for m in model.modules() if m.training]
+    try:
+        model.eval()
+        with torch.inference_mode():
+            model(torch.zeros(2, 3, size, size))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return calls
+
+
+def chain(model: nn.Module) -> list[str]:
+    """List the network's blocks in the order they run, from the stem to the head.
+
+    These are its direct children; a child that holds several stages (three or more sizes of
+    feature maps among its own children) is replaced by them.
+    """
+    calls = trace(model)
+    names: list[str] = []
+    for call in _directly_in(calls, None):
+        children = _directly_in(calls, call)
+        sizes = {c.shape[-2:] for c in children if len(c.shape) == 4}
+        names += [c.name for c in children] if len(sizes) >= 3 else [call.name]
+    return list(dict.fromkeys(names))
+
+
+def _directly_in(calls: Sequence[Call], outer: Call | None) -> list[Call]:
+    """List the calls made within a call (None: within the network) and within no call between."""
+    within = [c for c in calls if outer is None or outer.start < c.start < outer.end]
+    direct: list[Call] = []
+    for call in within:
+        if not direct or call.start > direct[-1].end:
+            direct.append(call)
+    return direct
+
+
+def depths(model: nn.Module, most: int = 8) -> list[str]:
+    """Choose the blocks whose pooled output is worth a probe: spread evenly, at most `most`.
+
+    Of the chain, those that hold convolutions and give feature maps (B, D, H, W), without lone
+    layers where there are real blocks; the last codes, the head's input, come on top.
+    """
+    shapes = {call.name: call.shape for call in trace(model)}
+    maps = [name for name in chain(model) if len(shapes[name]) == 4 and shapes[name][-1] > 1]
+    blocks = [
+        name
+        for name in maps
+        if any(isinstance(m, nn.Conv2d) for m in list(model.get_submodule(name).modules())[1:])
+    ]
+    found = blocks or maps
+    if len(found) <= most:
+        return found
+    return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+
+
+def match(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
+    """List the modules that names or shell patterns select, without those inside another one.
+
+    Raises ParamError naming the pattern that selects nothing, and near names.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found: list[str] = []
+    for pattern in patterns:
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise ParamError(f"{key}: no module is called {pattern!r}; {near(pattern, names)}")
+        found += hits
+    kept = set(found)
+    return [n for n in names if n in kept and not any(is_inside(n, k) for k in kept if k != n)]
+
+
+def is_inside(name: str, module: str) -> bool:
+    """Tell whether `name` is a module or tensor inside `module`, or that module itself."""
+    return name == module or name.startswith(f"{module}.")
+
+
+def trained_with(model: nn.Module, unfreeze: Sequence[str]) -> list[str]:
+    """List the modules that train: the unfrozen ones and the head."""
+    head = head_name(model)
+    return [*(name for name in unfreeze if not is_inside(head, name)), head]

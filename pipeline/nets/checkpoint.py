@@ -1,0 +1,48 @@
+"""Checkpoints: the weights as safetensors, with everything needed to use them in one JSON string.
+
+safetensors writes several metadata keys in random order, so that four saves would give four
+hashes; one key with sorted JSON gives the same bytes each time.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from pipeline.errors import CheckpointError
+
+KEY = "pipeline"
+
+
+def write(file: Path, tensors: dict[str, np.ndarray[Any, Any]], meta: dict[str, Any]) -> None:
+    """Write tensors and metadata whole: who reads the file sees the old or the new one."""
+    data = save(
+        {name: np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())},
+        metadata={KEY: json.dumps(meta, sort_keys=True, ensure_ascii=False)},
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(data)
+    part.replace(file)
+
+
+def read(file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """Read the tensors and metadata that `write` wrote.
+
+    Raises CheckpointError if the file is missing, damaged or not one of ours.
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            meta = (opened.metadata() or {}).get(KEY)
+            if meta is None:
+                raise CheckpointError(f"{file}: not a checkpoint of this pipeline (no metadata)")
+            return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(meta)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; run `dvc repro` or `dvc pull`") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"{file}: damaged ({said}); run `dvc checkout` or repeat") from None

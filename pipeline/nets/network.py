@@ -1,0 +1,135 @@
+"""A classifier with all that is needed to use it: network, classes, size, normalisation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError, ParamError
+from pipeline.nets import checkpoint
+from pipeline.nets.backbone import Backbone, build
+from pipeline.nets.fold import fold
+
+# Batches of 8, 16 and 32 give an image the same result to the bit, others don't.
+EVAL_BATCH = 32
+
+
+@dataclass
+class Network:
+    """A network as it is trained, stored and used."""
+
+    model: nn.Module  # folded, channels_last
+    backbone: Backbone
+    classes: list[str]
+    image_size: int  # pixels a side, at its input
+    packed_size: int  # pixels a side that an image is first fitted to
+    fit: str  # how an image becomes a square
+    channels: int  # of the images it was made with: 1 for grey, else 3
+    precision: Literal["fp32", "bf16"]
+
+    def facts(self) -> dict[str, Any]:
+        """Give everything but the weights, for a checkpoint's metadata."""
+        facts = {name: value for name, value in vars(self).items() if name != "model"}
+        return {**facts, "backbone": asdict(self.backbone)}
+
+    def save(self, file: Path, **more: Any) -> None:
+        """Write the checkpoint; `more` joins the metadata."""
+        tensors = {name: t.detach().contiguous().numpy() for name, t in self.model.state_dict().items()}
+        checkpoint.write(file, tensors, {**self.facts(), **more})
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Turn uint8 or 0..255 pixels (B, H, W) or (B, H, W, 3) into the input (B, 3, h, w).
+
+        Resized to `image_size` where they are larger, with antialiasing.
+        """
+        x = pixels.to(torch.float32)
+        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
+        if x.shape[-1] != self.image_size:
+            size = [self.image_size, self.image_size]
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+        mean = torch.tensor(self.backbone.mean).view(1, 3, 1, 1) * 255
+        std = torch.tensor(self.backbone.std).view(1, 3, 1, 1) * 255
+        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+    def load_state(self, tensors: dict[str, NDArray[Any]], where: Path) -> None:
+        """Load weights strictly.
+
+        Raises CheckpointError naming a tensor that is missing, too many or of another shape.
+        """
+        own = self.model.state_dict()
+        wrong = [k for k in own if k not in tensors or tensors[k].shape != tuple(own[k].shape)]
+        wrong += [k for k in tensors if k not in own]
+        if wrong:
+            raise CheckpointError(
+                f"{where}: a checkpoint of another network than {self.backbone.name} with "
+                f"{len(self.classes)} classes ({len(wrong)} tensors differ, such as {wrong[0]})"
+            )
+        self.model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
+
+
+def load(file: Path, precision: Literal["fp32", "bf16"] | None = None) -> tuple[Network, dict[str, Any]]:
+    """Build the network of a checkpoint without pretrained weights and load it strictly.
+
+    Returns it with the checkpoint's metadata. Raises CheckpointError if it can't be.
+    """
+    tensors, meta = checkpoint.read(file)
+    try:
+        facts = {name: meta[name] for name in Network.__dataclass_fields__ if name != "model"}
+    except KeyError as error:
+        raise CheckpointError(f"{file}: holds no network (no {error}); choose another") from None
+    facts["backbone"] = backbone = backbone_of(meta)
+    if precision:
+        facts["precision"] = precision
+    model = fold(build(backbone.name, len(facts["classes"])), facts["precision"])
+    network = Network(model, **facts)
+    network.load_state(tensors, file)
+    network.model.eval()
+    return network, meta
+
+
+def backbone_of(meta: dict[str, Any]) -> Backbone:
+    """Take the backbone from a checkpoint's metadata."""
+    facts = meta["backbone"]
+    return Backbone(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+
+
+def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:
+    """Raise ParamError where a stage wants more pixels than prepare kept."""
+    if image_size > packed_size:
+        raise ParamError(
+            f"params.yaml: {stage}.image_size = {image_size} is more than prepare.size = "
+            f"{packed_size}; raise prepare.size, or lower it"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of the libraries that compute, for a checkpoint's metadata."""
+    names = ("torch", "torchvision", "timm", "numpy")
+    # Without the local part: +cpu and +cu126 say which build, not which version.
+    return {name: metadata.version(name).split("+")[0] for name in names}
+
+
+def batches(n: int) -> Iterator[NDArray[np.int64]]:
+    """Cut N rows into batches of one size; the last repeats its last row to be full."""
+    for start in range(0, n, EVAL_BATCH):
+        yield np.minimum(np.arange(start, start + EVAL_BATCH), n - 1)
+
+
+def over(images: NDArray[np.uint8], run: Callable[[Tensor], Sequence[Tensor]]) -> Iterator[list[NDArray[np.float32]]]:
+    """Run a function on all images (N, H, W[, 3]) in batches, in inference mode.
+
+    Yields its float32 outputs a batch, without the rows that only filled the last one.
+    """
+    n = len(images)
+    for i, rows in enumerate(batches(n)):
+        with torch.inference_mode():
+            outputs = run(torch.from_numpy(images[rows]))
+        real = min(EVAL_BATCH, n - i * EVAL_BATCH)
+        yield [output[:real].float().numpy() for output in outputs]

@@ -1,0 +1,187 @@
+"""Prepare: list the images of a source, audit, split, decode each once, pack as uint8."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from annotated_types import Ge, Interval
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+from pipeline.images import audit, sources
+from pipeline.images.decode import Fit, decode, is_grey
+from pipeline.images.pack import Facts, new_images, write_index
+from pipeline.images.sources import SPLITS, Item, Source
+from pipeline.images.split import draw, together
+from pipeline.progress import say, track
+from pipeline.runtime import threads
+from pipeline.stage import Key, main, whole_folder, write_json
+
+DECODED = "decoded.npy"  # every image in the order listed, until the splits are known
+
+Fraction = Annotated[float, Interval(ge=0, lt=1)]
+
+
+def prepare(
+    *,
+    out: Path,
+    source: Literal["elpv", "folder"],
+    path: str,
+    not_images: Literal["refuse", "skip"],
+    size: Annotated[int, Interval(ge=16, le=2048)],
+    fit: Fit,
+    split_by: Literal["group", "image"],
+    test_fraction: Fraction,
+    val_fraction: Annotated[float, Interval(gt=0, lt=1)],
+    val_as: Literal["val", "test"],
+    least_per_class: Annotated[int, Ge(2)],
+    seed: Annotated[int, Key("seed"), Ge(0)],
+) -> dict[str, float]:
+    """Decode every image once, audit and split the set, and pack it as square uint8 arrays.
+
+    Writes index.csv, facts.json, audit.json and one {split}.npy a split into `out`.
+
+    Raises DataError for a set that can't be used, naming the file or the class.
+    """
+    found = sources.elpv() if source == "elpv" else sources.folder(Path(path))
+    if found.not_images and not_images == "refuse":
+        raise DataError(
+            f"{found.folder / found.not_images[0]}: not an image ({len(found.not_images)} such "
+            "files); move it away, or set prepare.not_images: skip"
+        )
+    with whole_folder(out) as folder:
+        start = time.perf_counter()
+        grey, unreadable = _headers(found)
+        channels = 1 if grey else 3
+        pixels, digests = _decode_all(folder, found, size, fit, channels, unreadable)
+        rate = len(found.items) / (time.perf_counter() - start)
+        if unreadable and not_images == "refuse":
+            raise DataError(
+                f"{next(iter(unreadable.values()))}; move it away, or set prepare.not_images: skip"
+            )
+        kept = [i for i, item in enumerate(found.items) if item.path not in unreadable]
+        items, digests = [found.items[i] for i in kept], [digests[i] for i in kept]
+        classes = sorted({item.label for item in items})
+        if len(classes) < 2:
+            raise DataError(f"{found.folder}: one class only ({classes}); two or more are needed")
+        splits = _splits(items, digests, split_by, test_fraction, val_fraction, val_as, seed)
+        labels = np.array([classes.index(item.label) for item in items])
+        _refuse_small(labels[np.array(splits) == "train"], classes, least_per_class)
+
+        report = audit.report(items, splits, digests, found.not_images, unreadable)
+        write_json(folder / "audit.json", report)
+        write_json(folder / "facts.json", asdict(Facts(classes, size, fit, channels)))
+        groups = together(*_ties(items, digests, "group"))
+        write_index(folder / "index.csv", items, splits, groups, digests)
+        for split in SPLITS:
+            rows = [row for row, s in zip(kept, splits, strict=True) if s == split]
+            images = new_images(folder / f"{split}.npy", len(rows), size, channels)
+            for i, row in enumerate(rows):
+                images[i] = pixels[row]
+        (folder / DECODED).unlink()
+    for line in audit.summary(report):
+        say(line)
+    return {"images_per_second": rate}
+
+
+def _headers(found: Source) -> tuple[bool, dict[str, str]]:
+    """Read every header: whether all images are grey, and which files can't be read."""
+    grey, unreadable = True, {}
+
+    def look(item: Item) -> bool | DataError:
+        try:
+            return is_grey(found.folder / item.path)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(threads()) as pool:
+        for item, seen in zip(found.items, pool.map(look, found.items), strict=True):
+            if isinstance(seen, DataError):
+                unreadable[item.path] = str(seen)
+            else:
+                grey &= seen
+    return grey, unreadable
+
+
+def _decode_all(
+    folder: Path, found: Source, size: int, fit: Fit, channels: int, unreadable: dict[str, str]
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """Read, hash and decode every file, in threads (Pillow lets go of the interpreter).
+
+    Returns the pixels on disk, a row an item, and the hashes; adds to `unreadable`.
+    """
+    pixels = new_images(folder / DECODED, len(found.items), size, channels)
+
+    def one(item: Item) -> tuple[str, NDArray[np.uint8] | DataError]:
+        file = found.folder / item.path
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        if item.path in unreadable:
+            return digest, DataError(unreadable[item.path])
+        try:
+            return digest, decode(file, size, fit, channels)
+        except DataError as error:
+            return digest, error
+
+    digests = []
+    with ThreadPoolExecutor(threads()) as pool:
+        decoded = track(pool.map(one, found.items), len(found.items), "decode")
+        for i, (item, (digest, result)) in enumerate(zip(found.items, decoded, strict=True)):
+            digests.append(digest)
+            if isinstance(result, DataError):
+                unreadable[item.path] = str(result)
+            else:
+                pixels[i] = result
+    return pixels, digests
+
+
+def _ties(items: Sequence[Item], digests: Sequence[str], split_by: str) -> list[Sequence[str]]:
+    """What keeps images in one split: equal files always, and their group if asked for."""
+    return [digests] if split_by == "image" else [digests, [item.group for item in items]]
+
+
+def _splits(
+    items: Sequence[Item],
+    digests: Sequence[str],
+    split_by: str,
+    test_fraction: float,
+    val_fraction: float,
+    val_as: str,
+    seed: int,
+) -> list[str]:
+    """Give every image its split: the one its folder names, else one drawn."""
+    given = [val_as if item.split == "val" else item.split for item in items]
+    if val_as == "test" and "test" in {item.split for item in items}:
+        raise DataError("prepare.val_as: test, but there is a test folder already; use val")
+    splits = np.array([split or "train" for split in given], dtype="<U5")
+    _, labels = np.unique([item.label for item in items], return_inverse=True)
+    ties = np.array(together(*_ties(items, digests, split_by))).astype(str)
+    for split, fraction in (("test", test_fraction), ("val", val_fraction)):
+        if split in given or fraction == 0:
+            continue
+        train = np.flatnonzero(splits == "train")
+        if len(set(ties[train])) < 2:
+            raise DataError(
+                f"all training images are in one group, so no {split} split can be cut from them; "
+                "set prepare.split_by: image, or give split folders"
+            )
+        chosen = draw(labels[train], ties[train].tolist(), fraction, seed)
+        splits[train[chosen]] = split
+    return [str(split) for split in splits]
+
+
+def _refuse_small(train: NDArray[np.int64], classes: Sequence[str], least: int) -> None:
+    for name, n in zip(classes, np.bincount(train, minlength=len(classes)), strict=True):
+        if n < least:
+            raise DataError(
+                f"class {name!r} has {n} training images and needs {least} "
+                "(prepare.least_per_class); add some, or remove the class"
+            )
+
+
+if __name__ == "__main__":
+    main(prepare)

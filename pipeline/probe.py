@@ -1,0 +1,220 @@
+"""Probe: linear and SVM classifiers on the codes, chosen by cross-validation on train."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Gt, Interval, MinLen
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from threadpoolctl import threadpool_limits
+
+from pipeline.errors import DataError
+from pipeline.learn.codes import Labelled, read_codes, read_feature_facts, read_labels
+from pipeline.learn.metrics import fit_temperature, validation
+from pipeline.learn.probes import (
+    KINDS,
+    Floats,
+    Ints,
+    Kind,
+    Probe,
+    Scaler,
+    fit_linear,
+    fit_svm,
+    gram,
+    linear_probe,
+    save_probes,
+    svm_probe,
+)
+from pipeline.progress import say, track
+from pipeline.stage import Key, main, write_json, write_text
+
+LAST = "last"  # the depth that stage 1's head starts from
+Positive = Annotated[float, Gt(0)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the grid: a kind of probe at a depth with a regularisation C."""
+
+    kind: Kind
+    depth: str
+    c: float
+    accuracies: tuple[float, ...]  # one a fold
+
+    @property
+    def mean(self) -> float:
+        """Give the mean accuracy over the folds."""
+        return float(np.mean(self.accuracies))
+
+
+def probe(
+    *,
+    features: Path,
+    out: Path,
+    kinds: Annotated[list[Literal["linear", "svm_linear", "svm_rbf"]], MinLen(1)],
+    linear_c: Annotated[list[Positive], MinLen(1)],
+    svm_linear_c: Annotated[list[Positive], MinLen(1)],
+    svm_rbf_c: Annotated[list[Positive], MinLen(1)],
+    folds: Annotated[int, Interval(ge=2, le=20)],
+    svm_max_images: Annotated[int, Interval(ge=10, le=50_000)],
+    sample_weight: Annotated[bool, Key("sample_weight")],
+    class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")],
+    seed: Annotated[int, Key("seed")],
+) -> dict[str, float]:
+    """Search depth x C x kind by cross-validation on train, fit the best one and the linear one.
+
+    Writes probe.safetensors (winner and linear probe on the last codes), grid.csv, metrics.json.
+
+    Raises DataError if a class has fewer images than folds.
+    """
+    facts = read_feature_facts(features)
+    train, val = read_labels(features, "train"), read_labels(features, "val")
+    _refuse_few(train.labels, facts["classes"], folds)
+    weights = train.weights if sample_weight else np.ones(len(train.labels))
+    balance = None if class_weight == "none" else class_weight
+    some = _subsample(train.labels, svm_max_images, seed)
+    if len(some) < len(train.labels):
+        say(f"SVMs see {len(some)} of {len(train.labels)} images (probe.svm_max_images)")
+
+    with threadpool_limits(1, "blas"), warnings.catch_warnings():
+        # Weakly regularised cells may stop early; they are compared as they are.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        grid = {"linear": linear_c, "svm_linear": svm_linear_c, "svm_rbf": svm_rbf_c}
+        search = _Search(train, weights, balance, folds, seed, some, grid)
+        cells: list[Cell] = []
+        tasks = [(kind, depth) for depth in facts["depths"] for kind in ("linear", *kinds)]
+        tasks = [(k, d) for k, d in dict.fromkeys(tasks) if k in kinds or d == LAST]
+        for kind, depth in track(tasks, len(tasks), "probe"):
+            cells += search.cells(kind, depth, read_codes(features, "train", depth))
+        best = best_cell([cell for cell in cells if cell.kind in kinds])
+        best_linear = best_cell([c for c in cells if c.kind == "linear" and c.depth == LAST])
+        linear = search.fit(best_linear, read_codes(features, "train", LAST))
+        winner = linear
+        if best != best_linear:
+            winner = search.fit(best, read_codes(features, "train", best.depth))
+
+    scores = {
+        name: p.scores(read_codes(features, "val", p.depth))
+        for name, p in (("winner", winner), ("linear", linear))
+    }
+    temperature = fit_temperature(scores["winner"], val.labels)
+    of_linear = validation(scores["linear"], val.labels)
+    metrics = {
+        "val": validation(scores["winner"], val.labels, temperature),
+        "cv_accuracy": best.mean,
+        "linear_cv_accuracy": best_linear.mean,
+        "linear_val_accuracy": of_linear["accuracy"],
+        "svm_images": len(some),
+    }
+    save_probes(out / "probe.safetensors", winner, linear, {**facts, "val": of_linear})
+    write_text(out / "grid.csv", "\n".join(_grid(cells)) + "\n")
+    write_json(out / "metrics.json", {"probe": metrics})
+    for name, cell, s in (("winner", best, scores["winner"]), ("linear", best_linear, scores["linear"])):
+        accuracy = (s.argmax(1) == val.labels).mean()
+        say(
+            f"{name:<16} {cell.kind} on {cell.depth}, C {cell.c:g}: "
+            f"cross-validation {cell.mean:.4f}, validation {accuracy:.4f}"
+        )
+    return {}
+
+
+def best_cell(cells: list[Cell]) -> Cell:
+    """Choose by mean accuracy, ties to the simpler kind, then to the smaller C."""
+    return max(cells, key=lambda cell: (cell.mean, -KINDS.index(cell.kind), -cell.c))
+
+
+class _Search:
+    """Cross-validation with what cells share computed once: folds, scaling, kernels."""
+
+    def __init__(
+        self,
+        train: Labelled,
+        weights: Floats,
+        balance: str | None,
+        folds: int,
+        seed: int,
+        some: Ints,
+        grid: dict[str, list[float]],
+    ) -> None:
+        self.labels, self.groups, self.weights = train.labels, train.groups, weights
+        self.balance, self.folds, self.seed, self.some = balance, folds, seed, some
+        self.grid = grid
+
+    def cells(self, kind: Kind, depth: str, codes: Any) -> Iterator[Cell]:
+        """Cross-validate one kind at one depth over all its C.
+
+        The scaling is measured on all of train: it sees no labels.
+        """
+        x, y, weights, groups = self._data(kind, codes)
+        kernel = None if kind == "linear" else gram(x, x, kind, 1 / x.shape[1])
+        cuts = list(self._folds(y, groups))
+        for c in self.grid[kind]:
+            accuracies = []
+            for fit_on, held_out in cuts:
+                if kernel is None:
+                    fitted = fit_linear(x[fit_on], y[fit_on], weights[fit_on], c, self.balance)
+                    predicted = fitted.predict(x[held_out])
+                else:
+                    square = kernel[np.ix_(fit_on, fit_on)]
+                    fitted = fit_svm(square, y[fit_on], weights[fit_on], c, self.balance)
+                    predicted = fitted.predict(kernel[np.ix_(held_out, fit_on)])
+                accuracies.append(float((predicted == y[held_out]).mean()))
+            yield Cell(kind, depth, c, tuple(accuracies))
+
+    def fit(self, cell: Cell, codes: Any) -> Probe:
+        """Fit a cell's probe on all of train."""
+        x, y, weights, _ = self._data(cell.kind, codes)
+        scaler = Scaler.fit(codes)
+        if cell.kind == "linear":
+            return linear_probe(fit_linear(x, y, weights, cell.c, self.balance), scaler, cell.depth)
+        gamma = 1 / x.shape[1]
+        machine = fit_svm(gram(x, x, cell.kind, gamma), y, weights, cell.c, self.balance)
+        return svm_probe(machine, x, scaler, cell.depth, cell.kind, gamma)
+
+    def _data(self, kind: Kind, codes: Any) -> tuple[Floats, Ints, Floats, Ints]:
+        rows = np.arange(len(self.labels)) if kind == "linear" else self.some
+        x = Scaler.fit(codes)(codes[rows])
+        return x, self.labels[rows], self.weights[rows], self.groups[rows]
+
+    def _folds(self, y: Ints, groups: Ints) -> Iterator[tuple[Ints, Ints]]:
+        if len(np.unique(groups)) < len(groups) and len(np.unique(groups)) >= self.folds:
+            cut = StratifiedGroupKFold(self.folds, shuffle=True, random_state=self.seed)
+            yield from cut.split(y, y, groups)
+        else:
+            yield from StratifiedKFold(self.folds, shuffle=True, random_state=self.seed).split(y, y)
+
+
+def _refuse_few(labels: Ints, classes: list[str], folds: int) -> None:
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.min() < folds:
+        raise DataError(
+            f"class {classes[int(counts.argmin())]!r} has {counts.min()} training images, fewer "
+            f"than probe.folds = {folds}; add images or lower probe.folds"
+        )
+
+
+def _subsample(labels: Ints, most: int, seed: int) -> Ints:
+    """Choose at most so many rows, each class by its share and at least once, in their order."""
+    if len(labels) <= most:
+        return np.arange(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    # The k-th image of a class of n comes at (k + 1/2) / n: every prefix is stratified.
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        of_class = order[labels[order] == label]
+        place[of_class] = (np.arange(len(of_class)) + 0.5) / len(of_class)
+    return np.sort(np.argsort(place, kind="stable")[:most])
+
+
+def _grid(cells: list[Cell]) -> Iterator[str]:
+    yield "kind,depth,c,accuracy,accuracy_std"
+    for cell in cells:
+        yield f"{cell.kind},{cell.depth},{cell.c:g},{cell.mean:.6f},{np.std(cell.accuracies):.6f}"
+
+
+if __name__ == "__main__":
+    main(probe)

@@ -1,0 +1,47 @@
+"""What a person sees while a stage works; plain lines where there is no terminal."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+console = Console(highlight=False, soft_wrap=True)
+
+
+def track(
+    items: Iterable[T], total: int, name: str, width: Callable[[T], int] = lambda item: 1
+) -> Iterator[T]:
+    """Pass items on while showing how many of `total` are done, how fast, and the time left.
+
+    An item counts for `width(item)`. Without a terminal it prints one line at the end.
+    """
+    start = time.perf_counter()
+    if sys.stdout.isatty():
+        columns = (
+            TextColumn("{task.description:<16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(name, total=total, rate="")
+            done = 0
+            for item in items:
+                yield item
+                done += width(item)
+                rate = f"{done / (time.perf_counter() - start):.0f}/s"
+                progress.update(task, completed=done, rate=rate)
+    else:
+        yield from items
+    seconds = time.perf_counter() - start
+    say(f"{name:<16} {total} in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f}/s")
+
+
+def say(line: str) -> None:
+    """Print one line, markup-free, whole even where it is longer than the terminal."""
+    console.print(line, markup=False)

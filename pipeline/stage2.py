@@ -1,0 +1,196 @@
+"""Stage 2: the stage-1 checkpoint in the full network, everything trainable, at a tiny rate."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt, Interval
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.images.augment import Augment, Flips, augment
+from pipeline.images.pack import read_facts, read_images, read_rows
+from pipeline.learn.fit import Recipe, better, fit, training_weights
+from pipeline.learn.keep_best import Validation, keep_best, write_metrics
+from pipeline.learn.metrics import validation
+from pipeline.learn.schedule import Schedule
+from pipeline.nets.fold import Precision, resolved
+from pipeline.nets.freeze import freeze_all_but
+from pipeline.nets.network import Network, load, over, refuse_larger, versions
+from pipeline.progress import say
+from pipeline.runtime import threads
+from pipeline.stage import Key, main, write_text
+
+State = dict[str, Tensor]
+
+
+def stage2(
+    *,
+    prepared: Path,
+    stage1: Path,
+    out: Path,
+    image_size: Annotated[int, Interval(ge=16, le=2048)],
+    batchnorm: Literal["frozen", "train"],
+    interpolate: bool,
+    epochs: Annotated[int, Ge(1)],
+    patience: Annotated[int, Ge(0)],
+    batch_size: Annotated[int, Ge(2)],
+    optimizer: Literal["adamw", "sgd"],
+    lr: Annotated[float, Gt(0)],
+    layer_decay: Annotated[float, Interval(gt=0, le=1)],
+    weight_decay: Annotated[float, Ge(0)],
+    momentum: Annotated[float, Interval(ge=0, lt=1)],
+    schedule: Schedule,
+    warmup_epochs: Annotated[float, Ge(0)],
+    step_epochs: Annotated[int, Ge(1)],
+    gamma: Annotated[float, Interval(gt=0, le=1)],
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1)],
+    flips: Annotated[Flips, Key("augment.flips")],
+    crop: Annotated[float, Key("augment.crop"), Interval(gt=0, le=1)],
+    light: Annotated[float, Key("augment.light"), Interval(ge=0, lt=1)],
+    sample_weight: Annotated[bool, Key("sample_weight")],
+    class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")],
+    precision: Annotated[Precision, Key("precision")],
+    seed: Annotated[int, Key("seed")],
+) -> dict[str, float]:
+    """Load stage 1's checkpoint strictly, train every parameter, and keep the best epoch.
+
+    The best epoch's weights are then interpolated with stage 1's by a factor chosen on validation
+    (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903); factor 0 means stage 2 didn't help.
+
+    Writes model.safetensors, history.csv, interpolation.csv and metrics.json.
+
+    Raises CheckpointError if the loaded network doesn't score what stage 1 said.
+    """
+    torch.set_num_threads(threads())
+    packed = read_facts(prepared)
+    refuse_larger("stage2", image_size, packed.size)
+    network, meta = load(stage1, resolved(precision))
+    if network.classes != packed.classes:
+        raise CheckpointError(
+            f"{stage1}: its classes {network.classes} aren't those of the images, "
+            f"{packed.classes}; run `dvc repro stage1`"
+        )
+    rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
+    images, val_images = read_images(prepared, "train"), read_images(prepared, "val")
+
+    def validate() -> Validation:
+        return validation(predict(network, val_images), val_rows.labels)
+
+    before = [validate()]
+    _refuse_other_score(before[0], meta, network, stage1)
+    if image_size != network.image_size:
+        say(f"at stage 1's {network.image_size} px: val acc {before[0]['accuracy']:.4f}")
+        network.image_size = image_size
+        before.append(validate())
+    say(f"epoch   0  val loss {before[-1]['loss']:.4f} acc {before[-1]['accuracy']:.4f}")
+
+    start_state = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    everything = [name for name, _ in network.model.named_children()]
+    freeze_all_but(network.model, everything, batchnorm)
+    how = Augment(flips, crop, light)
+
+    def batch(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
+        pixels = torch.from_numpy(images[chosen])
+        return network.normalise(augment(pixels, rows.ids[chosen], epoch, seed, how))
+
+    weights = rows.weights if sample_weight else np.ones(len(rows.labels))
+    recipe = Recipe(
+        epochs,
+        batch_size,
+        optimizer,
+        lr,
+        layer_decay,
+        weight_decay,
+        momentum,
+        schedule,
+        warmup_epochs,
+        step_epochs,
+        gamma,
+        label_smoothing,
+    )
+    start = time.perf_counter()
+    epochs_run = fit(
+        network.model,
+        network.model,
+        batch,
+        rows.labels,
+        training_weights(rows.labels, weights, len(packed.classes), class_weight),
+        recipe,
+        seed,
+    )
+    best = keep_best("stage2", out, network.model, epochs_run, validate, before, patience)
+    seconds = time.perf_counter() - start
+
+    factor, val = 1.0, best.val
+    if interpolate:
+        curve = interpolation(network, start_state, best.state, validate)
+        factor, val = choose_factor(curve)
+        network.model.load_state_dict(between(start_state, best.state, factor))
+        lines = [f"{f:.1f},{v['accuracy']:.6f},{v['loss']:.6f}" for f, v in curve]
+        write_text(out / "interpolation.csv", "\n".join(["factor,val_accuracy,val_loss", *lines, ""]))
+        said = "stage 2 didn't help" if factor == 0 else f"val acc {val['accuracy']:.4f}"
+        say(f"stage 1 to stage 2 by factor {factor:.1f}: {said}")
+    ran = sum(1 for _ in (out / "history.csv").open()) - 1 - len(before)
+    write_metrics(out, "stage2", val, epochs=ran, best_epoch=best.epoch, factor=factor)
+    network.save(
+        out / "model.safetensors",
+        epoch=best.epoch,
+        train_accuracy=best.train_accuracy,
+        val_accuracy=val["accuracy"],
+        val=val,
+        factor=factor,
+        versions=versions(),
+    )
+    return {"epochs_seconds": seconds}
+
+
+def predict(network: Network, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Compute the logits (N, C) of packed images."""
+    network.model.eval()
+    parts = [out[0] for out in over(images, lambda x: [network.model(network.normalise(x))])]
+    return np.concatenate(parts)
+
+
+def between(first: State, second: State, factor: float) -> State:
+    """Interpolate two states of a network linearly: factor 0 is the first, 1 the second."""
+    return {
+        name: torch.lerp(first[name], second[name], factor)
+        if first[name].is_floating_point()
+        else second[name]
+        for name in first
+    }
+
+
+def interpolation(
+    network: Network, first: State, second: State, validate: Callable[[], Validation]
+) -> list[tuple[float, Validation]]:
+    """Validate the networks between two states at eleven factors."""
+    curve = []
+    for tenth in range(11):
+        network.model.load_state_dict(between(first, second, tenth / 10))
+        curve.append((tenth / 10, validate()))
+    return curve
+
+
+def choose_factor(curve: list[tuple[float, Validation]]) -> tuple[float, Validation]:
+    """Choose by validation accuracy, then loss, then the smaller factor."""
+    return max(curve, key=lambda point: (point[1]["accuracy"], -point[1]["loss"], -point[0]))
+
+
+def _refuse_other_score(val: Validation, meta: dict[str, Any], network: Network, file: Path) -> None:
+    if network.precision != meta["precision"]:
+        return  # another number format rounds otherwise
+    if val != meta["val"]:
+        raise CheckpointError(
+            f"{file}: scores {val} on validation, stage 1 said {meta['val']}; "
+            "run `dvc repro stage1` with the present images"
+        )
+
+
+if __name__ == "__main__":
+    main(stage2)
