@@ -9,14 +9,13 @@ import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 
-from pipeline.images.pack import read_facts, read_images, read_rows
-from pipeline.images.sources import SPLITS
+from pipeline.images.pack import SPLITS, read_facts, read_images, read_rows
 from pipeline.learn.codes import Labelled, new_codes, write_labels
 from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
-from pipeline.nets.taps import Taps
+from pipeline.nets.taps import LAST, Taps
 from pipeline.progress import track
 from pipeline.runtime import threads
 from pipeline.stage import Key, main, whole_folder, write_json
@@ -46,7 +45,9 @@ def extract(
     packed = read_facts(prepared)
     refuse_larger("extract", image_size, packed.size)
     model, backbone = pretrained(name, weights, sha256)
-    chosen = blocks.depths(model) if depths == "auto" else blocks.match(model, depths, "extract.depths")
+    chosen = (
+        blocks.depths(model) if depths == "auto" else blocks.match(model, depths, "extract.depths")
+    )
     network = Network(
         fold(model.eval(), resolved(precision)),
         backbone,
@@ -57,9 +58,8 @@ def extract(
         packed.channels,
         resolved(precision),
     )
-    taps = Taps(network.model, chosen)
     seconds, n_images = 0.0, 0
-    with whole_folder(out) as folder:
+    with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST]) as taps:
         for split in SPLITS:
             images = read_images(prepared, split)
             start = time.perf_counter()
@@ -76,7 +76,9 @@ def extract(
     return {"images_per_second": n_images / seconds}
 
 
-def _extract(network: Network, taps: Taps, images: NDArray[np.uint8], split: str, out: Path) -> None:
+def _extract(
+    network: Network, taps: Taps, images: NDArray[np.uint8], split: str, out: Path
+) -> None:
     arrays: list[NDArray[np.float32]] = []
     done = 0
     outputs = over(images, lambda pixels: taps(network.normalise(pixels)))

@@ -1,5 +1,6 @@
 """Prepare: list the images of a source, audit, split, decode each once, pack as uint8."""
 
+import csv
 import hashlib
 import time
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.images import audit, sources
-from pipeline.images.decode import Fit, decode, is_grey
-from pipeline.images.pack import Facts, new_images, write_index
-from pipeline.images.sources import SPLITS, Item, Source
+from pipeline.images.decode import decode, is_grey
+from pipeline.images.pack import SPLITS, Facts, Fit, new_images
+from pipeline.images.sources import Item, Source
 from pipeline.images.split import draw, together
 from pipeline.progress import say, track
 from pipeline.runtime import threads
@@ -76,8 +77,8 @@ def prepare(
         report = audit.report(items, splits, digests, found.not_images, unreadable)
         write_json(folder / "audit.json", report)
         write_json(folder / "facts.json", asdict(Facts(classes, size, fit, channels)))
-        groups = together(*_ties(items, digests, "group"))
-        write_index(folder / "index.csv", items, splits, groups, digests)
+        groups = together(*_ties(items, digests, split_by))
+        _write_index(folder / "index.csv", items, splits, groups, digests)
         for split in SPLITS:
             rows = [row for row, s in zip(kept, splits, strict=True) if s == split]
             images = new_images(folder / f"{split}.npy", len(rows), size, channels)
@@ -181,6 +182,22 @@ def _refuse_small(train: NDArray[np.int64], classes: Sequence[str], least: int) 
                 f"class {name!r} has {n} training images and needs {least} "
                 "(prepare.least_per_class); add some, or remove the class"
             )
+
+
+def _write_index(
+    file: Path,
+    items: Sequence[Item],
+    splits: Sequence[str],
+    groups: Sequence[int],
+    digests: Sequence[str],
+) -> None:
+    """Write index.csv: one row an image, in the order of `items`."""
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("id", "path", "label", "split", "group", "weight", "sha256"))
+        columns = zip(items, splits, groups, digests, strict=True)
+        for i, (item, split, group, digest) in enumerate(columns):
+            writer.writerow((i, item.path, item.label, split, group, item.weight, digest))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,10 @@ def probe(
     save_probes(out / "probe.safetensors", winner, linear, {**facts, "val": of_linear})
     write_text(out / "grid.csv", "\n".join(_grid(cells)) + "\n")
     write_json(out / "metrics.json", {"probe": metrics})
-    for name, cell, s in (("winner", best, scores["winner"]), ("linear", best_linear, scores["linear"])):
+    for name, cell, s in (
+        ("winner", best, scores["winner"]),
+        ("linear", best_linear, scores["linear"]),
+    ):
         accuracy = (s.argmax(1) == val.labels).mean()
         say(
             f"{name:<16} {cell.kind} on {cell.depth}, C {cell.c:g}: "

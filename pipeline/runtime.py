@@ -6,7 +6,7 @@ from pathlib import Path
 
 def threads() -> int:
     """Count the processors this process may use; PIPELINE_THREADS overrides it."""
-    return int(os.environ.get("PIPELINE_THREADS", 0)) or len(os.sched_getaffinity(0))
+    return int(os.environ.get("PIPELINE_THREADS", "0")) or len(os.sched_getaffinity(0))
 
 
 def cache_folder() -> Path:
@@ -18,4 +18,4 @@ def cache_folder() -> Path:
 
 def cache_bytes() -> float:
     """Give how much may be put there; PIPELINE_CACHE_GB overrides 16."""
-    return float(os.environ.get("PIPELINE_CACHE_GB", 16)) * 1e9
+    return float(os.environ.get("PIPELINE_CACHE_GB", "16")) * 1e9

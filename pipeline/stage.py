@@ -89,11 +89,9 @@ def arguments(stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
     _refuse_unknown(set(keys.values()), params)
     values = {name: _look_up(key, params) for name, key in keys.items()}
     hints = get_type_hints(stage, include_extras=True)
-    schema = create_model(
-        stage.__name__,
-        __config__=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False),
-        **{name: (hints[name], ...) for name in keys},
-    )
+    fields: dict[str, Any] = {name: (hints[name], ...) for name in keys}
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
+    schema = create_model(stage.__name__, __config__=strict, **fields)
     try:
         checked: BaseModel = schema(**values)
     except ValidationError as error:
@@ -132,7 +130,9 @@ def main(stage: Stage) -> None:
     Set PIPELINE_DEBUG=1 to see the traceback of an error.
     """
     summary = (inspect.getdoc(stage) or "").split("\n\n")[0]
-    parser = argparse.ArgumentParser(prog=f"python -m pipeline.{stage.__name__}", description=summary)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipeline.{stage.__name__}", description=summary
+    )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--timing", type=Path, required=True)
     for name in path_names(stage):

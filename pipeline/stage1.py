@@ -25,7 +25,7 @@ from pipeline.nets.cut import Cut, cut_point
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.freeze import freeze_all_but
 from pipeline.nets.network import Network, backbone_of, batches, refuse_larger, versions
-from pipeline.nets.stored import stored
+from pipeline.nets.stored import Batch, stored
 from pipeline.progress import say
 from pipeline.runtime import cache_folder, threads
 from pipeline.stage import Key, main
@@ -86,9 +86,7 @@ def stage1(
     def trunk_of(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
         with torch.no_grad():
             pixels = torch.from_numpy(images[chosen])
-            return cut.trunk(
-                network.normalise(augment(pixels, rows.ids[chosen], epoch, seed, how))
-            )
+            return cut.trunk(network.normalise(augment(pixels, rows.ids[chosen], epoch, seed, how)))
 
     def val_trunk_of(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
         with torch.no_grad():
@@ -111,7 +109,7 @@ def stage1(
     )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=cache_folder()) as cache:
-        batch = trunk_of
+        batch: Batch = trunk_of
         if views:
             batch = stored(trunk_of, len(images), views, Path(cache) / "train", "trunk train")
         val_batch = stored(val_trunk_of, len(val_images), 1, Path(cache) / "val", "trunk val")
@@ -140,9 +138,13 @@ def stage1(
         val_accuracy=best.val["accuracy"],
         val=best.val,
         trained=trained,
+        flips=flips,
         versions=versions(),
     )
-    return {"trunk_seconds": trunk_seconds, "epochs_seconds": time.perf_counter() - start - trunk_seconds}
+    return {
+        "trunk_seconds": trunk_seconds,
+        "epochs_seconds": time.perf_counter() - start - trunk_seconds,
+    }
 
 
 def _new_network(

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.errors import CheckpointError
 from pipeline.images.augment import Augment, Flips, augment
 from pipeline.images.pack import read_facts, read_images, read_rows
-from pipeline.learn.fit import Recipe, better, fit, training_weights
+from pipeline.learn.fit import Recipe, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best, write_metrics
 from pipeline.learn.metrics import validation
 from pipeline.learn.schedule import Schedule
@@ -132,7 +132,9 @@ def stage2(
         factor, val = choose_factor(curve)
         network.model.load_state_dict(between(start_state, best.state, factor))
         lines = [f"{f:.1f},{v['accuracy']:.6f},{v['loss']:.6f}" for f, v in curve]
-        write_text(out / "interpolation.csv", "\n".join(["factor,val_accuracy,val_loss", *lines, ""]))
+        write_text(
+            out / "interpolation.csv", "\n".join(["factor,val_accuracy,val_loss", *lines, ""])
+        )
         said = "stage 2 didn't help" if factor == 0 else f"val acc {val['accuracy']:.4f}"
         say(f"stage 1 to stage 2 by factor {factor:.1f}: {said}")
     ran = sum(1 for _ in (out / "history.csv").open()) - 1 - len(before)
@@ -182,7 +184,9 @@ def choose_factor(curve: list[tuple[float, Validation]]) -> tuple[float, Validat
     return max(curve, key=lambda point: (point[1]["accuracy"], -point[1]["loss"], -point[0]))
 
 
-def _refuse_other_score(val: Validation, meta: dict[str, Any], network: Network, file: Path) -> None:
+def _refuse_other_score(
+    val: Validation, meta: dict[str, Any], network: Network, file: Path
+) -> None:
     if network.precision != meta["precision"]:
         return  # another number format rounds otherwise
     if val != meta["val"]:

@@ -1,4 +1,4 @@
-"""Augmentation as a function of (seed, epoch, image): order, resume and processes don't change it."""
+"""Augmentation as a function of seed, epoch and image: in any order, resumed or not, the same."""
 
 import math
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ def augment(pixels: Tensor, ids: NDArray[np.int64], epoch: int, seed: int, how: 
         turns = DIHEDRAL if how.flips == "dihedral" else 2
         kinds = torch.from_numpy((u[:, 0] * turns).astype(np.int64))
         x = torch.empty_like(pixels)
-        for kind in kinds.unique():
+        for kind in range(turns):
             chosen = kinds == kind
-            x[chosen] = dihedral(pixels[chosen], int(kind))
+            x[chosen] = dihedral(pixels[chosen], kind)
     x = x.to(torch.float32)
     if how.crop < 1:
         x = _cropped(x, u[:, 1:5], how.crop)

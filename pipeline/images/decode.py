@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.errors import DataError
+from pipeline.images.pack import Fit
 
-Fit = Literal["squash", "crop", "pad"]
 Pixels = NDArray[np.uint8]
 
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "F"})
@@ -72,10 +72,9 @@ def _flat(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit and float grey to 8 bits; Pillow's own `convert` would clip at 255."""
     values = np.asarray(image).astype(np.float64)
+    top = 65535.0
     if image.mode == "F":
         top = 1.0 if values.max(initial=0) <= 1 else 255.0
-    else:
-        top = 65535.0
     return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
 

@@ -2,15 +2,17 @@
 
 import csv
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.images.sources import Item
+
+Fit = Literal["squash", "crop", "pad"]  # how an image becomes a square
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Facts:
 
     classes: list[str]
     size: int  # pixels a side
-    fit: str
+    fit: Fit
     channels: int  # 1 for grey, else 3
 
 
@@ -79,19 +81,3 @@ def new_images(file: Path, n: int, size: int, channels: int) -> NDArray[np.uint8
         file, mode="w+", dtype=np.uint8, shape=shape
     )
     return array
-
-
-def write_index(
-    file: Path,
-    items: Sequence[Item],
-    splits: Sequence[str],
-    groups: Sequence[int],
-    digests: Sequence[str],
-) -> None:
-    """Write index.csv: one row an image, in the order of `items`."""
-    with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(("id", "path", "label", "split", "group", "weight", "sha256"))
-        columns = zip(items, splits, groups, digests, strict=True)
-        for i, (item, split, group, digest) in enumerate(columns):
-            writer.writerow((i, item.path, item.label, split, group, item.weight, digest))

@@ -9,9 +9,14 @@ from pipeline.errors import DataError
 
 # The still-image formats that torchvision's ImageFolder reads, so that counts agree with it.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
-SPLITS = ("train", "val", "test")
-# Other names that people give to a validation folder.
-SPLIT_NAMES = {**{split: split for split in SPLITS}, "valid": "val", "validation": "val"}
+# The folders that are splits, by the names people give them.
+SPLIT_NAMES = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
 
 # Neighbouring solar cells were cut from one module. The data set doesn't name the module; runs of
 # one wafer type, cut every 60 rows, stand in for it (an inference from how alike neighbours are).

@@ -67,7 +67,9 @@ def together(*ties: Sequence[str]) -> list[int]:
     edges = [(images, images)]
     for tie in ties:
         first: dict[str, int] = {}
-        edges.append((images, np.array([first.setdefault(t, i) if t else i for i, t in enumerate(tie)])))
+        edges.append(
+            (images, np.array([first.setdefault(t, i) if t else i for i, t in enumerate(tie)]))
+        )
     rows, columns = (np.concatenate(side) for side in zip(*edges, strict=True))
     graph = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(n, n))
     return [int(number) for number in connected_components(graph, directed=False)[1]]

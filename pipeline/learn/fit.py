@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +60,6 @@ def fit(
     weights: NDArray[np.float64],
     recipe: Recipe,
     seed: int,
-    progress: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
 ) -> Iterator[Epoch]:
     """Train a model's trainable parameters, yielding after each epoch.
 
@@ -100,7 +99,7 @@ def fit(
                 logits, target, reduction="none", label_smoothing=recipe.label_smoothing
             )
             loss = (losses * torch.from_numpy(weights[rows]).to(losses.dtype)).mean()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
             optimizer.step()
             optimizer.zero_grad()
             value = loss.item()
@@ -111,7 +110,6 @@ def fit(
                 )
             total_loss += value
             total_right += int((logits.argmax(1) == target).sum())
-            progress(epoch, step + 1, steps)
         yield Epoch(
             epoch,
             recipe.lr * factor,
@@ -154,8 +152,3 @@ def training_weights(
         counts = np.bincount(labels, minlength=n_classes)
         combined = combined * (len(labels) / (n_classes * np.maximum(counts, 1)))[labels]
     return np.asarray(combined / combined.mean())
-
-
-def better(a: Sequence[float], b: Sequence[float] | None) -> bool:
-    """Tell whether (validation accuracy, loss) `a` of a later epoch beats `b` of an earlier one."""
-    return b is None or (a[0], -a[1]) > (b[0], -b[1])

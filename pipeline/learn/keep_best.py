@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.learn.fit import Epoch, better
+from pipeline.learn.fit import Epoch
 from pipeline.progress import say
 from pipeline.stage import write_json, write_text
 
@@ -46,8 +46,7 @@ def keep_best(
     best: Best | None = None
     for epoch in epochs:
         val = validate()
-        score = (val["accuracy"], val["loss"])
-        if better(score, best and (best.val["accuracy"], best.val["loss"])):
+        if best is None or better(val, best.val):
             state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             best = Best(epoch.epoch, epoch.accuracy, val, state)
         assert best is not None
@@ -56,8 +55,8 @@ def keep_best(
         write_metrics(out, stage, best.val, epochs=epoch.epoch, best_epoch=best.epoch)
         say(
             f"epoch {epoch.epoch:>3}  train loss {epoch.loss:.4f} acc {epoch.accuracy:.4f}  "
-            f"val loss {val['loss']:.4f} acc {val['accuracy']:.4f}  best {best.val['accuracy']:.4f} "
-            f"(epoch {best.epoch})  {epoch.seconds:.1f} s"
+            f"val loss {val['loss']:.4f} acc {val['accuracy']:.4f}  "
+            f"best {best.val['accuracy']:.4f} (epoch {best.epoch})  {epoch.seconds:.1f} s"
         )
         if patience and epoch.epoch - best.epoch >= patience:
             say(f"stopped early: no better epoch in {patience}")
@@ -65,6 +64,11 @@ def keep_best(
     assert best is not None
     model.load_state_dict(best.state)
     return best
+
+
+def better(later: Validation, earlier: Validation) -> bool:
+    """Tell whether a later validation beats an earlier one: by accuracy, then by loss."""
+    return (later["accuracy"], -later["loss"]) > (earlier["accuracy"], -earlier["loss"])
 
 
 def write_metrics(out: Path, stage: str, val: Validation, **more: float) -> None:

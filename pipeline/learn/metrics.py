@@ -1,4 +1,4 @@
-"""Scores of predictions, all from class scores (N, C) and labels (N,)."""
+"""Validation metrics and calibration, from class scores (N, C) and labels (N,)."""
 
 from typing import Any
 
@@ -6,35 +6,29 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
+from sklearn.metrics import balanced_accuracy_score
 
-
-Floats = NDArray[np.floating[Any]]
+Scores = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 
-def validation(scores: Floats, labels: Ints, temperature: float = 1.0) -> dict[str, float | None]:
+def validation(scores: Scores, labels: Ints, temperature: float = 1.0) -> dict[str, float]:
     """Give accuracy, balanced accuracy and cross-entropy (nats) of a validation split."""
     predicted = scores.argmax(1)
     return {
         "accuracy": float((predicted == labels).mean()),
-        "balanced_accuracy": balanced_accuracy(labels, predicted),
+        "balanced_accuracy": float(balanced_accuracy_score(labels, predicted)),
         "loss": cross_entropy(scores, labels, temperature),
     }
 
 
-def balanced_accuracy(labels: Ints, predicted: Ints) -> float:
-    """Give the mean recall over the classes that occur."""
-    occurring = np.unique(labels)
-    return float(np.mean([(predicted[labels == c] == c).mean() for c in occurring]))
-
-
-def cross_entropy(scores: Floats, labels: Ints, temperature: float = 1.0) -> float:
+def cross_entropy(scores: Scores, labels: Ints, temperature: float = 1.0) -> float:
     """Give the mean negative log-likelihood (nats) of softmax(scores / temperature)."""
     log_p = log_softmax(np.asarray(scores, np.float64) / temperature, axis=1)
     return float(-log_p[np.arange(len(labels)), labels].mean())
 
 
-def fit_temperature(scores: Floats, labels: Ints) -> float:
+def fit_temperature(scores: Scores, labels: Ints) -> float:
     """Find the temperature that minimises cross-entropy (Guo et al. 2017, arXiv 1706.04599)."""
     found = minimize_scalar(
         lambda log_t: cross_entropy(scores, labels, float(np.exp(log_t))),

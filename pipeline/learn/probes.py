@@ -158,7 +158,11 @@ def read_probes(file: Path) -> tuple[Probe, Probe, dict[str, Any]]:
     winner, linear = (
         Probe(
             **meta[name],
-            arrays={k.removeprefix(f"{name}."): a for k, a in tensors.items() if k.startswith(f"{name}.")},
+            arrays={
+                k.removeprefix(f"{name}."): a
+                for k, a in tensors.items()
+                if k.startswith(f"{name}.")
+            },
         )
         for name in ("winner", "linear")
     )

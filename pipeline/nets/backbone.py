@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def build(name: str, n_classes: int) -> nn.Module:
     """
     library, _, model_name = name.partition("/")
     if library == "torchvision":
-        known = [m for m in zoo.list_models(module=zoo)]
+        known = zoo.list_models(module=zoo)
         model = _made(name, model_name, known, lambda: zoo.get_model(model_name, weights=None))
     elif library == "timm":
         known = timm.list_models()
@@ -73,14 +74,14 @@ def set_head(model: nn.Module, n_classes: int) -> None:
     model.set_submodule(head, nn.Linear(old.in_features, n_classes))
 
 
-def _made(name: str, model_name: str, known: list[str], make: Any) -> nn.Module:
+def _made(name: str, model_name: str, known: list[str], make: Callable[[], nn.Module]) -> nn.Module:
     if model_name not in known:
         library = name.partition("/")[0]
         hint = near(name, [f"{library}/{k}" for k in known])
         raise ParamError(f"backbone.name = {name!r}: no such network; {hint}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of initialisations that change in future versions
-        model = make()
+        model: nn.Module = make()
     if getattr(model, "aux_logits", False):
         raise ParamError(f"backbone.name = {name!r}: has side heads, which aren't supported")
     return model
@@ -91,7 +92,7 @@ def head_name(model: nn.Module) -> str:
 
     Raises ParamError if there is none.
     """
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linear: list[str] = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linear:
         raise ParamError(f"backbone.name: {type(model).__name__} has no linear head")
     return linear[-1]

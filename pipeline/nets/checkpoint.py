@@ -5,7 +5,6 @@ hashes; one key with sorted JSON gives the same bytes each time.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ KEY = "pipeline"
 def write(file: Path, tensors: dict[str, np.ndarray[Any, Any]], meta: dict[str, Any]) -> None:
     """Write tensors and metadata whole: who reads the file sees the old or the new one."""
     data = save(
-        {name: np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())},
+        {name: np.asarray(tensor, order="C") for name, tensor in sorted(tensors.items())},
         metadata={KEY: json.dumps(meta, sort_keys=True, ensure_ascii=False)},
     )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +39,8 @@ def read(file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
             meta = (opened.metadata() or {}).get(KEY)
             if meta is None:
                 raise CheckpointError(f"{file}: not a checkpoint of this pipeline (no metadata)")
-            return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(meta)
+            names = opened.keys()  # a method of the file: it is no dictionary
+            return {name: opened.get_tensor(name) for name in names}, json.loads(meta)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; run `dvc repro` or `dvc pull`") from None
     except (SafetensorError, json.JSONDecodeError) as error:

@@ -17,7 +17,7 @@ def cut_point(model: nn.Module, trained: Sequence[str]) -> str:
     raise ValueError(f"none of {trained} is in a block")
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """Carries a block's input out of a forward pass that need not go on."""
 
 
@@ -56,12 +56,12 @@ class Cut:
         """Compute the block's input (B, D, h, w) from normalised images (B, 3, H, W)."""
 
         def leave(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _Reached(inputs[0])
+            raise _ReachedError(inputs[0])
 
         handle = self.block.register_forward_pre_hook(leave)
         try:
             self.model(x)
-        except _Reached as reached:
+        except _ReachedError as reached:
             tensor: Tensor = reached.args[0]
             return tensor
         finally:

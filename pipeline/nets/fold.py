@@ -44,11 +44,11 @@ def fold(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             _fold_convolution(module, followers.get(module), low)
         elif isinstance(module, nn.Linear):
-            module.forward = _linear(module, low)
+            module.forward = _linear(module, low)  # type: ignore[method-assign, assignment]
             linear = module
     if linear is not None:
-        linear.forward = _linear(linear, torch.float32)
-    model.to(memory_format=torch.channels_last)
+        linear.forward = _linear(linear, torch.float32)  # type: ignore[method-assign, assignment]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch omits it
     return model
 
 
@@ -91,7 +91,8 @@ def _fold_convolution(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, low: torch.dty
         dtype = torch.float32 if depthwise and torch.is_grad_enabled() else low
         weight, bias = conv.weight, conv.bias
         if bn is not None and not bn.training:
-            assert bn.running_var is not None and bn.running_mean is not None
+            assert bn.running_var is not None
+            assert bn.running_mean is not None
             scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)  # (D,)
             shift = bn.bias - bn.running_mean * scale
             weight = weight * scale[:, None, None, None]
@@ -100,9 +101,9 @@ def _fold_convolution(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, low: torch.dty
             dtype = torch.float32  # batch statistics of rounded values would be poor ones
         return convolve(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    conv.forward = forward  # type: ignore[method-assign]
+    conv.forward = forward  # type: ignore[method-assign, assignment]
     if bn is not None:
-        bn.forward = _after_folded(bn)  # type: ignore[method-assign]
+        bn.forward = _after_folded(bn)  # type: ignore[method-assign, assignment]
 
 
 def _after_folded(bn: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
@@ -122,7 +123,9 @@ def _after_folded(bn: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
 
 def _convolve(conv: nn.Conv2d) -> Convolve:
     if type(conv).__name__ == "Conv2dSame":  # timm's padding as TensorFlow does it
-        from timm.layers import conv2d_same
+        import timm.layers
+
+        conv2d_same: Any = timm.layers.conv2d_same  # type: ignore[attr-defined]  # not in __all__
 
         def same(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             y: Tensor = conv2d_same(

@@ -30,4 +30,4 @@ def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> 
 
 def _stay_in_eval(module: nn.Module) -> None:
     module.eval()
-    module.train = lambda mode=True: module  # type: ignore[method-assign, assignment]
+    module.train = lambda mode=True: module  # type: ignore[method-assign]

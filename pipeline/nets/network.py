@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ParamError
 from pipeline.nets import checkpoint
-from pipeline.nets.backbone import Backbone, build
+from pipeline.nets.backbone import Backbone, build, head_name
 from pipeline.nets.fold import fold
 
 # Batches of 8, 16 and 32 give an image the same result to the bit, others don't.
@@ -30,9 +30,16 @@ class Network:
     classes: list[str]
     image_size: int  # pixels a side, at its input
     packed_size: int  # pixels a side that an image is first fitted to
-    fit: str  # how an image becomes a square
+    fit: Literal["squash", "crop", "pad"]  # how an image becomes a square
     channels: int  # of the images it was made with: 1 for grey, else 3
     precision: Literal["fp32", "bf16"]
+
+    @property
+    def n_outputs(self) -> int:
+        """Count the logits: the classes, or for a probe's network those of its source."""
+        head = self.model.get_submodule(head_name(self.model))
+        assert isinstance(head, nn.Linear)
+        return head.out_features
 
     def facts(self) -> dict[str, Any]:
         """Give everything but the weights, for a checkpoint's metadata."""
@@ -41,7 +48,9 @@ class Network:
 
     def save(self, file: Path, **more: Any) -> None:
         """Write the checkpoint; `more` joins the metadata."""
-        tensors = {name: t.detach().contiguous().numpy() for name, t in self.model.state_dict().items()}
+        tensors = {
+            name: t.detach().contiguous().numpy() for name, t in self.model.state_dict().items()
+        }
         checkpoint.write(file, tensors, {**self.facts(), **more})
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -69,35 +78,52 @@ class Network:
         if wrong:
             raise CheckpointError(
                 f"{where}: a checkpoint of another network than {self.backbone.name} with "
-                f"{len(self.classes)} classes ({len(wrong)} tensors differ, such as {wrong[0]})"
+                f"{self.n_outputs} outputs ({len(wrong)} tensors differ, such as {wrong[0]})"
             )
         self.model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
 
 
-def load(file: Path, precision: Literal["fp32", "bf16"] | None = None) -> tuple[Network, dict[str, Any]]:
+def load(
+    file: Path, precision: Literal["fp32", "bf16"] | None = None
+) -> tuple[Network, dict[str, Any]]:
     """Build the network of a checkpoint without pretrained weights and load it strictly.
 
     Returns it with the checkpoint's metadata. Raises CheckpointError if it can't be.
     """
     tensors, meta = checkpoint.read(file)
+    return from_checkpoint(tensors, meta, file, precision), meta
+
+
+def from_checkpoint(
+    tensors: dict[str, NDArray[Any]],
+    meta: dict[str, Any],
+    file: Path,
+    precision: Literal["fp32", "bf16"] | None = None,
+    n_outputs: int | None = None,
+) -> Network:
+    """Make a network from a checkpoint's tensors and metadata.
+
+    `precision` overrides what it was made with, `n_outputs` its number of classes: a probe's
+    network keeps the head of its source. Raises CheckpointError if they don't belong together.
+    """
     try:
         facts = {name: meta[name] for name in Network.__dataclass_fields__ if name != "model"}
     except KeyError as error:
         raise CheckpointError(f"{file}: holds no network (no {error}); choose another") from None
-    facts["backbone"] = backbone = backbone_of(meta)
+    facts["backbone"] = backbone_of(meta)
     if precision:
         facts["precision"] = precision
-    model = fold(build(backbone.name, len(facts["classes"])), facts["precision"])
-    network = Network(model, **facts)
+    model = build(facts["backbone"].name, n_outputs or len(facts["classes"]))
+    network = Network(fold(model, facts["precision"]), **facts)
     network.load_state(tensors, file)
     network.model.eval()
-    return network, meta
+    return network
 
 
 def backbone_of(meta: dict[str, Any]) -> Backbone:
     """Take the backbone from a checkpoint's metadata."""
     facts = meta["backbone"]
-    return Backbone(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+    return Backbone(**{**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])})
 
 
 def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:
@@ -122,7 +148,9 @@ def batches(n: int) -> Iterator[NDArray[np.int64]]:
         yield np.minimum(np.arange(start, start + EVAL_BATCH), n - 1)
 
 
-def over(images: NDArray[np.uint8], run: Callable[[Tensor], Sequence[Tensor]]) -> Iterator[list[NDArray[np.float32]]]:
+def over(
+    images: NDArray[np.uint8], run: Callable[[Tensor], Sequence[Tensor]]
+) -> Iterator[list[NDArray[np.float32]]]:
     """Run a function on all images (N, H, W[, 3]) in batches, in inference mode.
 
     Yields its float32 outputs a batch, without the rows that only filled the last one.

@@ -27,7 +27,9 @@ def stored(compute: Batch, n: int, views: int, file: Path, name: str) -> Batch:
         return (epoch - 1) % views
 
     sample = compute(1, np.zeros(EVAL_BATCH, np.int64))
-    channels_last = sample.ndim == 4  # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it
+    channels_last = (
+        sample.ndim == 4
+    )  # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it
     shape = sample.permute(0, 2, 3, 1).shape[1:] if channels_last else sample.shape[1:]
     total = views * n * shape.numel()
     if total * sample.element_size() > cache_bytes():

@@ -11,27 +11,35 @@ LAST = "last"  # the depth of the head's input
 
 
 class Taps:
-    """Collects globally average-pooled activations while a network runs."""
+    """Collects globally average-pooled activations while a network runs, until it is closed."""
 
     def __init__(self, model: nn.Module, depths: Sequence[str]) -> None:
         self.model = model
-        self.depths = [*depths, LAST]
+        self.depths = list(depths)
         self._codes: dict[str, Tensor] = {}
-        for depth in depths:
-            model.get_submodule(depth).register_forward_hook(self._pooled(depth))
-        model.get_submodule(head_name(model)).register_forward_pre_hook(self._head_input)
+        self._handles = [self._hook(depth) for depth in dict.fromkeys(depths)]
 
-    def _pooled(self, depth: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _hook(self, depth: str) -> Any:
+        def pooled(module: nn.Module, inputs: Any, output: Tensor) -> None:
             self._codes[depth] = output.float().mean((2, 3))  # (B, D, h, w) -> (B, D)
 
-        return hook
+        def head_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._codes[depth] = inputs[0].float()  # (B, D)
 
-    def _head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._codes[LAST] = inputs[0].float()  # (B, D)
+        if depth == LAST:
+            head = self.model.get_submodule(head_name(self.model))
+            return head.register_forward_pre_hook(head_input)
+        return self.model.get_submodule(depth).register_forward_hook(pooled)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Compute the codes of normalised images (B, 3, H, W): one (B, D) a depth."""
         self._codes.clear()
         self.model(x)
         return [self._codes[depth] for depth in self.depths]
+
+    def __enter__(self) -> "Taps":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,31 @@
+# The environment, the run, the checks. `make repro` and `make test` are all a newcomer needs.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Stages are started as `python`: the environment's own.
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.PHONY: repro test test-long lint install
+
+repro: install  ## run what isn't up to date, from the images to the final model
+	@$(RUN) dvc repro
+
+test: lint  ## lint, types and all tests that don't take minutes
+	@$(RUN) pytest -m "not long"
+
+test-long: install  ## the tests that take minutes
+	@$(RUN) pytest -m long
+
+lint: install
+	@$(RUN) ruff format --check --quiet .
+	@$(RUN) ruff check --quiet .
+	@$(RUN) mypy --no-error-summary
+
+install: .venv/.installed  ## the environment, once
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("error: Python 3.11 is needed, this is %d.%d; set PYTHON=python3.11" % v)'
+	@echo "installing into .venv (some minutes the first time)"
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[dev]"
+	@touch $@

@@ -1,1 +1,0 @@
-"""A two-stage fine-tuning pipeline for image classifiers."""

@@ -1,0 +1,216 @@
+"""Evaluate: all models on the test split, once; intervals, paired test, the final model."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from annotated_types import Interval
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from pipeline.classifier import Classifier, Scores, Viewing, scores
+from pipeline.errors import CheckpointError
+from pipeline.images.pack import Rows, read_facts, read_images, read_rows
+from pipeline.learn.metrics import fit_temperature
+from pipeline.learn.probes import Probe, read_probes
+from pipeline.learn.verdict import (
+    accuracy_interval,
+    confusion,
+    difference,
+    model_scores,
+    sure_above,
+)
+from pipeline.nets import checkpoint
+from pipeline.nets.backbone import pretrained
+from pipeline.nets.fold import fold
+from pipeline.nets.network import Network, backbone_of, load
+from pipeline.progress import say
+from pipeline.runtime import threads
+from pipeline.stage import Key, main, write_json, write_text
+
+# From simple to costly: of equals the final model is the first of these.
+CANDIDATES = ("probe", "stage1", "stage2")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the models to compare, with its scores (N, C) on validation and test."""
+
+    name: str
+    network: Network
+    probe: Probe | None
+    val: Scores
+    test: Scores
+
+
+def evaluate(
+    *,
+    prepared: Path,
+    probe: Path,
+    stage1: Path,
+    stage2: Path,
+    out: Path,
+    final: Path,
+    views: Annotated[int, Interval(ge=1, le=8)],
+    sure_accuracy: Annotated[float, Interval(ge=0, le=1)],
+    seed: Annotated[int, Key("seed")],
+) -> dict[str, float]:
+    """Score probe, linear probe, stage 1 and stage 2 on test, and write the final model.
+
+    The final model is chosen by validation accuracy, ties to the simpler; its temperature and its
+    threshold for "not sure" are fitted on validation.
+
+    Writes metrics.json, confusion.csv, per_class.csv, calibration.csv and predictions.csv into
+    `out`, model.safetensors into `final`.
+    """
+    torch.set_num_threads(threads())
+    val, test = read_rows(prepared, "val"), read_rows(prepared, "test")
+    classes = read_facts(prepared).classes
+    models, viewing = _models(prepared, [probe, stage1, stage2], classes, views)
+    val_accuracy = {m.name: float((m.val.argmax(1) == val.labels).mean()) for m in models}
+    chosen = max(
+        (m for m in models if m.name in CANDIDATES),
+        key=lambda m: (val_accuracy[m.name], -CANDIDATES.index(m.name)),
+    )
+    temperature = fit_temperature(chosen.val, val.labels)
+    probabilities = softmax(chosen.val / temperature, axis=1)
+    classifier = Classifier(
+        chosen.network,
+        chosen.probe,
+        viewing,
+        temperature,
+        sure_above(probabilities, val.labels, sure_accuracy),
+        chosen.name,
+    )
+    classifier.save(final / "model.safetensors")
+
+    metrics: dict[str, Any] = {"test": {}, "chosen": chosen.name}
+    if len(test.labels):
+        metrics = {**metrics, **_compared(models, test, seed)}
+    _write_tables(out, models, test, classes, temperature, chosen)
+    write_json(out / "metrics.json", metrics)
+    for line in _verdict(metrics, val_accuracy, len(test.labels)):
+        say(line)
+    return {}
+
+
+def _models(
+    prepared: Path, files: Sequence[Path], classes: Sequence[str], views: int
+) -> tuple[list[Model], Viewing]:
+    """Score every model on validation and test, in the same views: those stage 1 trained with."""
+    viewing = Viewing(checkpoint.read(files[1])[1]["flips"], views)
+    images = [read_images(prepared, split) for split in ("val", "test")]
+    winner, linear, meta = read_probes(files[0])
+    backbone = backbone_of(meta)
+    source, _ = pretrained(backbone.name, backbone.weights, backbone.sha256)
+    facts = {k: meta[k] for k in Network.__dataclass_fields__ if k not in ("model", "backbone")}
+    network = Network(fold(source.eval(), meta["precision"]), backbone, **facts)
+    val, test = (_scored(network, [winner, linear], split, viewing) for split in images)
+    models = [
+        Model("probe", network, winner, val[0], test[0]),
+        Model("probe_linear", network, linear, val[1], test[1]),
+    ]
+    for name, file in zip(CANDIDATES[1:], files[1:], strict=True):
+        network, _ = load(file)
+        if network.classes != classes:
+            raise CheckpointError(
+                f"{file}: its classes {network.classes} aren't those of the images, {classes}; "
+                f"run `dvc repro {name}`"
+            )
+        val, test = (_scored(network, [], split, viewing) for split in images)
+        models.append(Model(name, network, None, val[0], test[0]))
+    return models, viewing
+
+
+def _scored(
+    network: Network, probes: Sequence[Probe], images: NDArray[np.uint8], viewing: Viewing
+) -> list[Scores]:
+    if len(images) == 0:
+        return [np.empty((0, len(network.classes)))] * max(len(probes), 1)
+    return scores(network, probes, images, viewing)
+
+
+def _compared(models: Sequence[Model], test: Rows, seed: int) -> dict[str, Any]:
+    """Give each model's test metrics with intervals, and stage 2 against the probe."""
+    right = {m.name: m.test.argmax(1) == test.labels for m in models}
+    table = {}
+    for m in models:
+        low, high = accuracy_interval(right[m.name], test.groups, seed)
+        found = model_scores(m.test, test.labels, test.weights)
+        table[m.name] = {
+            "accuracy": found.pop("accuracy"),
+            "accuracy_low": low,
+            "accuracy_high": high,
+            **found,
+        }
+    against = difference(right["stage2"], right["probe"], test.groups, seed)
+    return {"test": table, "stage2_minus_probe": against}
+
+
+def _write_tables(
+    out: Path,
+    models: Sequence[Model],
+    test: Rows,
+    classes: Sequence[str],
+    temperature: float,
+    chosen: Model,
+) -> None:
+    """Write what a report and plots need: confusion, per class, predictions."""
+    answers = [("actual", "predicted")]
+    p = softmax(chosen.test / temperature, axis=1)
+    answers += [
+        (classes[label], classes[answer])
+        for label, answer in zip(test.labels, p.argmax(1), strict=True)
+    ]
+    _write_csv(out / "confusion.csv", answers)
+    lines: list[tuple[Any, ...]] = [("model", "class", "images", "recall", "precision")]
+    for m in models:
+        counts = confusion(m.test, test.labels)
+        for i, name in enumerate(classes):
+            actual, answered = counts[i].sum(), counts[:, i].sum()
+            recall = f"{counts[i, i] / actual:.6f}" if actual else ""
+            precision = f"{counts[i, i] / answered:.6f}" if answered else ""
+            lines.append((m.name, name, actual, recall, precision))
+    _write_csv(out / "per_class.csv", lines)
+    lines = [("id", "path", "label", *(m.name for m in models), "probability")]
+    for i, (number, path) in enumerate(zip(test.ids, test.paths, strict=True)):
+        answered = [classes[int(m.test[i].argmax())] for m in models]
+        lines.append((number, path, classes[test.labels[i]], *answered, f"{p[i].max():.6f}"))
+    _write_csv(out / "predictions.csv", lines)
+
+
+def _write_csv(file: Path, lines: Sequence[tuple[Any, ...]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    write_text(file, text.getvalue())
+
+
+def _verdict(metrics: dict[str, Any], val_accuracy: dict[str, float], n: int) -> list[str]:
+    """Say in a few lines what came out."""
+    if not metrics["test"]:
+        return [f"no labelled test split, so no verdict; chosen by validation: {metrics['chosen']}"]
+    lines = [f"{'':<14} val acc  test acc (95 % interval)   balanced  AUROC   on {n} test images"]
+    for name, m in metrics["test"].items():
+        auroc = "-" if m["auroc"] is None else f"{m['auroc']:.3f}"
+        lines.append(
+            f"{name:<14} {val_accuracy[name]:.4f}   {m['accuracy']:.4f}   "
+            f"({m['accuracy_low']:.3f} to {m['accuracy_high']:.3f})   "
+            f"{m['balanced_accuracy']:.4f}    {auroc}"
+        )
+    d = metrics["stage2_minus_probe"]
+    better = "helped" if d["low"] > 0 else "hurt" if d["high"] < 0 else "made no sure difference"
+    return [
+        *lines,
+        f"fine-tuning {better}: stage 2 minus probe {100 * d['accuracy']:+.1f} points "
+        f"(95 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f}, p = {d['p_value']:.3f})",
+        f"chosen by validation: {metrics['chosen']}",
+    ]
+
+
+if __name__ == "__main__":
+    main(evaluate)

@@ -1,0 +1,76 @@
+"""Predict: label and calibrated probability of new images, with the final model."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from pipeline.classifier import Classifier, load
+from pipeline.errors import DataError
+from pipeline.images.decode import decode
+from pipeline.progress import console
+from pipeline.runtime import threads
+from pipeline.stage import one_line_errors
+
+NOT_SURE = "not sure"
+
+
+def predict(classifier: Classifier, files: list[Path]) -> list[dict[str, Any]]:
+    """Classify image files: a row each with its label, probability and whether that is sure.
+
+    Raises DataError naming a file that isn't an image.
+    """
+    network = classifier.network
+    pixels = [decode(f, network.packed_size, network.fit, network.channels) for f in files]
+    rows = []
+    for file, p in zip(files, classifier.probabilities(np.stack(pixels)), strict=True):
+        rows.append(
+            {
+                "file": str(file),
+                "label": network.classes[int(p.argmax())],
+                "probability": round(float(p.max()), 4),
+                "sure": bool(p.max() >= classifier.sure_above),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.predict",
+        description="Print the label and the calibrated probability of image files.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("models/final/model.safetensors"),
+        help="a final model (default: %(default)s)",
+    )
+    options = parser.parse_args()
+    with one_line_errors():
+        torch.set_num_threads(threads())
+        for file in options.files:
+            if not file.is_file():
+                raise DataError(f"{file}: no such file")
+        rows = predict(load(options.model), options.files)
+    if options.json:
+        json.dump(rows, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+        return
+    table = Table("file", "label", "probability", box=None)
+    for row in rows:
+        label = row["label"] if row["sure"] else f"{row['label']} ({NOT_SURE})"
+        table.add_row(row["file"], label, f"{row['probability']:.3f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

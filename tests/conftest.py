@@ -1,0 +1,119 @@
+"""Small images, small params and the stages run on them; shared by all tests."""
+
+import os
+
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PIPELINE_THREADS", "2")
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.evaluate import evaluate
+from pipeline.extract import extract
+from pipeline.prepare import prepare
+from pipeline.probe import probe
+from pipeline.stage import Stage, arguments
+from pipeline.stage1 import stage1
+from pipeline.stage2 import stage2
+
+ROOT = Path(__file__).parent.parent
+TINY = "timm/test_efficientnet"  # 0.4 million weights, drawn from the seed
+
+SMALL = {
+    "backbone": {"name": TINY, "weights": "none"},
+    "prepare": {"source": "folder", "size": 64, "test_fraction": 0.25, "val_fraction": 0.25},
+    "extract": {"image_size": 64},
+    "probe": {"linear_c": [0.01, 1.0], "svm_linear_c": [0.01], "svm_rbf_c": [1.0], "folds": 2},
+    "stage1": {"unfreeze": ["blocks.4"], "image_size": 64, "epochs": 2, "views": 2},
+    "stage2": {"image_size": 64, "epochs": 2},
+    "evaluate": {"views": 2},
+}
+
+
+def write_photos(folder: Path, classes: int = 2, each: int = 16, grey: bool = False) -> Path:
+    """Write noisy pictures whose classes differ in the direction of their stripes."""
+    for label in range(classes):
+        for i in range(each):
+            file = folder / f"class{label}" / f"{i:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            random = np.random.default_rng([label, i])
+            y, x = np.mgrid[:48, :56] / 4
+            angle = np.pi * label / classes
+            stripes = np.sin(x * np.cos(angle) + y * np.sin(angle))[..., None]
+            pixels = 128 + 60 * stripes + random.normal(0, 25, (48, 56, 1 if grey else 3))
+            pixels = pixels.clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels[..., 0] if grey else pixels).save(file)
+    return folder
+
+
+def read_params(**sections: dict[str, Any]) -> dict[str, Any]:
+    """Read the project's params.yaml made small, then changed by `section={key: value}`."""
+    params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for changes in (SMALL, sections):
+        for section, values in changes.items():
+            if isinstance(values, dict):
+                assert set(values) <= set(params[section]), f"unknown keys in {values}"
+                params[section].update(values)
+            else:
+                params[section] = values
+    return params
+
+
+def paths(folder: Path) -> dict[str, dict[str, Path]]:
+    """Name every stage's inputs and outputs below one folder, as dvc.yaml does."""
+    prepared, features, models = folder / "prepared", folder / "features", folder / "models"
+    probes = models / "probe" / "probe.safetensors"
+    first, second = (models / f"stage{i}" / "model.safetensors" for i in (1, 2))
+    return {
+        "prepare": {"out": prepared},
+        "extract": {"prepared": prepared, "out": features},
+        "probe": {"features": features, "out": models / "probe"},
+        "stage1": {"prepared": prepared, "probe": probes, "out": models / "stage1"},
+        "stage2": {"prepared": prepared, "stage1": first, "out": models / "stage2"},
+        "evaluate": {
+            "prepared": prepared,
+            "probe": probes,
+            "stage1": first,
+            "stage2": second,
+            "out": models / "report",
+            "final": models / "final",
+        },
+    }
+
+
+STAGES: dict[str, Stage] = {
+    stage.__name__: stage for stage in (prepare, extract, probe, stage1, stage2, evaluate)
+}
+
+
+def run(folder: Path, params: dict[str, Any], *names: str) -> None:
+    """Run the named stages, or all, with the given params and everything below one folder."""
+    for name in names or STAGES:
+        STAGES[name](**paths(folder)[name], **arguments(STAGES[name], params))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of sixteen colour images."""
+    return write_photos(tmp_path / "photos")
+
+
+@pytest.fixture(autouse=True)
+def cache_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep trunk outputs out of the project's folder."""
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole small run that tests may read, not change: see `paths` for what lies where."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_photos(folder / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIPELINE_CACHE", str(folder / "cache"))
+        run(folder, read_params(prepare={"path": str(folder / "photos")}))
+    return folder
