@@ -1,6 +1,5 @@
 """A finished classifier: a network, perhaps a probe on its codes, and how sure it has to be."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,48 +7,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
-from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.images.augment import Flips, dihedral, views
 from pipeline.learn.probes import Probe
 from pipeline.nets import checkpoint
 from pipeline.nets.network import Network, from_checkpoint, over
 from pipeline.nets.taps import Taps
+from pipeline.viewing import Viewing, averaged
 
 Scores = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Viewing:
-    """Which flips and turns of an image a prediction is averaged over."""
-
-    flips: Flips
-    most: int
-
-
-def scores(
-    network: Network, probes: Sequence[Probe], images: NDArray[np.uint8], viewing: Viewing
-) -> list[Scores]:
-    """Score packed images (N, H, W[, 3]): one (N, C) a probe, or the network's logits if none.
-
-    All probes share the network's passes; scores are averaged over the views.
-    """
+def logits(network: Network, images: NDArray[np.uint8], viewing: Viewing) -> Scores:
+    """Compute a network's logits (N, C) of packed images (N, H, W[, 3]), averaged over views."""
     network.model.eval()
-    kinds = views(viewing.flips, viewing.most)
-    totals: list[Any] = [0.0] * max(len(probes), 1)
-    with Taps(network.model, [probe.depth for probe in probes]) as taps:
-        for kind in kinds:
+    parts = over(images, averaged(network, lambda x: [network.model(x)], viewing))
+    return np.concatenate([part[0] for part in parts]).astype(np.float64)
 
-            def run(pixels: Tensor, kind: int = kind) -> Sequence[Tensor]:
-                x = network.normalise(dihedral(pixels, kind))
-                return taps(x) if probes else [network.model(x)]
 
-            parts = list(over(images, run))
-            outputs = [np.concatenate(column) for column in zip(*parts, strict=True)]
-            for i in range(len(totals)):
-                totals[i] = totals[i] + (probes[i].scores(outputs[i]) if probes else outputs[i])
-    return [np.asarray(total / len(kinds), np.float64) for total in totals]
+def codes(
+    network: Network, depth: str, images: NDArray[np.uint8], viewing: Viewing
+) -> NDArray[np.float32]:
+    """Compute codes (N, D) of packed images, averaged over views as extract does."""
+    network.model.eval()
+    with Taps(network.model, [depth]) as taps:
+        return np.concatenate([part[0] for part in over(images, averaged(network, taps, viewing))])
 
 
 @dataclass(frozen=True)
@@ -65,9 +47,12 @@ class Classifier:
 
     def probabilities(self, images: NDArray[np.uint8]) -> Scores:
         """Give calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
-        probes = [self.probe] if self.probe else []
-        found = scores(self.network, probes, images, self.viewing)[0]
-        return np.asarray(softmax(found / self.temperature, axis=1))
+        if self.probe is None:
+            scores = logits(self.network, images, self.viewing)
+        else:
+            found = codes(self.network, self.probe.depth, images, self.viewing)
+            scores = self.probe.scores(found)
+        return np.asarray(softmax(scores / self.temperature, axis=1))
 
     def save(self, file: Path) -> None:
         """Write everything into one safetensors file."""

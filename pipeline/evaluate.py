@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from annotated_types import Interval
-from numpy.typing import NDArray
 from scipy.special import softmax
 
-from pipeline.classifier import Classifier, Scores, Viewing, scores
+from pipeline.classifier import Classifier, Scores, logits
 from pipeline.errors import CheckpointError
 from pipeline.images.pack import Rows, read_facts, read_images, read_rows
+from pipeline.learn.codes import read_codes
 from pipeline.learn.metrics import fit_temperature
 from pipeline.learn.probes import Probe, read_probes
 from pipeline.learn.verdict import (
@@ -26,12 +26,13 @@ from pipeline.learn.verdict import (
     sure_above,
 )
 from pipeline.nets import checkpoint
-from pipeline.nets.backbone import pretrained
+from pipeline.nets.backbone import again
 from pipeline.nets.fold import fold
 from pipeline.nets.network import Network, backbone_of, load
 from pipeline.progress import say
 from pipeline.runtime import threads
 from pipeline.stage import Key, main, write_json, write_text
+from pipeline.viewing import Viewing
 
 # From simple to costly: of equals the final model is the first of these.
 CANDIDATES = ("probe", "stage1", "stage2")
@@ -44,6 +45,7 @@ class Model:
     name: str
     network: Network
     probe: Probe | None
+    viewing: Viewing
     val: Scores
     test: Scores
 
@@ -51,6 +53,7 @@ class Model:
 def evaluate(
     *,
     prepared: Path,
+    features: Path,
     probe: Path,
     stage1: Path,
     stage2: Path,
@@ -71,7 +74,7 @@ def evaluate(
     torch.set_num_threads(threads())
     val, test = read_rows(prepared, "val"), read_rows(prepared, "test")
     classes = read_facts(prepared).classes
-    models, viewing = _models(prepared, [probe, stage1, stage2], classes, views)
+    models = _models(prepared, features, [probe, stage1, stage2], classes, views)
     val_accuracy = {m.name: float((m.val.argmax(1) == val.labels).mean()) for m in models}
     chosen = max(
         (m for m in models if m.name in CANDIDATES),
@@ -82,7 +85,7 @@ def evaluate(
     classifier = Classifier(
         chosen.network,
         chosen.probe,
-        viewing,
+        chosen.viewing,
         temperature,
         sure_above(probabilities, val.labels, sure_accuracy),
         chosen.name,
@@ -100,21 +103,23 @@ def evaluate(
 
 
 def _models(
-    prepared: Path, files: Sequence[Path], classes: Sequence[str], views: int
-) -> tuple[list[Model], Viewing]:
-    """Score every model on validation and test, in the same views: those stage 1 trained with."""
-    viewing = Viewing(checkpoint.read(files[1])[1]["flips"], views)
-    images = [read_images(prepared, split) for split in ("val", "test")]
+    prepared: Path, features: Path, files: Sequence[Path], classes: Sequence[str], views: int
+) -> list[Model]:
+    """Score every model on validation and test, both in the same views.
+
+    The probes' views are those of their codes; stage 1's and 2's are what they trained with.
+    """
     winner, linear, meta = read_probes(files[0])
     backbone = backbone_of(meta)
-    source, _ = pretrained(backbone.name, backbone.weights, backbone.sha256)
     facts = {k: meta[k] for k in Network.__dataclass_fields__ if k not in ("model", "backbone")}
-    network = Network(fold(source.eval(), meta["precision"]), backbone, **facts)
-    val, test = (_scored(network, [winner, linear], split, viewing) for split in images)
-    models = [
-        Model("probe", network, winner, val[0], test[0]),
-        Model("probe_linear", network, linear, val[1], test[1]),
-    ]
+    network = Network(fold(again(backbone).eval(), meta["precision"]), backbone, **facts)
+    viewing = Viewing(**meta["viewing"])
+    models = []
+    for name, fitted in (("probe", winner), ("probe_linear", linear)):
+        val, test = (fitted.scores(read_codes(features, s, fitted.depth)) for s in ("val", "test"))
+        models.append(Model(name, network, fitted, viewing, val, test))
+    images = [read_images(prepared, split) for split in ("val", "test")]
+    viewing = Viewing(checkpoint.read(files[1])[1]["flips"], views)
     for name, file in zip(CANDIDATES[1:], files[1:], strict=True):
         network, _ = load(file)
         if network.classes != classes:
@@ -122,17 +127,12 @@ def _models(
                 f"{file}: its classes {network.classes} aren't those of the images, {classes}; "
                 f"run `dvc repro {name}`"
             )
-        val, test = (_scored(network, [], split, viewing) for split in images)
-        models.append(Model(name, network, None, val[0], test[0]))
-    return models, viewing
-
-
-def _scored(
-    network: Network, probes: Sequence[Probe], images: NDArray[np.uint8], viewing: Viewing
-) -> list[Scores]:
-    if len(images) == 0:
-        return [np.empty((0, len(network.classes)))] * max(len(probes), 1)
-    return scores(network, probes, images, viewing)
+        val, test = (
+            logits(network, split, viewing) if len(split) else np.empty((0, len(classes)))
+            for split in images
+        )
+        models.append(Model(name, network, None, viewing, val, test))
+    return models
 
 
 def _compared(models: Sequence[Model], test: Rows, seed: int) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _write_tables(
     ]
     _write_csv(out / "confusion.csv", answers)
     lines: list[tuple[Any, ...]] = [("model", "class", "images", "recall", "precision")]
-    for m in models:
+    for m in models if len(test.labels) else []:
         counts = confusion(m.test, test.labels)
         for i, name in enumerate(classes):
             actual, answered = counts[i].sum(), counts[:, i].sum()

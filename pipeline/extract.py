@@ -1,6 +1,8 @@
 """Extract: CNN codes of all images at several depths of the frozen, pretrained network."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +11,7 @@ import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 
+from pipeline.images.augment import Flips
 from pipeline.images.pack import SPLITS, read_facts, read_images, read_rows
 from pipeline.learn.codes import Labelled, new_codes, write_labels
 from pipeline.nets import blocks
@@ -19,6 +22,7 @@ from pipeline.nets.taps import LAST, Taps
 from pipeline.progress import track
 from pipeline.runtime import threads
 from pipeline.stage import Key, main, whole_folder, write_json
+from pipeline.viewing import Run, Viewing, averaged
 
 
 def extract(
@@ -26,14 +30,18 @@ def extract(
     prepared: Path,
     out: Path,
     image_size: Annotated[int, Interval(ge=16, le=2048)],
+    views: Annotated[int, Interval(ge=1, le=8)],
     depths: Literal["auto"] | list[str],
+    flips: Annotated[Flips, Key("flips")],
     name: Annotated[str, Key("backbone.name")],
     weights: Annotated[str, Key("backbone.weights")],
     sha256: Annotated[str, Key("backbone.sha256")],
     precision: Annotated[Precision, Key("precision")],
     seed: Annotated[int, Key("seed")],
 ) -> dict[str, float]:
-    """Run every image through the frozen network once and keep its pooled activations.
+    """Run every image through the frozen network and keep its pooled activations.
+
+    The codes are averaged over up to `views` flips of the image, train and test alike.
 
     Writes {split}-{depth}.npy (N, D), facts.json, and labels.csv: the labels of train and val, not
     of test.
@@ -41,10 +49,9 @@ def extract(
     Raises ParamError for a wrong size, network or depth, WeightsError for wrong weights.
     """
     torch.set_num_threads(threads())
-    torch.manual_seed(seed)  # weights: none draws them
     packed = read_facts(prepared)
     refuse_larger("extract", image_size, packed.size)
-    model, backbone = pretrained(name, weights, sha256)
+    model, backbone = pretrained(name, weights, sha256, seed)
     chosen = (
         blocks.depths(model) if depths == "auto" else blocks.match(model, depths, "extract.depths")
     )
@@ -63,10 +70,12 @@ def extract(
         for split in SPLITS:
             images = read_images(prepared, split)
             start = time.perf_counter()
-            _extract(network, taps, images, split, folder)
+            run = averaged(network, taps, Viewing(flips, views))
+            _extract(run, taps.depths, images, split, folder)
             seconds += time.perf_counter() - start
             n_images += len(images)
-        facts = {**network.facts(), "depths": taps.depths}
+        viewing = asdict(Viewing(flips, views))
+        facts = {**network.facts(), "depths": taps.depths, "viewing": viewing}
         write_json(folder / "facts.json", facts)
         labelled = {}
         for split in ("train", "val"):
@@ -77,16 +86,16 @@ def extract(
 
 
 def _extract(
-    network: Network, taps: Taps, images: NDArray[np.uint8], split: str, out: Path
+    run: Run, depths: Sequence[str], images: NDArray[np.uint8], split: str, out: Path
 ) -> None:
     arrays: list[NDArray[np.float32]] = []
     done = 0
-    outputs = over(images, lambda pixels: taps(network.normalise(pixels)))
+    outputs = over(images, run)
     for codes in track(outputs, len(images), f"codes {split}", width=lambda codes: len(codes[0])):
         if not arrays:
             arrays = [
                 new_codes(out, split, depth, len(images), code.shape[1])
-                for depth, code in zip(taps.depths, codes, strict=True)
+                for depth, code in zip(depths, codes, strict=True)
             ]
         for array, code in zip(arrays, codes, strict=True):
             array[done : done + len(code)] = code

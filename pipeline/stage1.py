@@ -19,9 +19,9 @@ from pipeline.learn.keep_best import Validation, keep_best
 from pipeline.learn.metrics import validation
 from pipeline.learn.probes import head_of, read_probes
 from pipeline.learn.schedule import Schedule
-from pipeline.nets.backbone import head_name, pretrained, set_head
+from pipeline.nets.backbone import again, head_name, set_head
 from pipeline.nets.blocks import match, trained_with
-from pipeline.nets.cut import Cut, cut_point
+from pipeline.nets.cut import cut_below
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.freeze import freeze_all_but
 from pipeline.nets.network import Network, backbone_of, batches, refuse_larger, versions
@@ -54,7 +54,7 @@ def stage1(
     step_epochs: Annotated[int, Ge(1)],
     gamma: Annotated[float, Interval(gt=0, le=1)],
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)],
-    flips: Annotated[Flips, Key("augment.flips")],
+    flips: Annotated[Flips, Key("flips")],
     crop: Annotated[float, Key("augment.crop"), Interval(gt=0, le=1)],
     light: Annotated[float, Key("augment.light"), Interval(ge=0, lt=1)],
     sample_weight: Annotated[bool, Key("sample_weight")],
@@ -76,7 +76,7 @@ def stage1(
     network = _new_network(probe, packed, image_size, head_init, resolved(precision))
     trained = trained_with(network.model, match(network.model, unfreeze, "stage1.unfreeze"))
     trainable = freeze_all_but(network.model, trained, batchnorm)
-    cut = Cut(network.model, cut_point(network.model, trained))
+    cut = cut_below(network.model, trained)
     say(f"training {len(trainable)} tensors in {', '.join(trained)}; frozen below {cut.name}")
 
     rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
@@ -158,7 +158,7 @@ def _new_network(
             f"{file}: its classes {meta['classes']} aren't those of the images, {packed.classes}; "
             "run `dvc repro probe`"
         )
-    model, _ = pretrained(backbone.name, backbone.weights, backbone.sha256)
+    model = again(backbone)
     set_head(model, len(packed.classes))
     if head_init == "probe":
         weight, bias = head_of(linear)

@@ -49,7 +49,7 @@ def stage2(
     step_epochs: Annotated[int, Ge(1)],
     gamma: Annotated[float, Interval(gt=0, le=1)],
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)],
-    flips: Annotated[Flips, Key("augment.flips")],
+    flips: Annotated[Flips, Key("flips")],
     crop: Annotated[float, Key("augment.crop"), Interval(gt=0, le=1)],
     light: Annotated[float, Key("augment.light"), Interval(ge=0, lt=1)],
     sample_weight: Annotated[bool, Key("sample_weight")],

@@ -1,7 +1,6 @@
 """Small images, small params and the stages run on them; shared by all tests."""
 
 import os
-
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,12 @@ TINY = "timm/test_efficientnet"  # 0.4 million weights, drawn from the seed
 SMALL = {
     "backbone": {"name": TINY, "weights": "none"},
     "prepare": {"source": "folder", "size": 64, "test_fraction": 0.25, "val_fraction": 0.25},
-    "extract": {"image_size": 64},
+    "extract": {"image_size": 64, "views": 1},
     "probe": {"linear_c": [0.01, 1.0], "svm_linear_c": [0.01], "svm_rbf_c": [1.0], "folds": 2},
     "stage1": {"unfreeze": ["blocks.4"], "image_size": 64, "epochs": 2, "views": 2},
     "stage2": {"image_size": 64, "epochs": 2},
     "evaluate": {"views": 2},
+    "flips": "horizontal",
 }
 
 
@@ -76,6 +76,7 @@ def paths(folder: Path) -> dict[str, dict[str, Path]]:
         "stage2": {"prepared": prepared, "stage1": first, "out": models / "stage2"},
         "evaluate": {
             "prepared": prepared,
+            "features": features,
             "probe": probes,
             "stage1": first,
             "stage2": second,

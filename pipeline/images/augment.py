@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-Flips = Literal["none", "horizontal", "dihedral"]
-DIHEDRAL = 8  # flips and quarter turns of a square
+Flips = Literal["none", "horizontal", "both", "dihedral"]
+# How many kinds of `dihedral` each allows: flips, then flips with quarter turns.
+KINDS: dict[Flips, int] = {"none": 1, "horizontal": 2, "both": 4, "dihedral": 8}
 
 
 @dataclass(frozen=True)
 class Augment:
     """What may be done to a training image without changing what it shows."""
 
-    flips: Flips  # dihedral adds vertical flips and quarter turns
+    flips: Flips  # both: also vertical; dihedral: also quarter turns
     crop: float  # the smallest share of the area that a random crop keeps; 1 is off
     light: float  # how far brightness and contrast may change, as a share; 0 is off
 
@@ -32,10 +33,9 @@ def augment(pixels: Tensor, ids: NDArray[np.int64], epoch: int, seed: int, how: 
     u = _uniform(ids, epoch, seed)  # (B, 7)
     x = pixels
     if how.flips != "none":
-        turns = DIHEDRAL if how.flips == "dihedral" else 2
-        kinds = torch.from_numpy((u[:, 0] * turns).astype(np.int64))
+        kinds = torch.from_numpy((u[:, 0] * KINDS[how.flips]).astype(np.int64))
         x = torch.empty_like(pixels)
-        for kind in range(turns):
+        for kind in range(KINDS[how.flips]):
             chosen = kinds == kind
             x[chosen] = dihedral(pixels[chosen], kind)
     x = x.to(torch.float32)
@@ -63,7 +63,7 @@ def dihedral(pixels: Tensor, kind: int) -> Tensor:
 
 def views(flips: Flips, n: int) -> Sequence[int]:
     """List the kinds of `dihedral` to average a prediction over, at most `n`."""
-    return range(min(n, {"none": 1, "horizontal": 2, "dihedral": DIHEDRAL}[flips]))
+    return range(min(n, KINDS[flips]))
 
 
 def _uniform(ids: NDArray[np.int64], epoch: int, seed: int) -> NDArray[np.float64]:

@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 from scipy.stats import binomtest, bootstrap
-from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
+
+from pipeline.learn.metrics import balanced_accuracy
 
 Scores = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
@@ -29,7 +31,7 @@ def model_scores(scores: Scores, labels: Ints, weights: NDArray[np.float64]) -> 
     return {
         "accuracy": float(right.mean()),
         "accuracy_weighted": float((right * weights).sum() / weights.sum()),
-        "balanced_accuracy": float(balanced_accuracy_score(labels, predicted)),
+        "balanced_accuracy": balanced_accuracy(labels, predicted),
         "f1_macro": float(
             f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)
         ),

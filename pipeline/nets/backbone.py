@@ -46,6 +46,7 @@ class Backbone:
     sha256: str  # of the weight file; empty for none
     mean: tuple[float, ...]  # of an RGB pixel in 0..1, as the weights expect it
     std: tuple[float, ...]
+    seed: int  # from which the weights are drawn where there are none to load
 
 
 def build(name: str, n_classes: int) -> nn.Module:
@@ -98,15 +99,19 @@ def head_name(model: nn.Module) -> str:
     return linear[-1]
 
 
-def pretrained(name: str, weights: str, sha256: str) -> tuple[nn.Module, Backbone]:
+def pretrained(name: str, weights: str, sha256: str, seed: int) -> tuple[nn.Module, Backbone]:
     """Build a network with its pretrained weights and its head for the source's classes.
+
+    With `weights: none` the weights are drawn from the seed, the same each time.
 
     Raises ParamError for unknown weights, WeightsError if their file is missing, isn't the one
     `sha256` names (a full hash, or empty for weights that are pinned by name), or doesn't fit.
     """
-    model = build(name, SOURCE_CLASSES)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(name, SOURCE_CLASSES)
     if weights == "none":
-        return model, Backbone(name, weights, "", *_mean_std(name, None))
+        return model, Backbone(name, weights, "", *_mean_std(name, None), seed)
     enum = None
     if weights == "imagenet" and name == PACKAGED:
         file = _packaged_file()
@@ -129,7 +134,13 @@ def pretrained(name: str, weights: str, sha256: str) -> tuple[nn.Module, Backbon
     if sha256 and sha256 != digest:
         raise WeightsError(f"{file}: its SHA-256 is {digest}, backbone.sha256 says {sha256}")
     _load(model, file, by_order=file == _packaged_file() if name == PACKAGED else False)
-    return model, Backbone(name, weights, digest, *_mean_std(name, enum))
+    return model, Backbone(name, weights, digest, *_mean_std(name, enum), seed)
+
+
+def again(backbone: Backbone) -> nn.Module:
+    """Build the pretrained network that an artifact was made with once more."""
+    model, _ = pretrained(backbone.name, backbone.weights, backbone.sha256, backbone.seed)
+    return model
 
 
 def _mean_std(name: str, enum: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,20 +1,35 @@
 """A network in two: a frozen trunk up to a block, and the top from there on."""
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.nets.backbone import head_name
 from pipeline.nets.blocks import chain, is_inside, trace
 
 
-def cut_point(model: nn.Module, trained: Sequence[str]) -> str:
-    """Name the first block, in running order, that encloses a trained module."""
-    for block in chain(model):
-        if any(is_inside(name, block) or is_inside(block, name) for name in trained):
-            return block
-    raise ValueError(f"none of {trained} is in a block")
+def cut_below(model: nn.Module, trained: Sequence[str]) -> "Cut":
+    """Cut a network before the first block, in running order, that encloses a trained module.
+
+    Where the network is no chain there (a functional pooling before the block, say), one block
+    further down; before the very first block any network can be cut.
+    """
+    blocks = chain(model)
+    lowest = next(
+        i
+        for i, block in enumerate(blocks)
+        if any(is_inside(name, block) or is_inside(block, name) for name in trained)
+    )
+    for block in reversed(blocks[: lowest + 1]):
+        cut = Cut(model, block)
+        if cut.is_chain():
+            return cut
+        cut.undo()
+    raise AssertionError("a network's own input can't be cut off")
 
 
 class _ReachedError(Exception):
@@ -26,8 +41,8 @@ class Cut:
 
     `trunk` runs what lies below and gives the block's input; `top` takes that and gives the
     logits. Both run the network's own forward: the trunk leaves it at the block, the top passes
-    its input through everything that is complete before the block. This holds for a network that
-    is a chain at the cut; the constructor checks it.
+    its input through everything that is complete before the block; `is_chain` tells whether that
+    gives what the whole network gives.
     """
 
     def __init__(self, model: nn.Module, block: str) -> None:
@@ -35,11 +50,12 @@ class Cut:
         self.name = block
         self.block = model.get_submodule(block)
         self._passing = False
-        for module in self._below(block):
+        # The head needs no more of the network's forward than itself.
+        self._below = [] if block == head_name(model) else self._done_before(block)
+        for module in self._below:
             module.forward = self._passed(module.forward)
-        self._check()
 
-    def _below(self, block: str) -> list[nn.Module]:
+    def _done_before(self, block: str) -> list[nn.Module]:
         calls = trace(self.model)
         start = next(call.start for call in calls if call.name == block)
         done = [call.name for call in calls if call.end < start]
@@ -47,6 +63,7 @@ class Cut:
         return [self.model.get_submodule(name) for name in outer]
 
     def _passed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
         def either(x: Any, *rest: Any, **more: Any) -> Any:
             return x if self._passing else forward(x, *rest, **more)
 
@@ -70,6 +87,9 @@ class Cut:
 
     def top(self, z: Tensor) -> Tensor:
         """Compute the logits (B, C) from the block's input."""
+        if self.name == head_name(self.model):
+            head: Tensor = self.block(z)
+            return head
         self._passing = True
         try:
             logits: Tensor = self.model(z)
@@ -77,13 +97,21 @@ class Cut:
         finally:
             self._passing = False
 
-    def _check(self) -> None:
+    def undo(self) -> None:
+        """Give the network its own forward back."""
+        for module in self._below:
+            module.forward = inspect.unwrap(module.forward)
+
+    def is_chain(self) -> bool:
+        """Tell whether trunk and top give the whole network's logits, to the bit."""
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         with torch.inference_mode():
             x = torch.linspace(-1, 1, 8 * 3 * 64 * 64).view(8, 3, 64, 64)
-            same = torch.equal(self.top(self.trunk(x)), self.model(x))
+            try:
+                same = torch.equal(self.top(self.trunk(x)), self.model(x))
+            except (RuntimeError, ValueError):  # an operation that its input no longer fits
+                same = False
         for module in training:
             module.training = True
-        if not same:
-            raise ValueError("the network is no chain at this block")
+        return same

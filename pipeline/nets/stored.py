@@ -34,7 +34,12 @@ def stored(compute: Batch, n: int, views: int, file: Path, name: str) -> Batch:
     total = views * n * shape.numel()
     if total * sample.element_size() > cache_bytes():
         say(f"{name}: {total * sample.element_size() / 1e9:.1f} GB don't fit into the cache")
-        return lambda epoch, rows: compute(view_of(epoch) + 1, rows)
+        return lambda epoch, rows: torch.cat(
+            [
+                compute(view_of(epoch) + 1, rows[np.minimum(part, len(rows) - 1)])
+                for part in batches(len(rows))
+            ]
+        )[: len(rows)]
 
     kept = torch.from_file(str(file), shared=True, size=total, dtype=sample.dtype)
     kept = kept.view(views, n, *shape)

@@ -1,0 +1,231 @@
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.datasets import make_classification
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.svm import SVC
+from sklearn.utils.class_weight import compute_sample_weight
+
+from pipeline.images.augment import Augment, augment, dihedral
+from pipeline.learn.fit import DivergedError, Recipe, fit, training_weights
+from pipeline.learn.metrics import cross_entropy, fit_temperature
+from pipeline.learn.probes import (
+    Scaler,
+    fit_linear,
+    fit_svm,
+    gram,
+    head_of,
+    linear_probe,
+    read_probes,
+    save_probes,
+    svm_probe,
+)
+from pipeline.learn.schedule import rate
+from pipeline.learn.verdict import accuracy_interval, difference, model_scores, sure_above
+from pipeline.nets.backbone import build
+
+
+def codes(n_classes: int, n: int = 120):
+    x, y = make_classification(
+        n, 12, n_informative=8, n_classes=n_classes, class_sep=0.8, random_state=0
+    )
+    return (x * 3 + 5).astype(np.float32), y
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_linear_probe_scores_as_scikit_learn_does(n_classes):
+    x, y = codes(n_classes)
+    scaler = Scaler.fit(x)
+    fitted = LogisticRegression(C=0.1, max_iter=2000).fit(scaler(x), y)
+    probe = linear_probe(fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last")
+    expected = fitted.predict_log_proba(scaler(x))
+    actual = torch.log_softmax(torch.from_numpy(probe.scores(x)), 1).numpy()
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_the_heads_logits_are_the_probes_scores(n_classes):
+    x, y = codes(n_classes)
+    scaler = Scaler.fit(x)
+    probe = linear_probe(fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last")
+    weight, bias = head_of(probe)
+    np.testing.assert_allclose(x @ weight.T + bias, probe.scores(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["svm_linear", "svm_rbf"])
+@pytest.mark.parametrize("n_classes", [2, 3, 4])
+def test_svm_probe_scores_as_scikit_learn_does(tmp_path, kind, n_classes):
+    x, y = codes(n_classes)
+    scaler, gamma, weights = Scaler.fit(x), 0.05, np.linspace(0.5, 1, len(y))
+    train, new = slice(0, 80), slice(80, None)
+    z = scaler(x[train])
+    machine = fit_svm(gram(z, z, kind, gamma), y[train], weights[train], 1.0, "balanced")
+    probe = svm_probe(machine, z, scaler, "last", kind, gamma)
+    save_probes(tmp_path / "p.safetensors", probe, probe, {})
+    probe = read_probes(tmp_path / "p.safetensors")[0]
+    sklearn_kernel = "linear" if kind == "svm_linear" else "rbf"
+    direct = SVC(kernel=sklearn_kernel, gamma=gamma, C=1.0, class_weight="balanced")
+    direct.fit(z, y[train], weights[train])
+    expected = direct.decision_function(scaler(x[new]))
+    scores = probe.scores(x[new])
+    actual = scores[:, 1] - scores[:, 0] if n_classes == 2 else scores
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_a_feature_that_never_changes_is_only_centred():
+    scaled = Scaler.fit(np.full((5, 1), 7.0))(np.array([[7.0], [8.0]]))
+    assert scaled.tolist() == [[0.0], [1.0]]
+
+
+def torch_rates(make, steps_an_epoch, epochs):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make(optimizer)
+    found = []
+    for _ in range(epochs):
+        for _ in range(steps_an_epoch):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            if isinstance(schedule, torch.optim.lr_scheduler.CosineAnnealingLR):
+                schedule.step()
+        if isinstance(schedule, torch.optim.lr_scheduler.StepLR):
+            schedule.step()
+    return found
+
+
+def test_cosine_falls_as_torchs_does():
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20), 5, 4)
+    assert [rate("cosine", s, 5, 4) for s in range(20)] == pytest.approx(expected)
+
+
+def test_steps_are_those_of_the_tutorials_step_lr():
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.StepLR(o, 7, 0.1), 3, 25)
+    assert [rate("step", s, 3, 25, 0, 7, 0.1) for s in range(75)] == pytest.approx(expected)
+
+
+def test_warm_up_rises_linearly_to_the_full_rate():
+    found = [rate("constant", s, 4, 2, warmup_epochs=0.75) for s in range(5)]
+    assert found == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+HOW = Augment("dihedral", 0.5, 0.3)
+PIXELS = torch.randint(0, 256, (6, 20, 20), dtype=torch.uint8, generator=torch.manual_seed(0))
+IDS = np.arange(6) * 7
+
+
+@pytest.mark.parametrize("pixels", [PIXELS, PIXELS[..., None].repeat(1, 1, 1, 3)])
+def test_augmentation_depends_on_seed_epoch_and_image_alone(pixels):
+    whole = augment(pixels, IDS, 3, 1, HOW)
+    assert whole.shape == pixels.shape
+    order = [4, 0, 5]
+    assert torch.equal(augment(pixels[order], IDS[order], 3, 1, HOW), whole[order])
+    for epoch, seed, ids in ((4, 1, IDS), (3, 2, IDS), (3, 1, IDS + 1)):
+        assert not torch.equal(augment(pixels, ids, epoch, seed, HOW), whole)
+
+
+def test_augmentation_switched_off_changes_nothing():
+    assert torch.equal(augment(PIXELS, IDS, 1, 0, Augment("none", 1.0, 0.0)), PIXELS.float())
+
+
+def test_dihedral_kinds_are_the_eight_flips_and_turns():
+    image = PIXELS[:1]
+    turned = [np.rot90(image[0].numpy(), k) for k in range(4)]
+    expected = {a.tobytes() for t in turned for a in (t.copy(), t[:, ::-1].copy())}
+    assert {dihedral(image, kind)[0].numpy().tobytes() for kind in range(8)} == expected
+
+
+@pytest.mark.parametrize(("flips", "axes"), [("horizontal", [()]), ("both", [(), (0,)])])
+def test_flips_are_those_allowed(flips, axes):
+    many = PIXELS[:1].repeat(60, 1, 1)
+    found = augment(many, np.arange(60), 1, 0, Augment(flips, 1.0, 0.0)).to(torch.uint8)
+    expected = {np.flip(PIXELS[0].numpy(), (*a, *b)).tobytes() for a in axes for b in ((), (1,))}
+    assert {f.numpy().tobytes() for f in found} == expected
+
+
+def test_class_weights_are_scikit_learns_balanced_ones():
+    y = np.array([0, 0, 0, 1, 2, 2])
+    expected = compute_sample_weight("balanced", y)
+    found = training_weights(y, np.ones(6), 3, "balanced")
+    np.testing.assert_allclose(found, expected / expected.mean())
+    assert training_weights(y, np.array([2.0] * 6), 3, "none").tolist() == [1.0] * 6
+
+
+def test_a_loss_that_is_no_number_stops_with_epoch_and_rate():
+    model = build("timm/test_efficientnet", 2)
+    recipe = Recipe(2, 4, "sgd", 0.5, 1.0, 0.0, 0.9, "constant", 0, 7, 0.1, 0.0)
+    epochs = fit(
+        model,
+        lambda x: model(x) * float("nan"),
+        lambda _epoch, rows: torch.ones(len(rows), 3, 64, 64),
+        np.array([0, 1] * 4),
+        np.ones(8),
+        recipe,
+        seed=0,
+    )
+    with pytest.raises(DivergedError, match=r"epoch 1: the loss is nan at learning rate 0\.5"):
+        next(epochs)
+
+
+def test_temperature_undoes_a_known_one():
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 2, (20_000, 3))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = (p.cumsum(1) > random.random((20_000, 1))).argmax(1)
+    assert fit_temperature(logits * 2.5, labels) == pytest.approx(2.5, rel=0.03)
+
+
+def test_cross_entropy_is_torchs():
+    scores, labels = np.random.default_rng(0).normal(size=(9, 4)), np.arange(9) % 4
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(scores) / 2, torch.from_numpy(labels)
+    )
+    assert cross_entropy(scores, labels, 2.0) == pytest.approx(float(expected))
+
+
+def test_sure_is_the_lowest_confidence_from_which_enough_are_right():
+    p = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+    labels = np.array([0, 0, 1, 0])  # right, right, wrong, right
+    assert sure_above(p, labels, 1.0) == 0.8
+    assert sure_above(p, labels, 0.75) == 0.0
+    assert sure_above(p[2:3], labels[2:3], 0.5) == 1.0
+
+
+def test_interval_of_145_of_153_is_wilsons():
+    right = np.arange(153) < 145
+    low, high = accuracy_interval(right, np.arange(153), seed=0)
+    assert (round(low, 3), round(high, 3)) == (0.900, 0.973)
+
+
+def test_interval_widens_where_groups_answer_alike():
+    groups = np.repeat(np.arange(20), 10)
+    right = np.random.default_rng(0).random(20)[groups] > 0.3
+    alone = accuracy_interval(right, np.arange(200), 0)
+    grouped = accuracy_interval(right, groups, 0)
+    assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])
+
+
+def test_p_value_is_that_of_mcnemars_exact_test():
+    a = np.array([True] * 60 + [True] * 12 + [False] * 3 + [False] * 25)
+    b = np.array([True] * 60 + [False] * 12 + [True] * 3 + [False] * 25)
+    found = difference(a, b, np.arange(100), seed=0)
+    assert found["accuracy"] == pytest.approx(0.09)
+    assert found["p_value"] == pytest.approx(binomtest(3, 15).pvalue, abs=0.01)
+    assert found["low"] < 0.09 < found["high"]
+
+
+def test_equal_models_differ_by_nothing():
+    a = np.array([True, False] * 10)
+    found = difference(a, a, np.arange(20), seed=0)
+    assert found == {"accuracy": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+
+
+def test_test_metrics_are_scikit_learns_and_null_where_a_class_is_missing():
+    random = np.random.default_rng(0)
+    scores, labels = random.normal(size=(60, 3)), random.integers(0, 3, 60)
+    found = model_scores(scores, labels, np.ones(60))
+    p = torch.softmax(torch.from_numpy(scores), 1).numpy()
+    assert found["f1_macro"] == pytest.approx(f1_score(labels, scores.argmax(1), average="macro"))
+    assert found["auroc"] == pytest.approx(roc_auc_score(labels, p, multi_class="ovr"))
+    assert found["accuracy_weighted"] == found["accuracy"]
+    assert model_scores(scores, labels % 2, np.ones(60))["auroc"] is None

@@ -1,0 +1,231 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.learn.fit import Recipe, fit, make_optimizer
+from pipeline.nets.backbone import build, head_name, pretrained
+from pipeline.nets.blocks import chain, depths, is_inside, match, trained_with
+from pipeline.nets.cut import cut_below
+from pipeline.nets.fold import fold
+from pipeline.nets.freeze import freeze_all_but
+from pipeline.nets.network import EVAL_BATCH
+from pipeline.nets.stored import stored
+from pipeline.nets.taps import LAST, Taps
+
+LITE0 = "timm/tf_efficientnet_lite0"
+NETWORKS = [
+    "timm/test_efficientnet",
+    LITE0,
+    "torchvision/resnet18",
+    "torchvision/mobilenet_v3_small",
+    "torchvision/densenet121",
+    "torchvision/convnext_tiny",
+]
+RECIPE = Recipe(1, 8, "sgd", 0.1, 1.0, 0.01, 0.9, "constant", 0, 7, 0.1, 0.0)
+
+
+def drawn(name: str, n_classes: int = 3) -> nn.Module:
+    """A network whose BatchNorm statistics and affine terms are far from their start."""
+    torch.manual_seed(0)
+    model = build(name, n_classes).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.1)
+    return model
+
+
+def images(n: int = 8, size: int = 64) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(n, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folded_fp32_network_gives_the_outputs_of_the_unfolded_one(name):
+    model, x = drawn(name), images()
+    with torch.no_grad():
+        expected = model(x)
+        actual = fold(copy.deepcopy(model), "fp32")(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folded_bf16_network_agrees_to_its_precision(name):
+    model, x = drawn(name), images()
+    with torch.no_grad():
+        expected = model(x)
+        actual = fold(copy.deepcopy(model), "bf16")(x)
+    assert actual.dtype == torch.float32
+    assert nn.functional.cosine_similarity(actual, expected).min() > 0.99
+
+
+@pytest.mark.parametrize("name", ["timm/test_efficientnet", "torchvision/resnet18"])
+def test_folding_keeps_the_gradients_of_weights_scales_and_shifts(name):
+    plain, x = drawn(name).double(), images().double()
+    folded = fold(copy.deepcopy(plain).float(), "fp32")
+    target = torch.arange(8) % 3
+    nn.functional.cross_entropy(plain(x), target).backward()
+    nn.functional.cross_entropy(folded(x.float()), target).backward()
+    for (tensor, expected), actual in zip(
+        plain.named_parameters(), folded.parameters(), strict=True
+    ):
+        scale = expected.grad.abs().max().clamp(min=1e-6)
+        worst = (actual.grad - expected.grad).abs().max() / scale
+        assert worst < 1e-3, tensor
+
+
+def test_a_batchnorm_in_train_mode_is_not_folded_away():
+    plain, x = drawn("torchvision/resnet18").train(), images()
+    folded = fold(copy.deepcopy(plain).eval(), "fp32").train()
+    torch.testing.assert_close(folded(x), plain(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(folded.bn1.running_mean, plain.bn1.running_mean)
+
+
+def test_the_chain_of_a_network_ends_in_its_head():
+    assert chain(build("torchvision/resnet18", 3)) == [
+        *("conv1", "bn1", "relu", "maxpool"),
+        *("layer1", "layer2", "layer3", "layer4"),
+        *("avgpool", "fc"),
+    ]
+    assert chain(build(LITE0, 3)) == [
+        *("conv_stem", "bn1"),
+        *(f"blocks.{i}" for i in range(7)),
+        *("conv_head", "bn2", "global_pool", "classifier"),
+    ]
+
+
+def test_depths_are_blocks_of_convolutions_from_early_to_late():
+    assert depths(build("torchvision/resnet18", 3)) == ["layer1", "layer2", "layer3", "layer4"]
+    assert depths(build(LITE0, 3)) == [f"blocks.{i}" for i in range(7)]
+    assert len(depths(build("torchvision/vgg11", 3))) <= 8
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_trunk_and_top_give_the_whole_network_to_the_bit(name):
+    model = fold(drawn(name), "bf16")
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+        for block in (depths(model)[-1], head_name(model)):
+            cut = cut_below(copy.deepcopy(model), [block])
+            assert torch.equal(cut.top(cut.trunk(x)), expected)
+
+
+def test_the_cut_lies_before_the_block_that_encloses_the_lowest_unfrozen_module():
+    assert cut_below(build("torchvision/resnet18", 3), ["layer4.1.conv2", "fc"]).name == "layer4"
+    assert cut_below(build("torchvision/resnet18", 3), ["fc"]).name == "fc"
+
+
+def test_a_network_that_is_no_chain_at_the_block_is_cut_further_down():
+    class Forked(nn.Module):
+        """Its `middle` takes the stem's output, and its head that of both."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.middle = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+            self.late, self.head = nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            stem = self.stem(x)
+            return self.head((self.late(self.middle(stem)) + stem).mean((2, 3)))
+
+    model, x = Forked().eval(), images()
+    cut = cut_below(model, ["late"])
+    assert cut.name == "middle"
+    with torch.no_grad():
+        assert torch.equal(cut.top(cut.trunk(x)), model(x))
+
+
+def test_patterns_select_modules_and_not_those_inside_them():
+    model = build("torchvision/resnet18", 3)
+    assert match(model, ["layer[34]", "layer4.0"], "stage1.unfreeze") == ["layer3", "layer4"]
+    assert match(model, [], "stage1.unfreeze") == []
+
+
+@pytest.mark.parametrize("batchnorm", ["frozen", "train"])
+def test_training_changes_the_trained_tensors_and_no_other_bit(batchnorm):
+    torch.manual_seed(0)
+    model = fold(drawn("torchvision/resnet18"), "fp32")
+    trained = trained_with(model, ["layer4"])
+    trainable = freeze_all_but(model, trained, batchnorm)
+    cut = cut_below(model, trained)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x, labels = images(16), np.arange(16) % 3
+    with torch.no_grad():
+        z = cut.trunk(x)
+    for _ in fit(model, cut.top, lambda _, rows: z[rows], labels, np.ones(16), RECIPE, seed=0):
+        pass
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    statistics = {
+        k for k in before if is_inside(k, "layer4") and ("running" in k or "num_batches" in k)
+    }
+    assert moved == set(trainable) | (statistics if batchnorm == "train" else set())
+
+
+def test_frozen_batchnorm_and_dropout_stay_in_eval_through_model_train():
+    model = build("torchvision/mobilenet_v3_small", 3)
+    freeze_all_but(model, ["features.12", "classifier.3"], "train")
+    model.train()
+    training = {n for n, m in model.named_modules() if m.training and not list(m.children())}
+    assert training == {"features.12.0", "features.12.1", "features.12.2", "classifier.3"}
+
+
+def test_the_optimiser_holds_exactly_the_trainable_set():
+    model = build("torchvision/resnet18", 3)
+    trainable = freeze_all_but(model, ["layer4", "fc"], "frozen")
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = make_optimizer(model, RECIPE).param_groups
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(trainable)
+
+
+def test_rates_fall_by_block_and_small_tensors_do_not_decay():
+    model = build("torchvision/resnet18", 3)
+    freeze_all_but(model, ["layer4", "fc"], "frozen")
+    recipe = Recipe(1, 8, "adamw", 1.0, 0.5, 0.01, 0.9, "constant", 0, 7, 0.1, 0.0)
+    found = {
+        (group["lr"], group["weight_decay"]) for group in make_optimizer(model, recipe).param_groups
+    }
+    assert found == {(1.0, 0.01), (1.0, 0.0), (0.25, 0.01), (0.25, 0.0)}  # fc; layer4, two below
+
+
+def test_codes_are_the_mean_over_the_map_and_the_heads_input():
+    model, x = drawn("torchvision/resnet18"), images()
+    with torch.no_grad(), Taps(model, ["layer4", LAST]) as taps:
+        pooled, last = taps(x)
+        torch.testing.assert_close(pooled, last)  # resnet's head takes layer4's mean
+        torch.testing.assert_close(model.fc(last), model(x))
+
+
+def test_an_image_gives_the_same_bits_at_any_place_of_a_batch():
+    model, _ = pretrained(LITE0, "imagenet", "", 0)
+    model = fold(model.eval(), "bf16")
+    x, order = images(EVAL_BATCH), torch.randperm(EVAL_BATCH)
+    with torch.no_grad():
+        assert torch.equal(model(x)[order], model(x[order]))
+
+
+def test_stored_outputs_are_the_computed_ones_in_every_epoch(tmp_path, monkeypatch):
+    def compute(epoch, rows):
+        return torch.from_numpy(rows * 10 + epoch).float().view(-1, 1, 1, 1).expand(-1, 2, 3, 3)
+
+    kept = stored(compute, 45, 2, tmp_path / "views", "test")
+    monkeypatch.setenv("PIPELINE_CACHE_GB", "0")
+    anew = stored(compute, 45, 2, tmp_path / "none", "test")
+    rows = np.array([44, 0, 31, 32])
+    for epoch, view in ((1, 1), (2, 2), (3, 1)):
+        assert torch.equal(kept(epoch, rows), compute(view, rows))
+        assert torch.equal(anew(epoch, rows), compute(view, rows))
+    assert not (tmp_path / "none").exists()
+
+
+def test_packaged_weights_are_pinned_with_their_own_normalisation():
+    model, backbone = pretrained(LITE0, "imagenet", "", 0)
+    assert (backbone.mean, backbone.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert backbone.sha256.startswith("57934424")  # as the file's name says
+    assert model.get_submodule(head_name(model)).out_features == 1000

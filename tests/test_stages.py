@@ -1,0 +1,275 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import paths, read_params, run, write_photos
+from sklearn.svm import SVC
+
+from pipeline import classifier
+from pipeline.images.pack import read_images, read_rows
+from pipeline.learn.codes import read_codes
+from pipeline.learn.keep_best import better
+from pipeline.learn.probes import KINDS, head_of, read_probes
+from pipeline.nets import checkpoint
+from pipeline.nets.backbone import head_name
+from pipeline.nets.network import load
+from pipeline.predict import predict
+from pipeline.probe import Cell, best_cell
+from pipeline.stage2 import between, choose_factor
+from pipeline.stage2 import predict as logits
+
+
+def where(folder):
+    return paths(folder)["evaluate"]
+
+
+def copied(finished, tmp_path, *names):
+    """A copy of the finished run's folders, to run later stages on."""
+    for name in names:
+        shutil.copytree(finished / name, tmp_path / name)
+    return tmp_path
+
+
+def history(folder, stage):
+    with (where(folder)[stage].parent / "history.csv").open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_every_stage_leaves_the_files_of_the_contract(finished):
+    names = {str(f.relative_to(finished / "models")) for f in (finished / "models").rglob("*.*")}
+    assert names == {
+        *("probe/probe.safetensors", "probe/grid.csv", "probe/metrics.json"),
+        *(f"stage{i}/{n}" for i in (1, 2) for n in ("model.safetensors", "history.csv")),
+        *("stage1/metrics.json", "stage2/metrics.json", "stage2/interpolation.csv"),
+        *("report/metrics.json", "report/confusion.csv", "report/per_class.csv"),
+        *("report/predictions.csv", "final/model.safetensors"),
+    }
+
+
+def test_history_has_a_row_an_epoch_and_one_before_the_first(finished):
+    for stage in ("stage1", "stage2"):
+        rows = history(finished, stage)
+        assert list(rows[0]) == [
+            *("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+        ]
+        assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+
+
+def test_stage_2_starts_where_stage_1_ended(finished):
+    said = checkpoint.read(where(finished)["stage1"])[1]["val"]
+    first = history(finished, "stage2")[0]
+    assert float(first["val_loss"]) == said["loss"]
+    assert float(first["val_accuracy"]) == said["accuracy"]
+
+
+def test_stage_1_starts_as_the_linear_probe(finished):
+    """With the same pixels at extract and stage 1, epoch 0 is the probe's validation."""
+    said = checkpoint.read(where(finished)["probe"])[1]["val"]
+    first = history(finished, "stage1")[0]
+    assert float(first["val_loss"]) == pytest.approx(said["loss"], abs=1e-4)
+
+
+def test_stage_1_moves_what_it_unfreezes_and_stage_2_everything(finished, tmp_path):
+    params = read_params(stage1={"head_init": "random", "lr": 1e-9}, seed=0)
+    start = copied(finished, tmp_path, "prepared", "models")
+    run(start, params, "stage1")  # a rate at which hardly anything moves: where stage 1 started
+    before = checkpoint.read(where(start)["stage1"])[0]
+    first = checkpoint.read(where(finished)["stage1"])[0]
+    second = checkpoint.read(paths(finished)["stage2"]["out"] / "model.safetensors")[0]
+    frozen = [k for k in before if not k.startswith(("blocks.4", "classifier"))]
+    assert frozen
+    assert all(np.array_equal(before[k], first[k]) for k in frozen)
+    metrics = json.loads((paths(finished)["stage2"]["out"] / "metrics.json").read_text())["stage2"]
+    if metrics["factor"] > 0:
+        weights = [k for k in first if k.endswith("weight")]
+        assert all(not np.array_equal(first[k], second[k]) for k in weights)
+
+
+def test_stage_2_trains_every_parameter_at_its_default_rate(finished, tmp_path):
+    folder = copied(finished, tmp_path, "prepared", "models")
+    run(folder, read_params(stage2={"interpolate": False, "epochs": 1}), "stage2")
+    first = checkpoint.read(where(folder)["stage1"])[0]
+    second = checkpoint.read(where(folder)["stage2"])[0]
+    trained = [k for k in first if "running" not in k and "num_batches" not in k]
+    still = [k for k in trained if np.array_equal(first[k], second[k])]
+    assert still == []
+    statistics = [k for k in first if k not in trained]
+    assert all(np.array_equal(first[k], second[k]) for k in statistics)
+
+
+def test_a_reloaded_checkpoint_predicts_the_same_to_the_bit(finished, tmp_path):
+    network, _ = load(where(finished)["stage2"])
+    images = read_images(paths(finished)["prepare"]["out"], "test")
+    expected = logits(network, images)
+    network.save(tmp_path / "again.safetensors", **{"val": 1})
+    assert np.array_equal(logits(load(tmp_path / "again.safetensors")[0], images), expected)
+
+
+def test_two_saves_give_the_same_bytes(finished, tmp_path):
+    network, meta = load(where(finished)["stage2"])
+    for name in "ab":
+        network.save(tmp_path / name, **meta)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_trunk_outputs_that_do_not_fit_the_cache_give_the_same_bytes(
+    finished, tmp_path, monkeypatch
+):
+    folder = copied(finished, tmp_path, "prepared", "models")
+    monkeypatch.setenv("PIPELINE_CACHE_GB", "0")
+    run(folder, read_params(), "stage1")
+    expected = where(finished)["stage1"].read_bytes()
+    assert where(folder)["stage1"].read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"unfreeze": [], "head_init": "random"}, {}),
+        ({"batchnorm": "train", "views": 0}, {"batchnorm": "train"}),
+        ({"image_size": 48}, {"image_size": 64}),
+        (  # the recipe of PyTorch's transfer-learning tutorial
+            {"optimizer": "sgd", "lr": 1e-3, "schedule": "step", "momentum": 0.9, "views": 0},
+            {"optimizer": "sgd"},
+        ),
+        ({"label_smoothing": 0.1, "warmup_epochs": 0.5, "layer_decay": 0.5}, {"patience": 1}),
+    ],
+    ids=["head only", "batch statistics", "another size", "tutorial", "the rest"],
+)
+def test_every_way_to_train_goes_through(finished, tmp_path, first, second):
+    folder = copied(finished, tmp_path, "prepared", "models")
+    params = read_params(
+        stage1=first, stage2=second, augment={"crop": 0.5, "light": 0.2}, flips="dihedral", class_weight="balanced"
+    )
+    run(folder, params, "stage1", "stage2", "evaluate")
+    zeros = [row for row in history(folder, "stage2") if row["epoch"] == "0"]
+    assert len(zeros) == (2 if "image_size" in first else 1)
+
+
+def test_training_stops_after_patience_epochs_without_a_better_one(finished, tmp_path):
+    folder = copied(finished, tmp_path, "prepared", "models")
+    run(folder, read_params(stage1={"epochs": 9, "patience": 2, "lr": 1e-9}), "stage1")
+    metrics = json.loads((where(folder)["stage1"].parent / "metrics.json").read_text())["stage1"]
+    assert metrics["epochs"] == metrics["best_epoch"] + 2 < 9
+
+
+def test_the_better_epoch_has_more_accuracy_then_less_loss_then_is_the_earlier():
+    def val(accuracy, loss):
+        return {"accuracy": accuracy, "loss": loss}
+
+    assert better(val(0.9, 2.0), val(0.8, 1.0))
+    assert better(val(0.9, 0.5), val(0.9, 1.0))
+    assert not better(val(0.9, 1.0), val(0.9, 1.0))
+
+
+def test_the_factor_is_the_best_then_the_smallest_on_validation():
+    def val(accuracy, loss):
+        return {"accuracy": accuracy, "loss": loss}
+
+    curve = [(0.0, val(0.8, 0.3)), (0.5, val(0.9, 0.2)), (0.8, val(0.9, 0.2)), (1.0, val(0.9, 0.4))]
+    assert choose_factor(curve)[0] == 0.5
+    assert choose_factor([(0.0, val(0.9, 0.2)), (1.0, val(0.9, 0.2))])[0] == 0.0
+
+
+def test_between_two_states_is_their_weighted_mean():
+    first, second = {"w": torch.tensor([0.0, 4.0])}, {"w": torch.tensor([1.0, 8.0])}
+    assert between(first, second, 0.25)["w"].tolist() == [0.25, 5.0]
+    assert torch.equal(between(first, second, 0.0)["w"], first["w"])
+
+
+def test_equal_cells_go_to_the_simpler_kind_then_to_the_smaller_c():
+    cells = [Cell(kind, "last", c, (0.9, 0.8)) for kind in KINDS[::-1] for c in (1.0, 0.1)]
+    assert best_cell(cells) == Cell("linear", "last", 0.1, (0.9, 0.8))
+    assert best_cell([*cells, Cell("svm_rbf", "last", 1.0, (1.0, 0.8))]).kind == "svm_rbf"
+
+
+def test_the_probes_cross_validation_is_scikit_learns(finished, tmp_path):
+    """One cell of the grid against a direct SVC on the same folds."""
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    params = read_params(
+        probe={"kinds": ["svm_rbf"], "svm_rbf_c": [3.0]}, sample_weight=False, seed=0
+    )
+    folder = copied(finished, tmp_path, "features")
+    run(folder, params, "probe")
+    features = folder / "features"
+    codes = read_codes(features, "train", "last")
+    with (features / "labels.csv").open() as lines:
+        labels = [int(row["label"]) for row in csv.DictReader(lines) if row["split"] == "train"]
+    z = (codes - codes.mean(0, dtype=float)) / codes.std(0, dtype=float)
+    folds = StratifiedKFold(2, shuffle=True, random_state=0)
+    expected = cross_val_score(SVC(C=3.0, gamma=1 / z.shape[1]), z, labels, cv=folds).mean()
+    with (folder / "models" / "probe" / "grid.csv").open() as lines:
+        (found,) = [
+            r for r in csv.DictReader(lines) if (r["kind"], r["depth"]) == ("svm_rbf", "last")
+        ]
+    assert float(found["accuracy"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_stage_1s_head_is_the_linear_probe_even_when_an_svm_won(finished, tmp_path):
+    folder = copied(finished, tmp_path, "prepared", "features")
+    run(folder, read_params(probe={"kinds": ["svm_rbf"]}, stage1={"lr": 1e-12}), "probe", "stage1")
+    winner, linear, _ = read_probes(where(folder)["probe"])
+    assert (winner.kind, linear.kind) == ("svm_rbf", "linear")
+    network, _ = load(where(folder)["stage1"])
+    head = network.model.get_submodule(head_name(network.model))
+    weight, bias = head_of(linear)
+    np.testing.assert_allclose(head.weight.detach().numpy(), weight, atol=1e-6)
+    np.testing.assert_allclose(head.bias.detach().numpy(), bias, atol=1e-6)
+
+
+def test_svms_see_a_stratified_subsample(finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path, "features")
+    run(folder, read_params(probe={"svm_max_images": 10}), "probe")
+    assert "SVMs see 10 of 18 images (probe.svm_max_images)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_final_model_works_alone_whichever_probe_won(finished, tmp_path, kind):
+    folder = copied(finished, tmp_path, "prepared", "models", "features")
+    params = read_params(
+        probe={"kinds": [kind]},
+        extract={"depths": ["blocks.1"]},
+        stage1={"head_init": "random", "lr": 1e-9, "epochs": 1},
+        stage2={"lr": 1e-9, "epochs": 1},
+        evaluate={"views": 1},
+    )
+    run(folder, params, "extract", "probe", "stage1", "stage2", "evaluate")
+    final = classifier.load(where(folder)["final"] / "model.safetensors")
+    assert final.chosen == "probe"
+    features = paths(folder)["extract"]["out"]
+    expected = final.probe.scores(read_codes(features, "test", final.probe.depth)).argmax(1)
+    found = final.probabilities(read_images(paths(folder)["prepare"]["out"], "test"))
+    assert np.array_equal(found.argmax(1), expected)
+    assert found.sum(1) == pytest.approx(np.ones(len(found)))
+
+
+def test_predict_gives_files_the_probabilities_of_their_packed_pixels(finished):
+    rows = read_rows(paths(finished)["prepare"]["out"], "test")
+    files = [finished / "photos" / path for path in rows.paths]
+    final = classifier.load(where(finished)["final"] / "model.safetensors")
+    images = read_images(paths(finished)["prepare"]["out"], "test")
+    expected = final.probabilities(images)
+    found = predict(final, files)
+    assert [row["probability"] for row in found] == pytest.approx(expected.max(1), abs=1e-4)
+    assert [row["label"] for row in found] == [f"class{i}" for i in expected.argmax(1)]
+
+
+def test_without_a_test_split_there_is_no_verdict_but_a_final_model(tmp_path):
+    params = read_params(
+        prepare={"path": str(write_photos(tmp_path / "photos")), "test_fraction": 0.0}
+    )
+    run(tmp_path, params)
+    metrics = json.loads((where(tmp_path)["out"] / "metrics.json").read_text())
+    assert metrics == {"test": {}, "chosen": metrics["chosen"]}
+    assert (where(tmp_path)["final"] / "model.safetensors").exists()
+
+
+def test_three_classes_of_grey_images_go_through(tmp_path):
+    folder = write_photos(tmp_path / "photos", classes=3, grey=True)
+    run(tmp_path, read_params(prepare={"path": str(folder)}))
+    metrics = json.loads((where(tmp_path)["out"] / "metrics.json").read_text())
+    assert set(metrics["test"]) == {"probe", "probe_linear", "stage1", "stage2"}
