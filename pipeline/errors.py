@@ -35,7 +35,7 @@ class CheckpointError(PipelineError):
 
 def near(word: str, known: Iterable[str], most: int = 3) -> str:
     """Name the known words nearest to `word`, for the end of an error message."""
-    known = list(known)
+    known = [str(name) for name in known]
     close = get_close_matches(word, known, n=most, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"

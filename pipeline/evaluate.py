@@ -14,6 +14,7 @@ from scipy.special import softmax
 
 from pipeline.classifier import Classifier, Scores, logits
 from pipeline.errors import CheckpointError
+from pipeline.images.augment import Flips
 from pipeline.images.pack import Rows, read_facts, read_images, read_rows
 from pipeline.learn.codes import read_codes
 from pipeline.learn.metrics import fit_temperature
@@ -31,7 +32,7 @@ from pipeline.nets.fold import fold
 from pipeline.nets.network import Network, backbone_of, load
 from pipeline.progress import say
 from pipeline.runtime import threads
-from pipeline.stage import Key, main, write_json, write_text
+from pipeline.stage import Seed, main, write_json, write_text
 from pipeline.viewing import Viewing
 
 # From simple to costly: of equals the final model is the first of these.
@@ -61,15 +62,15 @@ def evaluate(
     final: Path,
     views: Annotated[int, Interval(ge=1, le=8)],
     sure_accuracy: Annotated[float, Interval(ge=0, le=1)],
-    seed: Annotated[int, Key("seed")],
+    seed: Seed,
 ) -> dict[str, float]:
     """Score probe, linear probe, stage 1 and stage 2 on test, and write the final model.
 
     The final model is chosen by validation accuracy, ties to the simpler; its temperature and its
     threshold for "not sure" are fitted on validation.
 
-    Writes metrics.json, confusion.csv, per_class.csv, calibration.csv and predictions.csv into
-    `out`, model.safetensors into `final`.
+    Writes metrics.json, confusion.csv, per_class.csv and predictions.csv into `out`, and
+    model.safetensors into `final`.
     """
     torch.set_num_threads(threads())
     val, test = read_rows(prepared, "val"), read_rows(prepared, "test")
@@ -114,12 +115,16 @@ def _models(
     facts = {k: meta[k] for k in Network.__dataclass_fields__ if k not in ("model", "backbone")}
     network = Network(fold(again(backbone).eval(), meta["precision"]), backbone, **facts)
     viewing = Viewing(**meta["viewing"])
+    images = {split: read_images(prepared, split) for split in ("val", "test")}
+    none = np.empty((0, len(classes)))
     models = []
     for name, fitted in (("probe", winner), ("probe_linear", linear)):
-        val, test = (fitted.scores(read_codes(features, s, fitted.depth)) for s in ("val", "test"))
+        val, test = (
+            fitted.scores(read_codes(features, split, fitted.depth)) if len(images[split]) else none
+            for split in images
+        )
         models.append(Model(name, network, fitted, viewing, val, test))
-    images = [read_images(prepared, split) for split in ("val", "test")]
-    viewing = Viewing(checkpoint.read(files[1])[1]["flips"], views)
+    viewing = Viewing(_flips_of(files[1]), views)
     for name, file in zip(CANDIDATES[1:], files[1:], strict=True):
         network, _ = load(file)
         if network.classes != classes:
@@ -128,11 +133,20 @@ def _models(
                 f"run `dvc repro {name}`"
             )
         val, test = (
-            logits(network, split, viewing) if len(split) else np.empty((0, len(classes)))
+            logits(network, images[split], viewing) if len(images[split]) else none
             for split in images
         )
         models.append(Model(name, network, None, viewing, val, test))
     return models
+
+
+def _flips_of(file: Path) -> Flips:
+    """Take the flips that stage 1 trained with from its checkpoint."""
+    meta = checkpoint.read(file)[1]
+    if "flips" not in meta:
+        raise CheckpointError(f"{file}: no checkpoint of stage 1; run `dvc repro stage1`")
+    flips: Flips = meta["flips"]
+    return flips
 
 
 def _compared(models: Sequence[Model], test: Rows, seed: int) -> dict[str, Any]:

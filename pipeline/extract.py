@@ -11,6 +11,7 @@ import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 
+from pipeline.errors import ParamError
 from pipeline.images.augment import Flips
 from pipeline.images.pack import SPLITS, read_facts, read_images, read_rows
 from pipeline.learn.codes import Labelled, new_codes, write_labels
@@ -21,7 +22,7 @@ from pipeline.nets.network import Network, over, refuse_larger
 from pipeline.nets.taps import LAST, Taps
 from pipeline.progress import track
 from pipeline.runtime import threads
-from pipeline.stage import Key, main, whole_folder, write_json
+from pipeline.stage import Key, Seed, main, whole_folder, write_json
 from pipeline.viewing import Run, Viewing, averaged
 
 
@@ -37,7 +38,7 @@ def extract(
     weights: Annotated[str, Key("backbone.weights")],
     sha256: Annotated[str, Key("backbone.sha256")],
     precision: Annotated[Precision, Key("precision")],
-    seed: Annotated[int, Key("seed")],
+    seed: Seed,
 ) -> dict[str, float]:
     """Run every image through the frozen network and keep its pooled activations.
 
@@ -55,6 +56,10 @@ def extract(
     chosen = (
         blocks.depths(model) if depths == "auto" else blocks.match(model, depths, "extract.depths")
     )
+    shapes = {call.name: call.shape for call in blocks.trace(model)}
+    for depth in chosen:
+        if len(shapes.get(depth, ())) != 4:
+            raise ParamError(f"extract.depths: {depth} gives no feature maps; choose a block")
     network = Network(
         fold(model.eval(), resolved(precision)),
         backbone,

@@ -21,7 +21,7 @@ from pipeline.images.sources import Item, Source
 from pipeline.images.split import draw, together
 from pipeline.progress import say, track
 from pipeline.runtime import threads
-from pipeline.stage import Key, main, whole_folder, write_json
+from pipeline.stage import Seed, main, whole_folder, write_json
 
 DECODED = "decoded.npy"  # every image in the order listed, until the splits are known
 
@@ -41,7 +41,7 @@ def prepare(
     val_fraction: Annotated[float, Interval(gt=0, lt=1)],
     val_as: Literal["val", "test"],
     least_per_class: Annotated[int, Ge(2)],
-    seed: Annotated[int, Key("seed"), Ge(0)],
+    seed: Seed,
 ) -> dict[str, float]:
     """Decode every image once, audit and split the set, and pack it as square uint8 arrays.
 
@@ -67,7 +67,7 @@ def prepare(
             )
         kept = [i for i, item in enumerate(found.items) if item.path not in unreadable]
         items, digests = [found.items[i] for i in kept], [digests[i] for i in kept]
-        classes = sorted({item.label for item in items})
+        classes = sorted({item.label for item in found.items})
         if len(classes) < 2:
             raise DataError(f"{found.folder}: one class only ({classes}); two or more are needed")
         splits = _splits(items, digests, split_by, test_fraction, val_fraction, val_as, seed)
@@ -120,7 +120,10 @@ def _decode_all(
 
     def one(item: Item) -> tuple[str, NDArray[np.uint8] | DataError]:
         file = found.folder / item.path
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        try:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            return "", DataError(f"{file}: can't be read ({error.strerror})")
         if item.path in unreadable:
             return digest, DataError(unreadable[item.path])
         try:

@@ -30,7 +30,7 @@ from pipeline.learn.probes import (
     svm_probe,
 )
 from pipeline.progress import say, track
-from pipeline.stage import Key, main, write_json, write_text
+from pipeline.stage import Key, Seed, main, write_json, write_text
 
 LAST = "last"  # the depth that stage 1's head starts from
 Positive = Annotated[float, Gt(0)]
@@ -63,7 +63,7 @@ def probe(
     svm_max_images: Annotated[int, Interval(ge=10, le=50_000)],
     sample_weight: Annotated[bool, Key("sample_weight")],
     class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")],
-    seed: Annotated[int, Key("seed")],
+    seed: Seed,
 ) -> dict[str, float]:
     """Search depth x C x kind by cross-validation on train, fit the best one and the linear one.
 
@@ -73,7 +73,7 @@ def probe(
     """
     facts = read_feature_facts(features)
     train, val = read_labels(features, "train"), read_labels(features, "val")
-    _refuse_few(train.labels, facts["classes"], folds)
+    _refuse_few(train, facts["classes"], folds)
     weights = train.weights if sample_weight else np.ones(len(train.labels))
     balance = None if class_weight == "none" else class_weight
     some = _subsample(train.labels, svm_max_images, seed)
@@ -184,20 +184,27 @@ class _Search:
         return x, self.labels[rows], self.weights[rows], self.groups[rows]
 
     def _folds(self, y: Ints, groups: Ints) -> Iterator[tuple[Ints, Ints]]:
-        if len(np.unique(groups)) < len(groups) and len(np.unique(groups)) >= self.folds:
+        if len(np.unique(groups)) < len(groups):
             cut = StratifiedGroupKFold(self.folds, shuffle=True, random_state=self.seed)
             yield from cut.split(y, y, groups)
         else:
             yield from StratifiedKFold(self.folds, shuffle=True, random_state=self.seed).split(y, y)
 
 
-def _refuse_few(labels: Ints, classes: list[str], folds: int) -> None:
-    counts = np.bincount(labels, minlength=len(classes))
+def _refuse_few(train: Labelled, classes: list[str], folds: int) -> None:
+    counts = np.bincount(train.labels, minlength=len(classes))
     if counts.min() < folds:
         raise DataError(
             f"class {classes[int(counts.argmin())]!r} has {counts.min()} training images, fewer "
             f"than probe.folds = {folds}; add images or lower probe.folds"
         )
+    for label, name in enumerate(classes):
+        n_groups = len(np.unique(train.groups[train.labels == label]))
+        if n_groups < folds:
+            raise DataError(
+                f"class {name!r} has training images in {n_groups} group(s), fewer than "
+                f"probe.folds = {folds}; lower probe.folds, or set prepare.split_by: image"
+            )
 
 
 def _subsample(labels: Ints, most: int, seed: int) -> Ints:

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import yaml
+from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from pipeline.errors import ParamError, PipelineError, near
@@ -33,6 +34,9 @@ class Key:
     """Where in params.yaml an argument is found, if not in its stage's own section."""
 
     path: str
+
+
+Seed = Annotated[int, Key("seed"), Interval(ge=0, lt=2**32)]
 
 
 class Loader(yaml.SafeLoader):

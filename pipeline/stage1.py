@@ -28,7 +28,7 @@ from pipeline.nets.network import Network, backbone_of, batches, refuse_larger, 
 from pipeline.nets.stored import Batch, stored
 from pipeline.progress import say
 from pipeline.runtime import cache_folder, threads
-from pipeline.stage import Key, main
+from pipeline.stage import Key, Seed, main
 
 
 def stage1(
@@ -60,7 +60,7 @@ def stage1(
     sample_weight: Annotated[bool, Key("sample_weight")],
     class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")],
     precision: Annotated[Precision, Key("precision")],
-    seed: Annotated[int, Key("seed")],
+    seed: Seed,
 ) -> dict[str, float]:
     """Train the new head and the unfrozen modules on top of the frozen trunk.
 

@@ -23,7 +23,7 @@ from pipeline.nets.freeze import freeze_all_but
 from pipeline.nets.network import Network, load, over, refuse_larger, versions
 from pipeline.progress import say
 from pipeline.runtime import threads
-from pipeline.stage import Key, main, write_text
+from pipeline.stage import Key, Seed, main, write_text
 
 State = dict[str, Tensor]
 
@@ -55,7 +55,7 @@ def stage2(
     sample_weight: Annotated[bool, Key("sample_weight")],
     class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")],
     precision: Annotated[Precision, Key("precision")],
-    seed: Annotated[int, Key("seed")],
+    seed: Seed,
 ) -> dict[str, float]:
     """Load stage 1's checkpoint strictly, train every parameter, and keep the best epoch.
 
@@ -126,17 +126,15 @@ def stage2(
     best = keep_best("stage2", out, network.model, epochs_run, validate, before, patience)
     seconds = time.perf_counter() - start
 
-    factor, val = 1.0, best.val
+    curve = [(1.0, best.val)]
     if interpolate:
         curve = interpolation(network, start_state, best.state, validate)
-        factor, val = choose_factor(curve)
-        network.model.load_state_dict(between(start_state, best.state, factor))
-        lines = [f"{f:.1f},{v['accuracy']:.6f},{v['loss']:.6f}" for f, v in curve]
-        write_text(
-            out / "interpolation.csv", "\n".join(["factor,val_accuracy,val_loss", *lines, ""])
-        )
-        said = "stage 2 didn't help" if factor == 0 else f"val acc {val['accuracy']:.4f}"
-        say(f"stage 1 to stage 2 by factor {factor:.1f}: {said}")
+    factor, val = choose_factor(curve)
+    network.model.load_state_dict(between(start_state, best.state, factor))
+    lines = [f"{f:.1f},{v['accuracy']:.6f},{v['loss']:.6f}" for f, v in curve]
+    write_text(out / "interpolation.csv", "\n".join(["factor,val_accuracy,val_loss", *lines, ""]))
+    said = "stage 2 didn't help" if factor == 0 else f"val acc {val['accuracy']:.4f}"
+    say(f"stage 1 to stage 2 by factor {factor:.1f}: {said}")
     ran = sum(1 for _ in (out / "history.csv").open()) - 1 - len(before)
     write_metrics(out, "stage2", val, epochs=ran, best_epoch=best.epoch, factor=factor)
     network.save(

@@ -140,9 +140,13 @@ def test_trunk_outputs_that_do_not_fit_the_cache_give_the_same_bytes(
     ids=["head only", "batch statistics", "another size", "tutorial", "the rest"],
 )
 def test_every_way_to_train_goes_through(finished, tmp_path, first, second):
-    folder = copied(finished, tmp_path, "prepared", "models")
+    folder = copied(finished, tmp_path, "prepared", "features", "models")
     params = read_params(
-        stage1=first, stage2=second, augment={"crop": 0.5, "light": 0.2}, flips="dihedral", class_weight="balanced"
+        stage1=first,
+        stage2=second,
+        augment={"crop": 0.5, "light": 0.2},
+        flips="dihedral",
+        class_weight="balanced",
     )
     run(folder, params, "stage1", "stage2", "evaluate")
     zeros = [row for row in history(folder, "stage2") if row["epoch"] == "0"]

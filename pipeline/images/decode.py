@@ -1,6 +1,5 @@
 """From a file to pixels: decoded once, upright, square, 8 bits."""
 
-import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +11,10 @@ from pipeline.errors import DataError
 from pipeline.images.pack import Fit
 
 Pixels = NDArray[np.uint8]
+
+# A picture may claim any size in its header; Pillow warns from here on and refuses only later.
+MOST_PIXELS = 89_478_485
+Image.MAX_IMAGE_PIXELS = None  # its own check: ours replaces it, in one line
 
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "F"})
 
@@ -51,12 +54,14 @@ def decode(file: Path, size: int, fit: Fit, channels: int) -> Pixels:
 
 def _opened(file: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # A claim of ten thousands of pixels a side is refused, not only warned about.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(file)
+        image = Image.open(file)
     except Exception as error:
         raise DataError(f"{file}: can't be read as an image ({_said(error)})") from None
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        image.close()
+        raise DataError(f"{file}: claims {width} x {height} pixels; make it smaller")
+    return image
 
 
 def _flat(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:

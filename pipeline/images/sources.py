@@ -1,8 +1,11 @@
 """Where images come from: a source lists them, it decodes nothing."""
 
 import importlib.metadata
+import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from pipeline.errors import DataError
@@ -20,7 +23,7 @@ SPLIT_NAMES = {
 
 # Neighbouring solar cells were cut from one module. The data set doesn't name the module; runs of
 # one wafer type, cut every 60 rows, stand in for it (an inference from how alike neighbours are).
-ELPV_ROWS_A_GROUP = 60
+ELPV_ROWS_A_MODULE = 60
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,17 @@ def elpv() -> Source:
             "prepare.source: elpv needs the package elpv-dataset; run `make install`"
         ) from None
     folder = Path(str(package.locate_file("elpv_dataset/data")))
-    items = []
-    previous, run_start, run = "", 0, -1
-    for row, line in enumerate((folder / "labels.csv").read_text(encoding="utf-8").splitlines()):
-        path, probability, wafer = line.split()
-        if wafer != previous or row - run_start == ELPV_ROWS_A_GROUP:
-            previous, run_start, run = wafer, row, run + 1
-        p = float(probability)
-        label = "defective" if p > 0.5 else "functional"
-        items.append(Item(path, label, group=f"{wafer}-{run:02d}", weight=max(p, 1 - p)))
+    rows = [line.split() for line in (folder / "labels.csv").read_text("utf-8").splitlines()]
+    items, modules = [], 0
+    for wafer, run in groupby(rows, key=lambda row: row[2]):
+        cells = list(run)
+        in_run = max(1, round(len(cells) / ELPV_ROWS_A_MODULE))
+        for i, (path, probability, _) in enumerate(cells):
+            p = float(probability)
+            module = modules + min(i // ELPV_ROWS_A_MODULE, in_run - 1)
+            label = "defective" if p > 0.5 else "functional"
+            items.append(Item(path, label, group=f"{wafer}-{module:02d}", weight=max(p, 1 - p)))
+        modules += in_run
     return Source(folder, items)
 
 
@@ -80,11 +85,7 @@ def folder(path: Path) -> Source:
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; set prepare.path to the folder of your images")
-    files = sorted(
-        file.relative_to(path)
-        for file in path.rglob("*")
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    )
+    files = sorted(_files(path))
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     not_images = [file.as_posix() for file in files if file.suffix.lower() not in SUFFIXES]
     if not images:
@@ -99,6 +100,21 @@ def folder(path: Path) -> Source:
     if twice:
         raise DataError(f"{path}: more than one folder for the {twice[0]} split; keep one")
     return Source(path, [_folder_item(path, file, splits) for file in images], not_images)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Find all files below a folder, through linked folders too, each folder once."""
+    seen = set()
+    for here, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (
+            Path(here, name).relative_to(path) for name in names if not name.startswith(".")
+        )
 
 
 def _folder_item(path: Path, file: Path, splits: dict[str, str]) -> Item:

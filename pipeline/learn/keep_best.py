@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.learn.fit import Epoch
+from pipeline.learn.fit import DivergedError, Epoch
 from pipeline.progress import say
 from pipeline.stage import write_json, write_text
 
@@ -46,6 +47,11 @@ def keep_best(
     best: Best | None = None
     for epoch in epochs:
         val = validate()
+        if not math.isfinite(val["loss"]):
+            raise DivergedError(
+                f"epoch {epoch.epoch}: the validation loss is {val['loss']} after learning rate "
+                f"{epoch.lr:g}; lower {stage}.lr"
+            )
         if best is None or better(val, best.val):
             state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             best = Best(epoch.epoch, epoch.accuracy, val, state)

@@ -25,7 +25,10 @@ class Call:
 
 
 def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
-    """Run a network once on zeros and list the calls of its modules, in order of their start."""
+    """Run a network once on zeros and list the calls of its modules, in order of their start.
+
+    Raises ParamError for a network that takes images of one size only.
+    """
     calls: list[Call] = []
     open_calls: list[Call] = []
     clock = iter(range(10**9))
@@ -52,6 +55,12 @@ def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
         model.eval()
         with torch.inference_mode():
             model(torch.zeros(2, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:80]
+        raise ParamError(
+            f"backbone.name: {type(model).__name__} can't take images of {size} px ({said}); "
+            "choose a convolutional network"
+        ) from None
     finally:
         for handle in handles:
             handle.remove()

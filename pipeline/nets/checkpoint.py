@@ -43,6 +43,6 @@ def read(file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
             return {name: opened.get_tensor(name) for name in names}, json.loads(meta)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; run `dvc repro` or `dvc pull`") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"{file}: damaged ({said}); run `dvc checkout` or repeat") from None

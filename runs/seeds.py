@@ -1,0 +1,77 @@
+"""Repeat the graph over seeds as DVC experiments and print test accuracies, mean and spread.
+
+    python runs/seeds.py elpv-image
+    python runs/seeds.py elpv-group
+    python runs/seeds.py hymenoptera --path FOLDER    # the one with train/ and val/
+    python runs/seeds.py mine --set prepare.source=folder --set prepare.path=data/mine
+
+Each run is a `dvc exp run --temp` of the last commit: it leaves the workspace alone, its metrics
+stay under the experiment's name, and what has run before is taken from the cache.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import dvc.api
+
+SETTINGS = {
+    "elpv-image": ["prepare.split_by=image"],
+    "elpv-group": ["prepare.split_by=group"],
+    # The official 153 are the test split; validation is cut from the official training images.
+    "hymenoptera": [
+        "prepare.source=folder",
+        "prepare.not_images=skip",
+        "prepare.val_as=test",
+        "flips=horizontal",
+        "stage1.image_size=224",
+        "stage2.image_size=224",
+    ],
+}
+MODELS = ("probe_linear", "probe", "stage1", "stage2")
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("name")
+    parser.add_argument("--path", type=Path, help="the images, for a source that is a folder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    changes = [*SETTINGS.get(options.name, []), *options.set]
+    if options.path:
+        changes.append(f"prepare.path={options.path.resolve()}")
+
+    found: dict[str, list[float]] = {}
+    for seed in options.seeds:
+        experiment = f"{options.name}-{seed}"
+        run(experiment, [*changes, f"seed={seed}"])
+        metrics = dvc.api.metrics_show(rev=experiment)
+        test, chosen = metrics["test"], metrics["chosen"]
+        row = {m: test[m]["accuracy"] for m in MODELS} | {"chosen": test[chosen]["accuracy"]}
+        row["chosen, weighted"] = test[chosen]["accuracy_weighted"]
+        row["probe, weighted"] = test["probe"]["accuracy_weighted"]
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
+        cells = (f"{k} {v:.4f}" for k, v in row.items())
+        print(f"seed {seed}: {chosen:>7} chosen", *cells, sep="  ", flush=True)
+    print(f"\n{options.name}, {len(options.seeds)} seeds: test accuracy")
+    for name, values in found.items():
+        spread = stdev(values) if len(values) > 1 else 0.0
+        print(f"{name:<18} {mean(values):.4f} ± {spread:.4f}")
+
+
+def run(experiment: str, changes: list[str]) -> None:
+    """Run one experiment, with this Python for the stages."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--quiet"]
+    command += ["--name", experiment, *(part for c in changes for part in ("-S", c))]
+    subprocess.run(command, check=True, env={**os.environ, "PATH": path})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,474 @@
+"""dvc.yaml tells the truth, and DVC does with it what it is there for."""
+
+import ast
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from conftest import ROOT, STAGES, paths, read_params, run, write_photos
+
+from pipeline.stage import param_keys, path_names
+from pipeline.stage import read_params as loaded
+
+GRAPH: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+GROUPS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+    "optional-dependencies"
+]
+GROUP = "project.optional-dependencies."
+SETTINGS = [".gitignore", ".dvcignore", ".dvc/.gitignore", ".dvc/config"]
+PHOTOS = "photos"  # in Git, so that a clone has them
+RATE = 1e-5  # another one for stage 2
+IMPORT_EACH = """
+import importlib, json, sys
+found = {}
+for stage in sys.argv[1:]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "pipeline"]:
+        del sys.modules[name]
+    importlib.import_module(f"pipeline.{stage}")
+    modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "pipeline"]
+    found[stage] = [m.__file__ for m in modules if m.__file__]
+json.dump(found, sys.stdout)
+"""
+
+each_stage = pytest.mark.parametrize("stage", STAGES)
+
+
+def listed(stage: str, *fields: str) -> dict[str, dict[str, Any]]:
+    """Name the files under these fields of a stage, each with its options."""
+    files: dict[str, dict[str, Any]] = {}
+    for entry in (entry for field in fields for entry in GRAPH[stage].get(field, [])):
+        files.update(entry if isinstance(entry, dict) else {entry: {}})
+    return files
+
+
+def imported(file: Path) -> set[str]:
+    """Name all that a file may import, `from a import b` as both a and a.b, wherever it stands."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            assert node.level == 0, f"{file}: a relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def files_of(name: str) -> set[str]:
+    """List the project's files that run when a dotted name is imported: its packages' too."""
+    parts = name.split(".")
+    bases = ["/".join(parts[: i + 1]) for i in range(len(parts))] if parts[0] == "pipeline" else []
+    files = {file for base in bases for file in (f"{base}/__init__.py", f"{base}.py")}
+    return {file for file in files if (ROOT / file).exists()}
+
+
+def closure(stage: str) -> set[str]:
+    """List the project's files that a stage's module imports, directly or not, itself included."""
+    found: set[str] = set()
+    left = files_of(f"pipeline.{stage}")
+    while left:
+        file = left.pop()
+        found.add(file)
+        left |= {f for name in imported(ROOT / file) for f in files_of(name)} - found
+    return found
+
+
+def distributions(stage: str) -> set[str]:
+    """List the packages of pyproject.toml's groups that a stage's closure imports or asks for."""
+    of_module = importlib.metadata.packages_distributions()
+    used: set[str] = set()
+    for file in closure(stage):
+        for name in imported(ROOT / file):
+            used |= set(of_module.get(name.split(".")[0], []))
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                used.add(node.value)  # importlib.metadata.distribution("elpv-dataset")
+    return used
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries to dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return leaves
+
+
+def test_dvc_yaml_has_the_stages():
+    assert set(STAGES) == set(GRAPH)
+
+
+@each_stage
+def test_code_deps_are_what_the_stage_imports(stage):
+    assert closure(stage) == {file for file in listed(stage, "deps") if file.endswith(".py")}
+
+
+def test_code_deps_hold_every_module_that_importing_a_stage_loads():
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_EACH, *STAGES],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for stage, files in json.loads(done.stdout).items():
+        loads = {str(Path(file).relative_to(ROOT)) for file in files}
+        assert f"pipeline/{stage}.py" in loads
+        assert set() == loads - set(listed(stage, "deps"))
+
+
+@each_stage
+def test_stages_do_not_import_each_other(stage):
+    assert {f"pipeline/{stage}.py"} == closure(stage) & {f"pipeline/{name}.py" for name in STAGES}
+
+
+@each_stage
+def test_params_are_those_of_the_signature(stage):
+    params = [entry for entry in GRAPH[stage]["params"] if isinstance(entry, str)]
+    assert sorted(param_keys(STAGES[stage]).values()) == sorted(params)
+
+
+def test_every_key_of_params_yaml_is_read_by_a_stage_and_the_other_way_round():
+    read = {key for stage in STAGES.values() for key in param_keys(stage).values()}
+    assert read == set(flat(yaml.safe_load((ROOT / "params.yaml").read_text())))
+
+
+@each_stage
+def test_version_params_are_the_groups_of_the_packages_in_use(stage):
+    used = distributions(stage)
+    expected = {
+        f"{GROUP}{group}"
+        for group, pins in GROUPS.items()
+        if group != "dev" and used & {pin.partition("==")[0] for pin in pins}
+    }
+    assert expected == set(listed(stage, "params")["pyproject.toml"])
+
+
+@each_stage
+def test_command_names_the_paths_of_the_signature_and_the_files_of_dvc_yaml(stage):
+    words = shlex.split(GRAPH[stage]["cmd"])
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    assert ["python", "-m", f"pipeline.{stage}"] == words[:3]
+    assert {"--timing", *(f"--{name}" for name in path_names(STAGES[stage]))} == set(options)
+
+    writes = listed(stage, "outs", "metrics", "plots")
+    written = {p for p in options.values() if any(Path(f).is_relative_to(p) for f in writes)}
+    inputs = {f for f in listed(stage, "deps") if not f.endswith(".py")} - {"${prepare.path}"}
+    assert options["--timing"] in writes
+    assert inputs == set(options.values()) - written
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"prepare": {"test_fraction": 0.0}},
+        {"probe": {"kinds": ["linear"]}},
+        {"stage1": {"unfreeze": [], "views": 0}},
+        {"stage2": {"interpolate": False}},
+    ],
+    ids=str,
+)
+def test_stages_write_exactly_the_files_that_dvc_yaml_lists(sections, photos, tmp_path):
+    sections = {**sections, "prepare": {"path": str(photos), **sections.get("prepare", {})}}
+    run(tmp_path, read_params(**sections))
+    outs = {file for stage in STAGES for file in listed(stage, "outs", "metrics", "plots")}
+    expected = {f for f in outs if f.startswith("models/") and not f.endswith("timing.json")}
+    written = (file for file in (tmp_path / "models").rglob("*") if file.is_file())
+    assert expected == {str(file.relative_to(tmp_path)) for file in written}
+
+
+def test_permuted_test_labels_change_nothing_before_evaluate(finished, tmp_path):
+    folder = tmp_path / "permuted"
+    shutil.copytree(finished / "prepared", folder / "prepared")
+    index = folder / "prepared" / "index.csv"
+    rows = list(csv.DictReader(index.open(newline="")))
+    test = [row for row in rows if row["split"] == "test"]
+    for row, label in zip(test, [row["label"] for row in reversed(test)], strict=True):
+        row["label"] = label
+    with index.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert index.read_bytes() != (finished / "prepared" / "index.csv").read_bytes()
+
+    run(folder, read_params(), *(stage for stage in STAGES if stage != "prepare"))
+    for part in ("features", "models/probe", "models/stage1", "models/stage2"):
+        expected = {f.name: f.read_bytes() for f in (finished / part).iterdir()}
+        assert expected == {f.name: f.read_bytes() for f in (folder / part).iterdir()}
+    before, after = (
+        json.loads((paths(base)["evaluate"]["out"] / "metrics.json").read_text())["test"]["stage1"]
+        for base in (finished, folder)
+    )
+    assert before["accuracy"] != after["accuracy"]
+
+
+# What follows runs DVC in a repository of its own.
+
+
+class Run(NamedTuple):
+    """A committed repository after a run, not to be changed, and what DVC said."""
+
+    folder: Path
+    said: str
+
+
+def command(folder: Path, *words: str) -> str:
+    """Run a command in a repository and give what it says; it has to succeed."""
+    bin_folder = Path(sys.executable).parent  # stages are started as `python`
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("GIT_")},  # a hook sets some
+        **dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"), "tester"),
+        **dict.fromkeys(("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "tester@localhost"),
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "DVC_SITE_CACHE_DIR": str(folder.parent / "site"),
+    }
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def dvc(folder: Path, *words: str) -> str:
+    return command(folder, sys.executable, "-m", "dvc", *words)
+
+
+def git(folder: Path, *words: str) -> str:
+    return command(folder, "git", *words)
+
+
+def commit(folder: Path, message: str) -> None:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", message)
+
+
+def change(folder: Path, key: str, value: Any) -> None:
+    """Change a dotted key in a repository's params.yaml."""
+    file = folder / "params.yaml"
+    params = section = yaml.safe_load(file.read_text())
+    *parents, name = key.split(".")
+    for parent in parents:
+        section = section[parent]
+    assert section[name] != value
+    section[name] = value
+    file.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def stages_run(said: str) -> list[str]:
+    return re.findall(r"^Running stage '(\w+)'", said, re.MULTILINE)
+
+
+def stale(folder: Path) -> set[str]:
+    """Name the stages whose own inputs differ from dvc.lock."""
+    return set(json.loads(dvc(folder, "status", "--json")))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The first `dvc repro`."""
+    folder = tmp_path_factory.mktemp("first") / "repo"
+    shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=lambda *_: {"__pycache__"})
+    for name in ("dvc.yaml", "pyproject.toml", *SETTINGS):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    write_photos(folder / PHOTOS)
+    params = read_params(prepare={"path": PHOTOS})
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    git(folder, "init", "--quiet")
+    commit(folder, "start")
+    said = dvc(folder, "repro")
+    commit(folder, "run")
+    return Run(folder, said)
+
+
+@pytest.fixture
+def repo(first: Run, tmp_path: Path) -> Path:
+    """A copy of that repository, with its caches."""
+    return shutil.copytree(first.folder, tmp_path / "repo")
+
+
+@pytest.fixture(scope="module")
+def experiment(first: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """After it, `dvc exp run` with another rate for stage 2."""
+    folder = shutil.copytree(first.folder, tmp_path_factory.mktemp("experiment") / "repo")
+    said = dvc(folder, "exp", "run", "--name", "slower", "--set-param", f"stage2.lr={RATE:g}")
+    commit(folder, "slower")
+    return Run(folder, said)
+
+
+def test_first_repro_runs_every_stage(first):
+    assert sorted(STAGES) == sorted(stages_run(first.said))
+
+
+def test_repro_leaves_git_the_lock_the_metrics_and_the_plots(first):
+    uncached = [
+        file
+        for stage in STAGES
+        for file, options in listed(stage, "outs", "metrics", "plots").items()
+        if options.get("cache", True) is False
+    ]
+    committed = git(first.folder, "show", "--name-only", "--format=", "HEAD").splitlines()
+    assert sorted(["dvc.lock", *uncached]) == sorted(committed)
+
+
+def test_second_repro_runs_nothing(repo):
+    said = dvc(repo, "repro")
+    assert [] == stages_run(said)
+    assert len(STAGES) == said.count("didn't change, skipping")
+    assert set() == stale(repo)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stages"),
+    [
+        ("probe.folds", 3, {"probe"}),
+        ("probe.linear_c", [0.1], {"probe"}),
+        ("stage1.lr", 1e-3, {"stage1"}),
+        ("stage2.lr", RATE, {"stage2"}),
+        ("evaluate.views", 1, {"evaluate"}),
+        ("augment.crop", 0.9, {"stage1", "stage2"}),
+        ("flips", "none", {"extract", "stage1", "stage2"}),
+        ("seed", 1, set(STAGES)),
+    ],
+)
+def test_changed_param_makes_only_the_stages_that_read_it_stale(key, value, stages, repo):
+    change(repo, key, value)
+    assert stages == stale(repo)
+
+
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("pipeline/learn/verdict.py", {"evaluate"}),
+        ("pipeline/learn/fit.py", {"stage1", "stage2"}),
+        ("pipeline/images/decode.py", {"prepare"}),
+        ("pipeline/predict.py", set()),
+    ],
+)
+def test_changed_code_makes_only_the_stages_that_import_it_stale(file, stages, repo):
+    with (repo / file).open("a") as code:
+        code.write("# changed\n")
+    assert stages == stale(repo)
+
+
+def test_upgraded_library_makes_the_stages_that_use_it_stale(repo):
+    file = repo / "pyproject.toml"
+    text = file.read_text()
+    assert 1 == text.count('"timm==')
+    file.write_text(text.replace('"timm==', '"timm==9.'))
+    assert {"extract", "stage1", "stage2", "evaluate"} == stale(repo)
+
+
+def test_new_image_makes_prepare_stale(repo):
+    shutil.copy(repo / PHOTOS / "class0" / "000.png", repo / PHOTOS / "class0" / "new.png")
+    assert {"prepare"} == stale(repo)
+
+
+def test_all_that_follows_the_probe_reruns_with_it(repo):
+    said = dvc(repo, "repro", "--downstream", "--force", "--dry", "probe")
+    assert ["probe", "stage1", "stage2", "evaluate"] == stages_run(said)
+
+
+def test_changed_rate_of_stage2_reruns_it_and_evaluate(experiment):
+    assert ["stage2", "evaluate"] == stages_run(experiment.said)
+
+
+def test_rate_that_exp_run_writes_is_read_as_a_number(experiment):
+    assert f"lr: {RATE:g}\n" in (experiment.folder / "params.yaml").read_text()
+    assert RATE == loaded(experiment.folder / "params.yaml")["stage2"]["lr"]
+
+
+def test_earlier_params_take_the_earlier_results_from_the_run_cache(experiment, tmp_path):
+    folder = shutil.copytree(experiment.folder, tmp_path / "repo")
+    git(folder, "checkout", "--quiet", "HEAD~1", "--", "params.yaml")
+    said = dvc(folder, "repro")
+    assert [] == stages_run(said)
+    skipped = re.findall(r"^Stage '(\w+)' is cached - skipping run", said, re.MULTILINE)
+    assert ["stage2", "evaluate"] == skipped
+    assert "" == git(folder, "diff", "HEAD~1")
+
+
+def test_exp_show_lists_the_experiment_with_its_params_and_metrics(experiment):
+    text = dvc(experiment.folder, "exp", "show", "--csv", "--rev", "HEAD~1")
+    row = next(r for r in csv.DictReader(io.StringIO(text)) if r["Experiment"] == "slower")
+    metrics = json.loads((experiment.folder / "models/stage2/metrics.json").read_text())
+    assert RATE == float(row["stage2.lr"])
+    assert metrics["stage2"]["val"]["loss"] == float(row["stage2.val.loss"])
+
+
+def test_params_diff_shows_the_changed_key_alone(experiment):
+    diff = json.loads(dvc(experiment.folder, "params", "diff", "--json", "HEAD~1"))
+    assert {"params.yaml": ["stage2.lr"]} == {file: list(keys) for file, keys in diff.items()}
+
+
+def test_metrics_diff_shows_what_stage2_scores_now_and_scored_before(experiment):
+    file = "models/stage2/metrics.json"
+    diff = json.loads(dvc(experiment.folder, "metrics", "diff", "--json", "HEAD~1"))
+    old = flat(json.loads(git(experiment.folder, "show", f"HEAD~1:{file}")))
+    new = flat(json.loads((experiment.folder / file).read_text()))
+    changed = {key: (old[key], new[key]) for key in new if old[key] != new[key]}
+    assert "stage2.val.loss" in changed
+    assert changed == {key: (v["old"], v["new"]) for key, v in diff[file].items()}
+
+
+def test_metrics_show_has_the_keys_that_others_rely_on(first):
+    shown = json.loads(dvc(first.folder, "metrics", "show", "--json"))[""]["data"]
+    keys = {key for file in shown.values() for key in flat(file["data"])}
+    of_model = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_weighted")
+    of_model += ("balanced_accuracy", "f1_macro", "auroc")
+    of_training = ("val.accuracy", "val.balanced_accuracy", "val.loss", "epochs", "best_epoch")
+    expected = {
+        *(f"test.{m}.{k}" for m in ("probe", "probe_linear", "stage1", "stage2") for k in of_model),
+        *(f"{stage}.{k}" for stage in ("stage1", "stage2") for k in of_training),
+        *(f"probe.val.{k}" for k in ("accuracy", "balanced_accuracy", "loss")),
+        *(f"stage2_minus_probe.{k}" for k in ("accuracy", "low", "high", "p_value")),
+        *(f"{stage}.seconds" for stage in STAGES),
+        "chosen",
+    }
+    assert set() == expected - keys
+
+
+def test_plots_diff_draws_every_plot_for_both_commits(experiment, tmp_path):
+    dvc(experiment.folder, "plots", "diff", "HEAD~1", "--out", str(tmp_path / "plots"))
+    page = (tmp_path / "plots" / "index.html").read_text()
+    titles = [
+        title for p in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for title in p
+    ]
+    assert [] == [title for title in titles if title not in page]
+    assert {"HEAD~1", "workspace"} == set(re.findall(r'"rev": "([^"]+)"', page))
+
+
+def test_pulled_clone_is_up_to_date(repo, tmp_path):
+    store = f"[core]\n    remote = store\n['remote \"store\"']\n    url = {tmp_path / 'store'}\n"
+    (repo / ".dvc" / "config.local").write_text(store)
+    dvc(repo, "push")
+    clone = tmp_path / "elsewhere" / "clone"
+    git(tmp_path, "clone", "--quiet", str(repo), str(clone))
+    (clone / ".dvc" / "config.local").write_text(store)
+    assert set() != stale(clone)
+    dvc(clone, "pull")
+    assert set() == stale(clone)
+    assert [] == stages_run(dvc(clone, "repro"))
+
+
+def test_forced_second_run_writes_the_same_bytes(first, repo):
+    def hashes(folder: Path) -> dict[str, str]:
+        stages = yaml.safe_load((folder / "dvc.lock").read_text())["stages"].values()
+        outs = [out for stage in stages for out in stage["outs"]]
+        return {o["path"]: o["md5"] for o in outs if not o["path"].endswith("timing.json")}
+
+    assert sorted(STAGES) == sorted(stages_run(dvc(repo, "repro", "--force")))
+    assert hashes(first.folder) == hashes(repo)

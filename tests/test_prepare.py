@@ -1,0 +1,596 @@
+"""Prepare: counts, pixels and splits against Pillow, hashlib and the published numbers."""
+
+import csv
+import hashlib
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, read_params, run, write_photos
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline.errors import DataError
+from pipeline.images.decode import decode, is_grey
+from pipeline.images.split import draw, together
+
+HYMENOPTERA = ROOT.parent / "shared" / "data" / "hymenoptera"
+COLUMNS = ["id", "path", "label", "split", "group", "weight", "sha256"]
+
+Row = dict[str, str]
+
+
+def prepared(out: Path, seed: int = 0, **changes: Any) -> list[Row]:
+    """Run prepare with changed params and read the rows of its index.csv."""
+    run(out, read_params(prepare=changes, seed=seed), "prepare")
+    return read_index(out)
+
+
+def read_index(out: Path) -> list[Row]:
+    with (out / "prepared" / "index.csv").open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def read_json(out: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / "prepared" / name).read_text(encoding="utf-8"))
+    return content
+
+
+def pixels(out: Path, split: str) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = np.load(out / "prepared" / f"{split}.npy")
+    return array
+
+
+def of_split(rows: list[Row], split: str) -> list[Row]:
+    return [row for row in rows if row["split"] == split]
+
+
+def splits_by(rows: list[Row], column: str) -> dict[str, set[str]]:
+    """Collect the splits that each value of a column is found in."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row[column], set()).add(row["split"])
+    return found
+
+
+# The package of solar cells
+
+
+@pytest.fixture(scope="module")
+def elpv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("elpv")
+    run(out, read_params(prepare={"source": "elpv", "size": 16}), "prepare")
+    return out
+
+
+@pytest.fixture(scope="module")
+def published() -> tuple[NDArray[np.float64], NDArray[np.str_]]:
+    """The probability of a defect and the wafer type of every cell, as the package reads them."""
+    from elpv_dataset.utils import load_dataset
+
+    _, probabilities, types = load_dataset()
+    return probabilities, types
+
+
+def test_elpv_has_the_published_counts_and_weights(elpv):
+    rows = read_index(elpv)
+    assert Counter(row["label"] for row in rows) == {"defective": 821, "functional": 2624 - 821}
+    weights = sorted({round(float(row["weight"]), 9) for row in rows})
+    assert pytest.approx(weights) == [2 / 3, 1.0]
+
+
+def test_elpv_labels_agree_with_the_package_itself(elpv, published):
+    probabilities, _ = published
+    rows = read_index(elpv)
+    assert list(probabilities > 0.5) == [row["label"] == "defective" for row in rows]
+    sure = np.maximum(probabilities, 1 - probabilities)
+    assert sure == pytest.approx([float(row["weight"]) for row in rows])
+
+
+def test_elpv_groups_are_as_many_as_the_modules_and_of_one_wafer_type(elpv, published):
+    # "extracted from 44 different solar modules", says the package's own description.
+    _, types = published
+    wafers: dict[str, set[str]] = {}
+    for wafer, row in zip(types, read_index(elpv), strict=True):
+        wafers.setdefault(row["group"], set()).add(wafer)
+    assert {1} == {len(found) for found in wafers.values()}
+    assert len(wafers) == 44
+
+
+def test_elpv_splits_hold_whole_groups_and_about_their_share(elpv):
+    rows = read_index(elpv)
+    assert {1} == {len(splits) for splits in splits_by(rows, "group").values()}
+    sizes = Counter(row["split"] for row in rows)
+    assert pytest.approx(sizes["test"] / 2624, abs=0.02) == 0.25
+    assert pytest.approx(sizes["val"] / (sizes["val"] + sizes["train"]), abs=0.02) == 0.25
+    for split in ("train", "val", "test"):
+        defective = np.mean([row["label"] == "defective" for row in of_split(rows, split)])
+        assert pytest.approx(defective, abs=0.03) == 821 / 2624
+
+
+def test_elpv_cells_are_grey_and_stay_so(elpv):
+    assert pixels(elpv, "val").shape[1:] == (16, 16)
+    assert read_json(elpv, "facts.json")["channels"] == 1
+
+
+# The files that others rely on
+
+
+def test_index_names_every_file_and_its_hash(photos, tmp_path):
+    rows = prepared(tmp_path, path=str(photos))
+    assert list(rows[0]) == COLUMNS
+    assert [str(i) for i in range(32)] == [row["id"] for row in rows]
+    files = sorted(file.relative_to(photos).as_posix() for file in photos.rglob("*.png"))
+    assert files == [row["path"] for row in rows]
+    for row in rows:
+        assert hashlib.sha256((photos / row["path"]).read_bytes()).hexdigest() == row["sha256"]
+        assert row["path"].split("/")[0] == row["label"]
+
+
+def test_facts_say_what_later_stages_must_know(photos, tmp_path):
+    prepared(tmp_path, path=str(photos), size=32, fit="pad")
+    facts = {"classes": ["class0", "class1"], "size": 32, "fit": "pad", "channels": 3}
+    assert facts == read_json(tmp_path, "facts.json")
+
+
+def test_only_the_named_files_are_left(photos, tmp_path):
+    prepared(tmp_path, path=str(photos))
+    names = {"index.csv", "facts.json", "audit.json", "train.npy", "val.npy", "test.npy"}
+    assert names == {file.name for file in (tmp_path / "prepared").iterdir()}
+
+
+def test_classes_are_sorted_by_code_point(tmp_path):
+    photos = write_photos(tmp_path / "photos", classes=4)
+    names = ["Zebra", "ant", "zebra", "Ähre"]
+    for i, name in enumerate(reversed(names)):
+        (photos / f"class{i}").rename(photos / name)
+    prepared(tmp_path, path=str(photos))
+    assert names == read_json(tmp_path, "facts.json")["classes"]
+
+
+def test_row_i_of_a_split_is_row_i_of_its_array(photos, tmp_path):
+    rows = prepared(tmp_path, path=str(photos))
+    for split in ("train", "val", "test"):
+        files = [photos / row["path"] for row in of_split(rows, split)]
+        direct = [Image.open(file).resize((64, 64), Image.Resampling.BICUBIC) for file in files]
+        assert np.array_equal(
+            np.stack([np.asarray(image) for image in direct]), pixels(tmp_path, split)
+        )
+
+
+# Pixels
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A picture twice as wide as high: red, white, white, blue from left to right."""
+    picture = np.full((40, 80, 3), 255, np.uint8)
+    picture[:, :20], picture[:, 60:] = (255, 0, 0), (0, 0, 255)
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    return tmp_path / "wide.png"
+
+
+def test_squash_keeps_all_of_the_picture(wide):
+    squashed = decode(wide, 40, "squash", 3)
+    assert tuple(squashed[20, 2]) == (255, 0, 0)
+    assert tuple(squashed[20, 20]) == (255, 255, 255)
+    assert tuple(squashed[20, 37]) == (0, 0, 255)
+
+
+def test_crop_keeps_the_middle_square(wide):
+    assert np.array_equal(np.full((40, 40, 3), 255), decode(wide, 40, "crop", 3))
+
+
+def test_pad_keeps_the_shape_between_black_borders(wide):
+    padded = decode(wide, 40, "pad", 3)
+    assert (0, 0, 0) == tuple(padded[2, 20]) == tuple(padded[37, 20])
+    inner = Image.open(wide).resize((40, 20), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(inner), padded[10:30])
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
+def test_every_fit_gives_a_square_of_the_size_asked_for(fit, wide):
+    assert decode(wide, 33, fit, 3).shape == (33, 33, 3)
+    assert decode(wide, 33, fit, 1).shape == (33, 33)
+
+
+TRANSPOSED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TRANSPOSED)
+def test_exif_orientation_is_applied_once(orientation, tmp_path):
+    stored = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "turned.png", exif=exif)
+    upright = TRANSPOSED[orientation](stored)
+    assert np.array_equal(upright, decode(tmp_path / "turned.png", 48, "squash", 3))
+
+
+def test_a_jpeg_of_a_turned_camera_is_upright(wide, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the right side of the scene is at the bottom of what is stored
+    Image.open(wide).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    stored = Image.open(tmp_path / "turned.jpg")
+    turned = stored.rotate(-90, expand=True).resize((40, 40), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(turned), decode(tmp_path / "turned.jpg", 40, "squash", 3))
+
+
+def saved(image: Image.Image, file: Path, **options: Any) -> Path:
+    image.save(file, **options)
+    return file
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    picture = np.zeros((8, 8, 4), np.uint8)
+    picture[:4] = (10, 20, 30, 255)
+    picture[4:] = (10, 20, 30, 0)
+    file = saved(Image.fromarray(picture), tmp_path / "clear.png")
+    flat = decode(file, 8, "squash", 3)
+    assert tuple(flat[1, 4]) == (10, 20, 30)
+    assert tuple(flat[6, 4]) == (255, 255, 255)
+
+
+def test_grey_with_transparency_becomes_white_there_and_stays_grey(tmp_path):
+    picture = np.full((8, 8, 2), 40, np.uint8)
+    picture[:4, :, 1], picture[4:, :, 1] = 255, 0
+    file = saved(Image.fromarray(picture, "LA"), tmp_path / "clear.png")
+    assert is_grey(file)
+    flat = decode(file, 8, "squash", 1)
+    assert (flat[1, 4], flat[6, 4]) == (40, 255)
+
+
+def test_a_palette_is_looked_up(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    flat = decode(saved(image, tmp_path / "palette.png"), 8, "squash", 3)
+    assert {(200, 100, 50)} == set(map(tuple, flat.reshape(-1, 3)))
+
+
+def test_a_transparent_palette_entry_becomes_white(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    file = saved(image, tmp_path / "palette.png", transparency=1)
+    assert (decode(file, 8, "squash", 3) == 255).all()
+
+
+def test_four_inks_become_three_lights(tmp_path):
+    file = saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "inks.tif")
+    assert {(255, 0, 0)} == set(map(tuple, decode(file, 8, "squash", 3).reshape(-1, 3)))
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_sixteen_bits_are_scaled_and_not_clipped(kind, tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)
+    image = Image.fromarray(np.broadcast_to(ramp, (256, 256)).copy())
+    file = saved(image, tmp_path / f"deep.{kind}")
+    assert is_grey(file)
+    assert np.array_equal(np.arange(256), decode(file, 256, "squash", 1)[0])
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_float_grey_is_scaled_by_its_range(top, tmp_path):
+    ramp = np.linspace(0, top, 256, dtype=np.float32)
+    image = Image.fromarray(np.broadcast_to(ramp, (256, 256)).copy())
+    flat = decode(saved(image, tmp_path / "float.tif"), 256, "squash", 1)
+    assert np.array_equal(np.arange(256), flat[0])
+
+
+def test_one_bit_becomes_black_and_white(tmp_path):
+    bits = np.indices((8, 8)).sum(0) % 2 == 0
+    file = saved(Image.fromarray(bits), tmp_path / "bits.png")
+    assert is_grey(file)
+    assert np.array_equal(255 * bits, decode(file, 8, "squash", 1))
+
+
+def test_grey_pictures_are_packed_without_a_channel(tmp_path):
+    photos = write_photos(tmp_path / "photos", grey=True)
+    prepared(tmp_path, path=str(photos))
+    assert pixels(tmp_path, "train").ndim == 3
+    assert read_json(tmp_path, "facts.json")["channels"] == 1
+
+
+def test_one_coloured_picture_makes_all_of_them_three_channels(tmp_path):
+    photos = write_photos(tmp_path / "photos", grey=True)
+    Image.new("RGB", (48, 48), "red").save(photos / "class0" / "red.png")
+    prepared(tmp_path, path=str(photos))
+    train = pixels(tmp_path, "train")
+    assert train.shape[1:] == (64, 64, 3)
+    assert read_json(tmp_path, "facts.json")["channels"] == 3
+    grey = (train == train[..., :1]).all((1, 2, 3))
+    assert len(grey) - 1 <= grey.sum()
+
+
+# What is listed
+
+
+def test_suffixes_count_in_any_case(photos, tmp_path):
+    for file in photos.rglob("*0.png"):
+        file.rename(file.with_suffix(".PNG"))
+    assert len(prepared(tmp_path, path=str(photos))) == 32
+
+
+def test_names_may_hold_spaces_commas_and_letters_of_any_script(photos, tmp_path):
+    (photos / "class0").rename(photos / "Ameise, große")
+    (photos / "class1").rename(photos / "蜜蜂")
+    (photos / "蜜蜂" / "000.png").rename(photos / "蜜蜂" / 'a "b" ñ, 1.png')
+    rows = prepared(tmp_path, path=str(photos))
+    assert Counter(row["label"] for row in rows) == {"Ameise, große": 16, "蜜蜂": 16}
+    assert all((photos / row["path"]).is_file() for row in rows)
+    assert list(read_json(tmp_path, "audit.json")["classes"]) == ["Ameise, große", "蜜蜂"]
+
+
+def test_hidden_files_and_folders_are_passed_over(photos, tmp_path):
+    (photos / "class0" / ".DS_Store").write_text("x")
+    shutil.copytree(photos / "class0", photos / "class0" / ".thumbnails")
+    shutil.copytree(photos / "class0", photos / ".trash")
+    assert len(prepared(tmp_path, path=str(photos))) == 32
+
+
+def test_class_folders_may_be_links(photos, tmp_path):
+    (photos / "class1").rename(tmp_path / "bees")
+    (photos / "class1").symlink_to(tmp_path / "bees")
+    rows = prepared(tmp_path, path=str(photos))
+    assert Counter(row["label"] for row in rows) == {"class0": 16, "class1": 16}
+
+
+def test_skipped_files_are_named_and_every_file_is_accounted_for(photos, tmp_path):
+    (photos / "class0" / "notes.txt").write_text("taken in spring")
+    Image.new("L", (9, 9)).save(photos / "class1" / "moving.gif")
+    (photos / "class0" / "text.png").write_text("not a picture")
+    whole = (photos / "class1" / "003.png").read_bytes()
+    (photos / "class1" / "003.png").write_bytes(whole[: len(whole) // 2])
+    rows = prepared(tmp_path, path=str(photos), not_images="skip")
+    audit = read_json(tmp_path, "audit.json")
+    assert audit["skipped_not_images"] == ["class0/notes.txt", "class1/moving.gif"]
+    assert sorted(audit["skipped_unreadable"]) == ["class0/text.png", "class1/003.png"]
+    assert "can't be read as an image" in audit["skipped_unreadable"]["class1/003.png"]
+    files = {file.relative_to(photos).as_posix() for file in photos.rglob("*") if file.is_file()}
+    skipped = {*audit["skipped_not_images"], *audit["skipped_unreadable"]}
+    assert files == skipped | {row["path"] for row in rows}
+    assert len(files) == audit["images"] + len(skipped)
+
+
+def test_skipping_moves_no_pixels_to_another_row(photos, tmp_path):
+    (photos / "class0" / "0000.png").write_text("not a picture")
+    rows = prepared(tmp_path, path=str(photos), not_images="skip")
+    for row, packed in zip(of_split(rows, "test"), pixels(tmp_path, "test"), strict=True):
+        assert np.array_equal(decode(photos / row["path"], 64, "squash", 3), packed)
+
+
+def test_a_class_whose_every_file_is_skipped_is_not_forgotten(tmp_path):
+    photos = write_photos(tmp_path / "photos", classes=3)
+    for file in (photos / "class2").iterdir():
+        file.write_text("not a picture")
+    with pytest.raises(DataError, match="class 'class2' has 0 training images"):
+        prepared(tmp_path, path=str(photos), not_images="skip")
+
+
+def test_the_audit_counts_classes_by_split_and_lists_duplicates(photos, tmp_path):
+    shutil.copy(photos / "class0" / "000.png", photos / "class0" / "twin.png")
+    shutil.copy(photos / "class0" / "001.png", photos / "class1" / "wrong.png")
+    rows = prepared(tmp_path, path=str(photos))
+    audit = read_json(tmp_path, "audit.json")
+    for name in ("class0", "class1"):
+        assert audit["classes"][name] == Counter(r["split"] for r in rows if r["label"] == name)
+    twins, wrong = ["class0/000.png", "class0/twin.png"], ["class0/001.png", "class1/wrong.png"]
+    assert {"exact": [twins, wrong], "across_splits": [], "across_labels": [wrong]} == audit[
+        "duplicates"
+    ]
+
+
+def test_the_audit_names_duplicates_across_given_splits(photos, tmp_path):
+    given = into_splits(photos, "train", "test")
+    shutil.copy(given / "train" / "class0" / "000.png", given / "test" / "class0" / "twin.png")
+    prepared(tmp_path, path=str(given))
+    found = read_json(tmp_path, "audit.json")["duplicates"]["across_splits"]
+    assert found == [["test/class0/twin.png", "train/class0/000.png"]]
+
+
+# Splits
+
+
+def into_splits(photos: Path, *names: str) -> Path:
+    """Move a folder of classes into split folders that hold equal parts of each class."""
+    given = photos.with_name("given")
+    for folder in sorted(photos.iterdir()):
+        for i, file in enumerate(sorted(folder.iterdir())):
+            target = given / names[i % len(names)] / folder.name / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
+    return given
+
+
+def test_given_folders_are_the_splits(photos, tmp_path):
+    given = into_splits(photos, "train", "val", "test")
+    rows = prepared(tmp_path, path=str(given), test_fraction=0.5, val_fraction=0.5)
+    assert all(row["path"].split("/")[0] == row["split"] for row in rows)
+    assert {"class0", "class1"} == {row["label"] for row in rows}
+
+
+@pytest.mark.parametrize("name", ["Val", "valid", "validation", "VALIDATION"])
+def test_a_validation_folder_is_known_by_its_usual_names(name, photos, tmp_path):
+    rows = prepared(tmp_path, path=str(into_splits(photos, "train", name, "test")))
+    assert {(name, "val")} == {
+        (row["path"].split("/")[0], row["split"]) for row in of_split(rows, "val")
+    }
+    assert len(of_split(rows, "val")) == 10
+
+
+def test_a_missing_val_folder_is_cut_from_train(photos, tmp_path):
+    given = into_splits(photos, "train", "test")
+    rows = prepared(tmp_path, path=str(given), val_fraction=0.25)
+    folders = {(row["path"].split("/")[0], row["split"]) for row in rows}
+    assert {("train", "train"), ("train", "val"), ("test", "test")} == folders
+    assert Counter(row["split"] for row in rows) == {"train": 12, "val": 4, "test": 16}
+
+
+def test_a_missing_test_folder_is_cut_from_train(photos, tmp_path):
+    given = into_splits(photos, "train", "val")
+    rows = prepared(tmp_path, path=str(given), test_fraction=0.25)
+    folders = {(row["path"].split("/")[0], row["split"]) for row in rows}
+    assert {("train", "train"), ("train", "test"), ("val", "val")} == folders
+
+
+def test_a_given_val_folder_can_be_the_test_split(photos, tmp_path):
+    given = into_splits(photos, "train", "val")
+    rows = prepared(tmp_path, path=str(given), val_as="test", val_fraction=0.25)
+    folders = {(row["path"].split("/")[0], row["split"]) for row in rows}
+    assert {("train", "train"), ("train", "val"), ("val", "test")} == folders
+
+
+def test_without_a_test_fraction_there_is_no_test_split(photos, tmp_path):
+    rows = prepared(tmp_path, path=str(photos), test_fraction=0)
+    assert {"train", "val"} == {row["split"] for row in rows}
+    assert pixels(tmp_path, "test").shape == (0, 64, 64, 3)
+
+
+def test_fractions_are_of_all_then_of_the_rest(tmp_path):
+    photos = write_photos(tmp_path / "photos", each=40)
+    rows = prepared(tmp_path, path=str(photos), test_fraction=0.25, val_fraction=0.1)
+    assert Counter(row["split"] for row in rows) == {"test": 20, "val": 6, "train": 54}
+
+
+def test_a_split_by_image_holds_each_class_by_its_share(tmp_path):
+    photos = write_photos(tmp_path / "photos", each=40)
+    for i in range(20, 40):
+        (photos / "class1" / f"{i:03d}.png").unlink()
+    rows = prepared(tmp_path, path=str(photos), split_by="image", test_fraction=0.25)
+    test = Counter(row["label"] for row in of_split(rows, "test"))
+    assert test == {"class0": 10, "class1": 5}
+
+
+def write_series(folder: Path, series: int = 8, each: int = 4) -> Path:
+    """Write two classes of pictures in sub-folders that belong together."""
+    photos = write_photos(folder, each=series * each)
+    for label in photos.iterdir():
+        for i, file in enumerate(sorted(label.iterdir())):
+            target = label / f"series{i // each}" / file.name
+            target.parent.mkdir(exist_ok=True)
+            file.rename(target)
+    return photos
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_split_by_group_never_cuts_a_sub_folder(seed, tmp_path):
+    photos = write_series(tmp_path / "photos")
+    rows = prepared(tmp_path, path=str(photos), seed=seed)
+    found: dict[Path, set[str]] = {}
+    for row in rows:
+        found.setdefault(Path(row["path"]).parent, set()).add(row["split"])
+    assert 16 == len(found) == len({row["group"] for row in rows})
+    assert {1} == {len(splits) for splits in found.values()}
+    assert {"train", "val", "test"} == {row["split"] for row in rows}
+
+
+def test_a_split_by_image_cuts_sub_folders(tmp_path):
+    rows = prepared(tmp_path, path=str(write_series(tmp_path / "photos")), split_by="image")
+    assert len(rows) == len({row["group"] for row in rows})
+
+
+def test_equally_named_sub_folders_of_two_classes_are_two_groups(tmp_path):
+    rows = prepared(tmp_path, path=str(write_series(tmp_path / "photos")))
+    assert {1} == {len({r["label"] for r in rows if r["group"] == row["group"]}) for row in rows}
+
+
+@pytest.mark.parametrize("split_by", ["group", "image"])
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_files_never_straddle_splits(split_by, seed, photos, tmp_path):
+    for i in range(12):
+        shutil.copy(photos / "class0" / f"{i:03d}.png", photos / "class0" / f"{i:03d}-twin.png")
+    rows = prepared(tmp_path, path=str(photos), split_by=split_by, seed=seed)
+    assert {1} == {len(splits) for splits in splits_by(rows, "sha256").values()}
+    assert read_json(tmp_path, "audit.json")["duplicates"]["across_splits"] == []
+
+
+def digests(out: Path) -> dict[str, str]:
+    files = sorted((out / "prepared").iterdir())
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_the_same_seed_gives_the_same_bytes(photos, tmp_path, monkeypatch):
+    prepared(tmp_path / "one", path=str(photos))
+    monkeypatch.setenv("PIPELINE_THREADS", "3")
+    prepared(tmp_path / "two", path=str(photos))
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_another_seed_gives_another_split(photos, tmp_path):
+    one = prepared(tmp_path / "one", path=str(photos))
+    two = prepared(tmp_path / "two", path=str(photos), seed=1)
+    assert [row["path"] for row in one] == [row["path"] for row in two]
+    assert [row["split"] for row in one] != [row["split"] for row in two]
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_groups_are_whole_and_near_the_fraction(fraction, seed):
+    random = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(60), random.integers(1, 30, 60))
+    labels = random.integers(0, 3, len(groups))
+    chosen = draw(labels, [str(group) for group in groups], fraction, seed)
+    for group in range(60):
+        assert len(set(chosen[groups == group])) == 1
+    for label in range(3):
+        assert fraction == pytest.approx(chosen[labels == label].mean(), abs=0.05)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_images_are_the_fraction_of_each_class_to_one_image(seed):
+    labels = np.random.default_rng(seed).choice(4, 997, p=[0.6, 0.3, 0.09, 0.01])
+    chosen = draw(labels, [str(i) for i in range(997)], 0.15, seed)
+    for label, n in Counter(labels.tolist()).items():
+        assert 0.15 * n == pytest.approx(chosen[labels == label].sum(), abs=1)
+    assert round(0.15 * 997) == chosen.sum()
+
+
+def test_one_group_cannot_be_drawn_from():
+    with pytest.raises(ValueError, match="one group only"):
+        draw(np.zeros(3, np.int64), ["a", "a", "a"], 0.5, 0)
+
+
+def test_ties_chain_and_empty_names_tie_nothing():
+    numbers = together(["a", "a", "b", "c", "d", "e"], ["", "x", "x", "", "", "y"])
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert len(set(numbers)) == 4
+
+
+# Real photographs
+
+
+needs_hymenoptera = pytest.mark.skipif(
+    not HYMENOPTERA.is_dir(), reason=f"the ants and bees of the tutorial aren't at {HYMENOPTERA}"
+)
+
+
+@needs_hymenoptera
+def test_the_gif_among_the_ants_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=r"train/ants/imageNotFound\.gif: not an image"):
+        prepared(tmp_path, path=str(HYMENOPTERA), val_as="test")
+
+
+@needs_hymenoptera
+def test_ants_and_bees_have_the_published_counts(tmp_path):
+    rows = prepared(tmp_path, path=str(HYMENOPTERA), val_as="test", not_images="skip", size=16)
+    assert len(of_split(rows, "train")) + len(of_split(rows, "val")) == 244
+    assert len(of_split(rows, "test")) == 153
+    assert read_json(tmp_path, "facts.json")["classes"] == ["ants", "bees"]
+    skipped = read_json(tmp_path, "audit.json")["skipped_not_images"]
+    assert skipped == ["train/ants/imageNotFound.gif"]
+    row = of_split(rows, "test")[0]
+    direct = ImageOps.exif_transpose(Image.open(HYMENOPTERA / row["path"])).convert("RGB")
+    squashed = np.asarray(direct.resize((16, 16), Image.Resampling.BICUBIC))
+    assert np.array_equal(squashed, pixels(tmp_path, "test")[0])
