@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,8 @@ from pipeline.errors import DataError
 from pipeline.images.decode import decode, is_grey
 from pipeline.images.split import draw, together
 
-HYMENOPTERA = ROOT.parent / "shared" / "data" / "hymenoptera"
+# The ants and bees of PyTorch's transfer-learning tutorial, where a copy is at hand.
+HYMENOPTERA = Path(os.environ.get("HYMENOPTERA", ROOT / "data" / "hymenoptera"))
 COLUMNS = ["id", "path", "label", "split", "group", "weight", "sha256"]
 
 Row = dict[str, str]
