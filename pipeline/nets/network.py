@@ -62,7 +62,7 @@ class Network:
         x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
         if x.shape[-1] != self.image_size:
             size = [self.image_size, self.image_size]
-            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+            x = F.interpolate(x, size, mode="bicubic", antialias=True)
         mean = torch.tensor(self.backbone.mean).view(1, 3, 1, 1) * 255
         std = torch.tensor(self.backbone.std).view(1, 3, 1, 1) * 255
         return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
