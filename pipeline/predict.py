@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from pipeline.classifier import Classifier, load
 from pipeline.errors import DataError
 from pipeline.images.decode import decode
-from pipeline.progress import console
+from pipeline.progress import say
 from pipeline.runtime import threads
 from pipeline.stage import one_line_errors
 
@@ -65,11 +64,18 @@ def main() -> None:
         json.dump(rows, sys.stdout, indent=2, ensure_ascii=False)
         print()
         return
-    table = Table("file", "label", "probability", box=None)
+    for line in as_table(rows):
+        say(line)
+
+
+def as_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Align predictions in columns, whole however long a path is."""
+    cells = [("file", "label", "probability")]
     for row in rows:
         label = row["label"] if row["sure"] else f"{row['label']} ({NOT_SURE})"
-        table.add_row(row["file"], label, f"{row['probability']:.3f}")
-    console.print(table)
+        cells.append((row["file"], label, f"{row['probability']:.3f}"))
+    files, labels, _ = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return [f"{file:<{files}}  {label:<{labels}}  {p}" for file, label, p in cells]
 
 
 if __name__ == "__main__":

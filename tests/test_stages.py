@@ -16,7 +16,7 @@ from pipeline.learn.probes import KINDS, head_of, read_probes
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import head_name
 from pipeline.nets.network import load
-from pipeline.predict import predict
+from pipeline.predict import as_table, predict
 from pipeline.probe import Cell, best_cell
 from pipeline.stage2 import between, choose_factor
 from pipeline.stage2 import predict as logits
@@ -260,6 +260,18 @@ def test_predict_gives_files_the_probabilities_of_their_packed_pixels(finished):
     found = predict(final, files)
     assert [row["probability"] for row in found] == pytest.approx(expected.max(1), abs=1e-4)
     assert [row["label"] for row in found] == [f"class{i}" for i in expected.argmax(1)]
+
+
+def test_the_table_of_predictions_keeps_long_paths_whole_and_says_what_is_not_sure():
+    rows = [
+        {"file": "a" * 90, "label": "ant", "probability": 0.5, "sure": False},
+        {"file": "b", "label": "bee", "probability": 0.98765, "sure": True},
+    ]
+    assert [line.split() for line in as_table(rows)] == [
+        ["file", "label", "probability"],
+        ["a" * 90, "ant", "(not", "sure)", "0.500"],
+        ["b", "bee", "0.988"],
+    ]
 
 
 def test_without_a_test_split_there_is_no_verdict_but_a_final_model(tmp_path):
