@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that wait should sleep: spinning ones cost three quarters of the speed where another
-# program wants the same processors. It changes no result, and has to be set before torch loads.
+# Threads that wait should sleep, not spin, where another program wants the same processors. It
+# changes no result, and has to be set before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

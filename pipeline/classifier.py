@@ -9,29 +9,24 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from pipeline.errors import CheckpointError
+from pipeline.learn.codes import JOIN
 from pipeline.learn.probes import Probe
 from pipeline.nets import checkpoint
 from pipeline.nets.network import Network, from_checkpoint, over
-from pipeline.nets.taps import Taps
-from pipeline.viewing import Viewing, averaged
+from pipeline.nets.taps import Pooling, Taps
+from pipeline.viewing import Viewing, averaged, logits
 
 Scores = NDArray[np.float64]
 
 
-def logits(network: Network, images: NDArray[np.uint8], viewing: Viewing) -> Scores:
-    """Compute a network's logits (N, C) of packed images (N, H, W[, 3]), averaged over views."""
-    network.model.eval()
-    parts = over(images, averaged(network, lambda x: [network.model(x)], viewing))
-    return np.concatenate([part[0] for part in parts]).astype(np.float64)
-
-
 def codes(
-    network: Network, depth: str, images: NDArray[np.uint8], viewing: Viewing
+    network: Network, depth: str, pooling: Pooling, images: NDArray[np.uint8], viewing: Viewing
 ) -> NDArray[np.float32]:
     """Compute codes (N, D) of packed images, averaged over views as extract does."""
     network.model.eval()
-    with Taps(network.model, [depth]) as taps:
-        return np.concatenate([part[0] for part in over(images, averaged(network, taps, viewing))])
+    with Taps(network.model, depth.split(JOIN), pooling) as taps:
+        parts = over(images, averaged(network, taps, viewing))
+        return np.concatenate([np.concatenate(part, axis=1) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,7 @@ class Classifier:
 
     network: Network
     probe: Probe | None  # on the network's codes; None: the network's own head
+    pooling: Pooling  # of those codes
     viewing: Viewing
     temperature: float  # softmax(scores / temperature) is calibrated on validation
     sure_above: float  # below this probability the answer is "not sure"
@@ -50,7 +46,7 @@ class Classifier:
         if self.probe is None:
             scores = logits(self.network, images, self.viewing)
         else:
-            found = codes(self.network, self.probe.depth, images, self.viewing)
+            found = codes(self.network, self.probe.depth, self.pooling, images, self.viewing)
             scores = self.probe.scores(found)
         return np.asarray(softmax(scores / self.temperature, axis=1))
 
@@ -64,6 +60,7 @@ class Classifier:
             **self.network.facts(),
             "n_outputs": self.network.n_outputs,
             "probe": self.probe and self.probe.facts(),
+            "pooling": self.pooling,
             "viewing": asdict(self.viewing),
             "temperature": self.temperature,
             "sure_above": self.sure_above,
@@ -89,6 +86,7 @@ def load(file: Path) -> Classifier:
     return Classifier(
         network,
         probe,
+        meta["pooling"],
         Viewing(**meta["viewing"]),
         meta["temperature"],
         meta["sure_above"],

@@ -1,9 +1,8 @@
 """Evaluate: all models on the test split, once; intervals, paired test, the final model."""
 
-import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ import torch
 from annotated_types import Interval
 from scipy.special import softmax
 
-from pipeline.classifier import Classifier, Scores, logits
+from pipeline.classifier import Classifier, Scores
 from pipeline.errors import CheckpointError
 from pipeline.images.augment import Flips
 from pipeline.images.pack import Rows, read_facts, read_images, read_rows
@@ -26,14 +25,14 @@ from pipeline.learn.verdict import (
     model_scores,
     sure_above,
 )
-from pipeline.nets import checkpoint
 from pipeline.nets.backbone import again
 from pipeline.nets.fold import fold
-from pipeline.nets.network import Network, backbone_of, load
+from pipeline.nets.network import Network, backbone_of, load, refuse_other_classes
+from pipeline.nets.taps import Pooling
 from pipeline.progress import say
 from pipeline.runtime import threads
-from pipeline.stage import Seed, main, write_json, write_text
-from pipeline.viewing import Viewing
+from pipeline.stage import Seed, main, write_csv, write_json
+from pipeline.viewing import Viewing, logits
 
 # From simple to costly: of equals the final model is the first of these.
 CANDIDATES = ("probe", "stage1", "stage2")
@@ -44,8 +43,9 @@ class Model:
     """One of the models to compare, with its scores (N, C) on validation and test."""
 
     name: str
-    network: Network
+    network: Callable[[], Network]  # the one it ends in, or whose codes it takes
     probe: Probe | None
+    pooling: Pooling  # of the codes, where a probe takes some
     viewing: Viewing
     val: Scores
     test: Scores
@@ -84,8 +84,9 @@ def evaluate(
     temperature = fit_temperature(chosen.val, val.labels)
     probabilities = softmax(chosen.val / temperature, axis=1)
     classifier = Classifier(
-        chosen.network,
+        chosen.network(),
         chosen.probe,
+        chosen.pooling,
         chosen.viewing,
         temperature,
         sure_above(probabilities, val.labels, sure_accuracy),
@@ -110,11 +111,8 @@ def _models(
 
     The probes' views are those of their codes; stage 1's and 2's are what they trained with.
     """
-    winner, linear, meta = read_probes(files[0])
-    backbone = backbone_of(meta)
-    facts = {k: meta[k] for k in Network.__dataclass_fields__ if k not in ("model", "backbone")}
-    network = Network(fold(again(backbone).eval(), meta["precision"]), backbone, **facts)
-    viewing = Viewing(**meta["viewing"])
+    winner, linear, codes_meta = read_probes(files[0])
+    pooling: Pooling = codes_meta["pooling"]
     images = {split: read_images(prepared, split) for split in ("val", "test")}
     none = np.empty((0, len(classes)))
     models = []
@@ -123,26 +121,31 @@ def _models(
             fitted.scores(read_codes(features, split, fitted.depth)) if len(images[split]) else none
             for split in images
         )
-        models.append(Model(name, network, fitted, viewing, val, test))
-    viewing = Viewing(_flips_of(files[1]), views)
+        trunk = partial(_trunk, codes_meta)
+        of_codes = Viewing(**codes_meta["viewing"])
+        models.append(Model(name, trunk, fitted, pooling, of_codes, val, test))
+    viewing: Viewing | None = None
     for name, file in zip(CANDIDATES[1:], files[1:], strict=True):
-        network, _ = load(file)
-        if network.classes != classes:
-            raise CheckpointError(
-                f"{file}: its classes {network.classes} aren't those of the images, {classes}; "
-                f"run `dvc repro {name}`"
-            )
+        network, meta = load(file)
+        refuse_other_classes(name, file, network.classes, classes)
+        viewing = viewing or Viewing(_flips(file, meta), views)
         val, test = (
             logits(network, images[split], viewing) if len(images[split]) else none
             for split in images
         )
-        models.append(Model(name, network, None, viewing, val, test))
+        models.append(Model(name, lambda n=network: n, None, pooling, viewing, val, test))
     return models
 
 
-def _flips_of(file: Path) -> Flips:
-    """Take the flips that stage 1 trained with from its checkpoint."""
-    meta = checkpoint.read(file)[1]
+def _trunk(meta: dict[str, Any]) -> Network:
+    """Build the network whose codes the probes took."""
+    backbone = backbone_of(meta)
+    facts = {k: meta[k] for k in Network.__dataclass_fields__ if k not in ("model", "backbone")}
+    return Network(fold(again(backbone).eval(), meta["precision"]), backbone, **facts)
+
+
+def _flips(file: Path, meta: dict[str, Any]) -> Flips:
+    """Take the flips that stage 1 trained with from its checkpoint's metadata."""
     if "flips" not in meta:
         raise CheckpointError(f"{file}: no checkpoint of stage 1; run `dvc repro stage1`")
     flips: Flips = meta["flips"]
@@ -181,7 +184,7 @@ def _write_tables(
         (classes[label], classes[answer])
         for label, answer in zip(test.labels, p.argmax(1), strict=True)
     ]
-    _write_csv(out / "confusion.csv", answers)
+    write_csv(out / "confusion.csv", answers)
     lines: list[tuple[Any, ...]] = [("model", "class", "images", "recall", "precision")]
     for m in models if len(test.labels) else []:
         counts = confusion(m.test, test.labels)
@@ -190,18 +193,12 @@ def _write_tables(
             recall = f"{counts[i, i] / actual:.6f}" if actual else ""
             precision = f"{counts[i, i] / answered:.6f}" if answered else ""
             lines.append((m.name, name, actual, recall, precision))
-    _write_csv(out / "per_class.csv", lines)
+    write_csv(out / "per_class.csv", lines)
     lines = [("id", "path", "label", *(m.name for m in models), "probability")]
     for i, (number, path) in enumerate(zip(test.ids, test.paths, strict=True)):
         answered = [classes[int(m.test[i].argmax())] for m in models]
         lines.append((number, path, classes[test.labels[i]], *answered, f"{p[i].max():.6f}"))
-    _write_csv(out / "predictions.csv", lines)
-
-
-def _write_csv(file: Path, lines: Sequence[tuple[Any, ...]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    write_text(file, text.getvalue())
+    write_csv(out / "predictions.csv", lines)
 
 
 def _verdict(metrics: dict[str, Any], val_accuracy: dict[str, float], n: int) -> list[str]:

@@ -19,7 +19,7 @@ from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
-from pipeline.nets.taps import LAST, Taps
+from pipeline.nets.taps import LAST, Pooling, Taps
 from pipeline.progress import track
 from pipeline.runtime import threads
 from pipeline.stage import Key, Seed, main, whole_folder, write_json
@@ -33,6 +33,7 @@ def extract(
     image_size: Annotated[int, Interval(ge=16, le=2048)],
     views: Annotated[int, Interval(ge=1, le=8)],
     depths: Literal["auto"] | list[str],
+    pooling: Pooling,
     flips: Annotated[Flips, Key("flips")],
     name: Annotated[str, Key("backbone.name")],
     weights: Annotated[str, Key("backbone.weights")],
@@ -71,7 +72,7 @@ def extract(
         resolved(precision),
     )
     seconds, n_images = 0.0, 0
-    with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST]) as taps:
+    with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST], pooling) as taps:
         for split in SPLITS:
             images = read_images(prepared, split)
             start = time.perf_counter()
@@ -79,9 +80,9 @@ def extract(
             _extract(run, taps.depths, images, split, folder)
             seconds += time.perf_counter() - start
             n_images += len(images)
-        viewing = asdict(Viewing(flips, views))
-        facts = {**network.facts(), "depths": taps.depths, "viewing": viewing}
-        write_json(folder / "facts.json", facts)
+        of_codes = {"depths": taps.depths, "pooling": pooling}
+        viewing = {"viewing": asdict(Viewing(flips, views))}
+        write_json(folder / "facts.json", {**network.facts(), **of_codes, **viewing})
         labelled = {}
         for split in ("train", "val"):
             rows = read_rows(prepared, split)

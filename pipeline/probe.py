@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from annotated_types import Gt, Interval, MinLen
+from annotated_types import Ge, Gt, Interval, MinLen
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import DataError
-from pipeline.learn.codes import Labelled, read_codes, read_feature_facts, read_labels
+from pipeline.learn.codes import JOIN, Labelled, read_codes, read_feature_facts, read_labels
 from pipeline.learn.metrics import fit_temperature, validation
 from pipeline.learn.probes import (
     KINDS,
@@ -30,7 +30,7 @@ from pipeline.learn.probes import (
     svm_probe,
 )
 from pipeline.progress import say, track
-from pipeline.stage import Key, Seed, main, write_json, write_text
+from pipeline.stage import Key, Seed, main, write_csv, write_json
 
 LAST = "last"  # the depth that stage 1's head starts from
 Positive = Annotated[float, Gt(0)]
@@ -59,6 +59,7 @@ def probe(
     linear_c: Annotated[list[Positive], MinLen(1)],
     svm_linear_c: Annotated[list[Positive], MinLen(1)],
     svm_rbf_c: Annotated[list[Positive], MinLen(1)],
+    join: Annotated[int, Ge(0)],
     folds: Annotated[int, Interval(ge=2, le=20)],
     svm_max_images: Annotated[int, Interval(ge=10, le=50_000)],
     sample_weight: Annotated[bool, Key("sample_weight")],
@@ -66,6 +67,8 @@ def probe(
     seed: Seed,
 ) -> dict[str, float]:
     """Search depth x C x kind by cross-validation on train, fit the best one and the linear one.
+
+    One more depth are the codes of the `join` deepest blocks side by side.
 
     Writes probe.safetensors (winner and linear probe on the last codes), grid.csv, metrics.json.
 
@@ -86,7 +89,8 @@ def probe(
         grid = {"linear": linear_c, "svm_linear": svm_linear_c, "svm_rbf": svm_rbf_c}
         search = _Search(train, weights, balance, folds, seed, some, grid)
         cells: list[Cell] = []
-        tasks = [(kind, depth) for depth in facts["depths"] for kind in ("linear", *kinds)]
+        depths = [*facts["depths"], *_joined(facts["depths"], join)]
+        tasks = [(kind, depth) for depth in depths for kind in ("linear", *kinds)]
         tasks = [(k, d) for k, d in dict.fromkeys(tasks) if k in kinds or d == LAST]
         for kind, depth in track(tasks, len(tasks), "probe"):
             cells += search.cells(kind, depth, read_codes(features, "train", depth))
@@ -111,7 +115,7 @@ def probe(
         "svm_images": len(some),
     }
     save_probes(out / "probe.safetensors", winner, linear, {**facts, "val": of_linear})
-    write_text(out / "grid.csv", "\n".join(_grid(cells)) + "\n")
+    write_csv(out / "grid.csv", _grid(cells))
     write_json(out / "metrics.json", {"probe": metrics})
     for name, cell, s in (
         ("winner", best, scores["winner"]),
@@ -191,6 +195,12 @@ class _Search:
             yield from StratifiedKFold(self.folds, shuffle=True, random_state=self.seed).split(y, y)
 
 
+def _joined(depths: list[str], join: int) -> list[str]:
+    """Name the codes of the deepest blocks side by side; none of fewer than two."""
+    deepest = [depth for depth in depths if depth != LAST][-join:] if join else []
+    return [JOIN.join(deepest)] if len(deepest) > 1 else []
+
+
 def _refuse_few(train: Labelled, classes: list[str], folds: int) -> None:
     counts = np.bincount(train.labels, minlength=len(classes))
     if counts.min() < folds:
@@ -220,10 +230,11 @@ def _subsample(labels: Ints, most: int, seed: int) -> Ints:
     return np.sort(np.argsort(place, kind="stable")[:most])
 
 
-def _grid(cells: list[Cell]) -> Iterator[str]:
-    yield "kind,depth,c,accuracy,accuracy_std"
+def _grid(cells: list[Cell]) -> Iterator[tuple[str, ...]]:
+    yield "kind", "depth", "c", "accuracy", "accuracy_std"
     for cell in cells:
-        yield f"{cell.kind},{cell.depth},{cell.c:g},{cell.mean:.6f},{np.std(cell.accuracies):.6f}"
+        std = f"{np.std(cell.accuracies):.6f}"
+        yield cell.kind, cell.depth, f"{cell.c:g}", f"{cell.mean:.6f}", std
 
 
 if __name__ == "__main__":

@@ -2,31 +2,34 @@
 
 A stage is a function with keyword-only, typed arguments. Those of type `Path` come from the
 command line, and so from dvc.yaml; all others come from params.yaml, from the section with the
-stage's name, or from where `Key` says. There are no defaults: params.yaml is the only place
-that holds a value.
+stage's name, or from where `Key` says. An argument whose type is a dataclass takes each of its
+fields so. There are no defaults: params.yaml is the only place that holds a value.
 """
 
 import argparse
+import csv
 import inspect
+import io
 import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import yaml
 from annotated_types import Interval
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.errors import ParamError, PipelineError, near
 
 Stage = Callable[..., dict[str, float]]
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no number from a string, no NaN
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,35 @@ Loader.add_implicit_resolver(
 )
 
 
-def param_keys(stage: Stage) -> dict[str, str]:
-    """Map each argument that comes from params.yaml to its dotted key there."""
-    keys = {}
-    for name, hint in get_type_hints(stage, include_extras=True).items():
-        if name == "return" or hint is Path:
+@dataclass(frozen=True)
+class Param:
+    """One value that a stage takes from params.yaml."""
+
+    key: str  # dotted, in params.yaml
+    hint: Any  # its type, with its limits
+    argument: str
+    field: str = ""  # of the argument, where that is a dataclass
+
+
+def stage_params(stage: Stage) -> list[Param]:
+    """List what a stage takes from params.yaml, in the order of its signature."""
+    params = []
+    for argument, hint in get_type_hints(stage, include_extras=True).items():
+        if argument == "return" or hint is Path:
             continue
-        marks = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Key)]
-        keys[name] = marks[0].path if marks else f"{stage.__name__}.{name}"
-    return keys
+        if is_dataclass(hint):
+            inner = get_type_hints(hint, include_extras=True)
+            params += [
+                Param(_key(stage, name, kind), kind, argument, name) for name, kind in inner.items()
+            ]
+        else:
+            params.append(Param(_key(stage, argument, hint), hint, argument))
+    return params
+
+
+def _key(stage: Stage, name: str, hint: Any) -> str:
+    marks = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Key)]
+    return marks[0].path if marks else f"{stage.__name__}.{name}"
 
 
 def path_names(stage: Stage) -> list[str]:
@@ -89,21 +112,29 @@ def arguments(stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
     Raises ParamError naming the key and the value: unknown, missing, of a wrong type or out of
     range.
     """
-    keys = param_keys(stage)
-    _refuse_unknown(set(keys.values()), params)
-    values = {name: _look_up(key, params) for name, key in keys.items()}
-    hints = get_type_hints(stage, include_extras=True)
-    fields: dict[str, Any] = {name: (hints[name], ...) for name in keys}
-    strict = ConfigDict(strict=True, allow_inf_nan=False)
-    schema = create_model(stage.__name__, __config__=strict, **fields)
+    wanted = stage_params(stage)
+    _refuse_unknown({param.key for param in wanted}, params)
+    values: dict[str, Any] = {}
+    for param in wanted:
+        value = _checked(param, _look_up(param.key, params))
+        if param.field:
+            values.setdefault(param.argument, {})[param.field] = value
+        else:
+            values[param.argument] = value
+    hints = get_type_hints(stage)
+    return {
+        name: hints[name](**value) if is_dataclass(hints[name]) else value
+        for name, value in values.items()
+    }
+
+
+def _checked(param: Param, value: Any) -> Any:
     try:
-        checked: BaseModel = schema(**values)
+        return TypeAdapter(param.hint, config=STRICT).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        said = first["msg"][0].lower() + first["msg"][1:]
-        raise ParamError(f"params.yaml: {keys[name]} = {values[name]!r}: {said}") from None
-    return {name: getattr(checked, name) for name in keys}
+        said = error.errors()[0]["msg"]
+        said = said[0].lower() + said[1:]
+        raise ParamError(f"params.yaml: {param.key} = {value!r}: {said}") from None
 
 
 def _refuse_unknown(keys: set[str], params: dict[str, Any]) -> None:
@@ -183,6 +214,13 @@ def write_text(file: Path, text: str) -> None:
     part = file.with_name(f"{file.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
+
+
+def write_csv(file: Path, lines: Iterable[Sequence[object]]) -> None:
+    """Write lines of values, the header first, as a CSV file, whole."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    write_text(file, text.getvalue())
 
 
 def write_json(file: Path, content: object) -> None:

@@ -7,24 +7,29 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
-from pipeline.images.augment import Augment, Flips, augment
+from pipeline.images.augment import Augment, augment
 from pipeline.images.pack import Facts, read_facts, read_images, read_rows
-from pipeline.learn.fit import Recipe, fit, training_weights
+from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best
 from pipeline.learn.metrics import validation
 from pipeline.learn.probes import head_of, read_probes
-from pipeline.learn.schedule import Schedule
 from pipeline.nets.backbone import again, head_name, set_head
 from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.cut import cut_below
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.freeze import freeze_all_but
-from pipeline.nets.network import Network, backbone_of, batches, refuse_larger, versions
+from pipeline.nets.network import (
+    Network,
+    backbone_of,
+    batches,
+    refuse_larger,
+    refuse_other_classes,
+    versions,
+)
 from pipeline.nets.stored import Batch, stored
 from pipeline.progress import say
 from pipeline.runtime import cache_folder, threads
@@ -41,24 +46,10 @@ def stage1(
     image_size: Annotated[int, Interval(ge=16, le=2048)],
     views: Annotated[int, Interval(ge=0, le=64)],
     batchnorm: Literal["frozen", "train"],
-    epochs: Annotated[int, Ge(1)],
     patience: Annotated[int, Ge(0)],
-    batch_size: Annotated[int, Ge(2)],
-    optimizer: Literal["adamw", "sgd"],
-    lr: Annotated[float, Gt(0)],
-    layer_decay: Annotated[float, Interval(gt=0, le=1)],
-    weight_decay: Annotated[float, Ge(0)],
-    momentum: Annotated[float, Interval(ge=0, lt=1)],
-    schedule: Schedule,
-    warmup_epochs: Annotated[float, Ge(0)],
-    step_epochs: Annotated[int, Ge(1)],
-    gamma: Annotated[float, Interval(gt=0, le=1)],
-    label_smoothing: Annotated[float, Interval(ge=0, lt=1)],
-    flips: Annotated[Flips, Key("flips")],
-    crop: Annotated[float, Key("augment.crop"), Interval(gt=0, le=1)],
-    light: Annotated[float, Key("augment.light"), Interval(ge=0, lt=1)],
-    sample_weight: Annotated[bool, Key("sample_weight")],
-    class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")],
+    recipe: Recipe,
+    how: Augment,
+    weighing: Weighing,
     precision: Annotated[Precision, Key("precision")],
     seed: Seed,
 ) -> dict[str, float]:
@@ -81,7 +72,6 @@ def stage1(
 
     rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
     images, val_images = read_images(prepared, "train"), read_images(prepared, "val")
-    how = Augment(flips, crop, light)
 
     def trunk_of(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
         with torch.no_grad():
@@ -92,21 +82,6 @@ def stage1(
         with torch.no_grad():
             return cut.trunk(network.normalise(torch.from_numpy(val_images[chosen])))
 
-    weights = rows.weights if sample_weight else np.ones(len(rows.labels))
-    recipe = Recipe(
-        epochs,
-        batch_size,
-        optimizer,
-        lr,
-        layer_decay,
-        weight_decay,
-        momentum,
-        schedule,
-        warmup_epochs,
-        step_epochs,
-        gamma,
-        label_smoothing,
-    )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=cache_folder()) as cache:
         batch: Batch = trunk_of
@@ -126,7 +101,7 @@ def stage1(
             cut.top,
             batch,
             rows.labels,
-            training_weights(rows.labels, weights, len(packed.classes), class_weight),
+            training_weights(rows.labels, rows.weights, len(packed.classes), weighing),
             recipe,
             seed,
         )
@@ -138,7 +113,7 @@ def stage1(
         val_accuracy=best.val["accuracy"],
         val=best.val,
         trained=trained,
-        flips=flips,
+        flips=how.flips,
         versions=versions(),
     )
     return {
@@ -153,11 +128,7 @@ def _new_network(
     """Build the pretrained network that made the codes, with a head for the classes at hand."""
     _, linear, meta = read_probes(file)
     backbone = backbone_of(meta)
-    if meta["classes"] != packed.classes:
-        raise CheckpointError(
-            f"{file}: its classes {meta['classes']} aren't those of the images, {packed.classes}; "
-            "run `dvc repro probe`"
-        )
+    refuse_other_classes("probe", file, meta["classes"], packed.classes)
     model = again(backbone)
     set_head(model, len(packed.classes))
     if head_init == "probe":

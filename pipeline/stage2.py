@@ -7,23 +7,23 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.images.augment import Augment, Flips, augment
+from pipeline.images.augment import Augment, augment
 from pipeline.images.pack import read_facts, read_images, read_rows
-from pipeline.learn.fit import Recipe, fit, training_weights
+from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best, write_metrics
 from pipeline.learn.metrics import validation
-from pipeline.learn.schedule import Schedule
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import freeze_all_but
-from pipeline.nets.network import Network, load, over, refuse_larger, versions
+from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
 from pipeline.progress import say
 from pipeline.runtime import threads
-from pipeline.stage import Key, Seed, main, write_text
+from pipeline.stage import Key, Seed, main, write_csv
+from pipeline.viewing import Viewing, logits
 
 State = dict[str, Tensor]
 
@@ -36,24 +36,10 @@ def stage2(
     image_size: Annotated[int, Interval(ge=16, le=2048)],
     batchnorm: Literal["frozen", "train"],
     interpolate: bool,
-    epochs: Annotated[int, Ge(1)],
     patience: Annotated[int, Ge(0)],
-    batch_size: Annotated[int, Ge(2)],
-    optimizer: Literal["adamw", "sgd"],
-    lr: Annotated[float, Gt(0)],
-    layer_decay: Annotated[float, Interval(gt=0, le=1)],
-    weight_decay: Annotated[float, Ge(0)],
-    momentum: Annotated[float, Interval(ge=0, lt=1)],
-    schedule: Schedule,
-    warmup_epochs: Annotated[float, Ge(0)],
-    step_epochs: Annotated[int, Ge(1)],
-    gamma: Annotated[float, Interval(gt=0, le=1)],
-    label_smoothing: Annotated[float, Interval(ge=0, lt=1)],
-    flips: Annotated[Flips, Key("flips")],
-    crop: Annotated[float, Key("augment.crop"), Interval(gt=0, le=1)],
-    light: Annotated[float, Key("augment.light"), Interval(ge=0, lt=1)],
-    sample_weight: Annotated[bool, Key("sample_weight")],
-    class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")],
+    recipe: Recipe,
+    how: Augment,
+    weighing: Weighing,
     precision: Annotated[Precision, Key("precision")],
     seed: Seed,
 ) -> dict[str, float]:
@@ -70,16 +56,12 @@ def stage2(
     packed = read_facts(prepared)
     refuse_larger("stage2", image_size, packed.size)
     network, meta = load(stage1, resolved(precision))
-    if network.classes != packed.classes:
-        raise CheckpointError(
-            f"{stage1}: its classes {network.classes} aren't those of the images, "
-            f"{packed.classes}; run `dvc repro stage1`"
-        )
+    refuse_other_classes("stage1", stage1, network.classes, packed.classes)
     rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
     images, val_images = read_images(prepared, "train"), read_images(prepared, "val")
 
     def validate() -> Validation:
-        return validation(predict(network, val_images), val_rows.labels)
+        return validation(logits(network, val_images, Viewing("none", 1)), val_rows.labels)
 
     before = [validate()]
     _refuse_other_score(before[0], meta, network, stage1)
@@ -92,34 +74,18 @@ def stage2(
     start_state = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
     everything = [name for name, _ in network.model.named_children()]
     freeze_all_but(network.model, everything, batchnorm)
-    how = Augment(flips, crop, light)
 
     def batch(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
         pixels = torch.from_numpy(images[chosen])
         return network.normalise(augment(pixels, rows.ids[chosen], epoch, seed, how))
 
-    weights = rows.weights if sample_weight else np.ones(len(rows.labels))
-    recipe = Recipe(
-        epochs,
-        batch_size,
-        optimizer,
-        lr,
-        layer_decay,
-        weight_decay,
-        momentum,
-        schedule,
-        warmup_epochs,
-        step_epochs,
-        gamma,
-        label_smoothing,
-    )
     start = time.perf_counter()
     epochs_run = fit(
         network.model,
         network.model,
         batch,
         rows.labels,
-        training_weights(rows.labels, weights, len(packed.classes), class_weight),
+        training_weights(rows.labels, rows.weights, len(packed.classes), weighing),
         recipe,
         seed,
     )
@@ -131,8 +97,8 @@ def stage2(
         curve = interpolation(network, start_state, best.state, validate)
     factor, val = choose_factor(curve)
     network.model.load_state_dict(between(start_state, best.state, factor))
-    lines = [f"{f:.1f},{v['accuracy']:.6f},{v['loss']:.6f}" for f, v in curve]
-    write_text(out / "interpolation.csv", "\n".join(["factor,val_accuracy,val_loss", *lines, ""]))
+    lines = [(f"{f:.1f}", f"{v['accuracy']:.6f}", f"{v['loss']:.6f}") for f, v in curve]
+    write_csv(out / "interpolation.csv", [("factor", "val_accuracy", "val_loss"), *lines])
     said = "stage 2 didn't help" if factor == 0 else f"val acc {val['accuracy']:.4f}"
     say(f"stage 1 to stage 2 by factor {factor:.1f}: {said}")
     ran = sum(1 for _ in (out / "history.csv").open()) - 1 - len(before)
@@ -147,13 +113,6 @@ def stage2(
         versions=versions(),
     )
     return {"epochs_seconds": seconds}
-
-
-def predict(network: Network, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Compute the logits (N, C) of packed images."""
-    network.model.eval()
-    parts = [out[0] for out in over(images, lambda x: [network.model(network.normalise(x))])]
-    return np.concatenate(parts)
 
 
 def between(first: State, second: State, factor: float) -> State:

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Flips, dihedral, views
-from pipeline.nets.network import Network
+from pipeline.nets.network import Network, over
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 
@@ -32,3 +34,10 @@ def averaged(network: Network, compute: Run, viewing: Viewing) -> Run:
         return [torch.stack([t.float() for t in same]).mean(0) for same in zip(*runs, strict=True)]
 
     return run
+
+
+def logits(network: Network, images: NDArray[np.uint8], viewing: Viewing) -> NDArray[np.float64]:
+    """Compute a network's logits (N, C) of packed images (N, H, W[, 3]), averaged over views."""
+    network.model.eval()
+    parts = over(images, averaged(network, lambda x: [network.model(x)], viewing))
+    return np.concatenate([part[0] for part in parts]).astype(np.float64)

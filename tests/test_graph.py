@@ -19,7 +19,7 @@ import pytest
 import yaml
 from conftest import ROOT, STAGES, paths, read_params, run, write_photos
 
-from pipeline.stage import param_keys, path_names
+from pipeline.stage import path_names, stage_params
 from pipeline.stage import read_params as loaded
 
 GRAPH: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -139,11 +139,11 @@ def test_stages_do_not_import_each_other(stage):
 @each_stage
 def test_params_are_those_of_the_signature(stage):
     params = [entry for entry in GRAPH[stage]["params"] if isinstance(entry, str)]
-    assert sorted(param_keys(STAGES[stage]).values()) == sorted(params)
+    assert sorted(param.key for param in stage_params(STAGES[stage])) == sorted(params)
 
 
 def test_every_key_of_params_yaml_is_read_by_a_stage_and_the_other_way_round():
-    read = {key for stage in STAGES.values() for key in param_keys(stage).values()}
+    read = {param.key for stage in STAGES.values() for param in stage_params(stage)}
     assert read == set(flat(yaml.safe_load((ROOT / "params.yaml").read_text())))
 
 

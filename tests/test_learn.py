@@ -9,7 +9,7 @@ from sklearn.svm import SVC
 from sklearn.utils.class_weight import compute_sample_weight
 
 from pipeline.images.augment import Augment, augment, dihedral
-from pipeline.learn.fit import DivergedError, Recipe, fit, training_weights
+from pipeline.learn.fit import DivergedError, Recipe, Weighing, fit, training_weights
 from pipeline.learn.metrics import cross_entropy, fit_temperature
 from pipeline.learn.probes import (
     Scaler,
@@ -146,9 +146,9 @@ def test_flips_are_those_allowed(flips, axes):
 def test_class_weights_are_scikit_learns_balanced_ones():
     y = np.array([0, 0, 0, 1, 2, 2])
     expected = compute_sample_weight("balanced", y)
-    found = training_weights(y, np.ones(6), 3, "balanced")
+    found = training_weights(y, np.array([9.0] + [1.0] * 5), 3, Weighing(False, "balanced"))
     np.testing.assert_allclose(found, expected / expected.mean())
-    assert training_weights(y, np.array([2.0] * 6), 3, "none").tolist() == [1.0] * 6
+    assert training_weights(y, np.array([2.0] * 6), 3, Weighing(True, "none")).tolist() == [1.0] * 6
 
 
 def test_a_loss_that_is_no_number_stops_with_epoch_and_rate():

@@ -9,6 +9,7 @@ from conftest import paths, read_params, run, write_photos
 from sklearn.svm import SVC
 
 from pipeline import classifier
+from pipeline.evaluate import _trunk
 from pipeline.images.pack import read_images, read_rows
 from pipeline.learn.codes import read_codes
 from pipeline.learn.keep_best import better
@@ -19,7 +20,7 @@ from pipeline.nets.network import load
 from pipeline.predict import as_table, predict
 from pipeline.probe import Cell, best_cell
 from pipeline.stage2 import between, choose_factor
-from pipeline.stage2 import predict as logits
+from pipeline.viewing import Viewing, logits
 
 
 def where(folder):
@@ -103,9 +104,11 @@ def test_stage_2_trains_every_parameter_at_its_default_rate(finished, tmp_path):
 def test_a_reloaded_checkpoint_predicts_the_same_to_the_bit(finished, tmp_path):
     network, _ = load(where(finished)["stage2"])
     images = read_images(paths(finished)["prepare"]["out"], "test")
-    expected = logits(network, images)
+    viewing = Viewing("none", 1)
+    expected = logits(network, images, viewing)
     network.save(tmp_path / "again.safetensors", **{"val": 1})
-    assert np.array_equal(logits(load(tmp_path / "again.safetensors")[0], images), expected)
+    again = load(tmp_path / "again.safetensors")[0]
+    assert np.array_equal(logits(again, images, viewing), expected)
 
 
 def test_two_saves_give_the_same_bytes(finished, tmp_path):
@@ -249,6 +252,22 @@ def test_the_final_model_works_alone_whichever_probe_won(finished, tmp_path, kin
     found = final.probabilities(read_images(paths(folder)["prepare"]["out"], "test"))
     assert np.array_equal(found.argmax(1), expected)
     assert found.sum(1) == pytest.approx(np.ones(len(found)))
+
+
+@pytest.mark.parametrize("pooling", ["average", "max", "both"])
+def test_the_final_model_makes_the_codes_that_extract_made(finished, tmp_path, pooling):
+    folder = copied(finished, tmp_path, "prepared", "models")
+    depth = "blocks.1+blocks.3"
+    params = read_params(extract={"depths": depth.split("+"), "pooling": pooling, "views": 2})
+    run(folder, params, "extract", "probe", "evaluate")
+    final = classifier.load(where(folder)["final"] / "model.safetensors")
+    images = read_images(paths(folder)["prepare"]["out"], "test")
+    network = _trunk(read_probes(where(folder)["probe"])[2])
+    found = classifier.codes(network, depth, pooling, images, Viewing("horizontal", 2))
+    assert final.pooling == pooling
+    assert np.array_equal(found, read_codes(folder / "features", "test", depth))
+    with (folder / "models" / "probe" / "grid.csv").open() as lines:
+        assert depth in {row["depth"] for row in csv.DictReader(lines)}
 
 
 def test_predict_gives_files_the_probabilities_of_their_packed_pixels(finished):

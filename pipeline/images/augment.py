@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pipeline.stage import Key
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
 # How many kinds of `dihedral` each allows: flips, then flips with quarter turns.
@@ -20,9 +23,11 @@ KINDS: dict[Flips, int] = {"none": 1, "horizontal": 2, "both": 4, "dihedral": 8}
 class Augment:
     """What may be done to a training image without changing what it shows."""
 
-    flips: Flips  # both: also vertical; dihedral: also quarter turns
-    crop: float  # the smallest share of the area that a random crop keeps; 1 is off
-    light: float  # how far brightness and contrast may change, as a share; 0 is off
+    flips: Annotated[Flips, Key("flips")]  # both: also vertical; dihedral: also quarter turns
+    # The smallest share of the area that a random crop keeps; 1 is off.
+    crop: Annotated[float, Key("augment.crop"), Interval(gt=0, le=1)]
+    # How far brightness and contrast may change, as a share; 0 is off.
+    light: Annotated[float, Key("augment.light"), Interval(ge=0, lt=1)]
 
 
 def augment(pixels: Tensor, ids: NDArray[np.int64], epoch: int, seed: int, how: Augment) -> Tensor:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 
+JOIN = "+"  # between depths whose codes stand side by side; no module's name holds it
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -30,9 +32,11 @@ def new_codes(folder: Path, split: str, depth: str, n: int, width: int) -> NDArr
 
 
 def read_codes(features: Path, split: str, depth: str) -> NDArray[np.float32]:
-    """Memory-map the codes (N, D) of one split and depth."""
-    codes: NDArray[np.float32] = np.load(features / f"{split}-{depth}.npy", mmap_mode="r")
-    return codes
+    """Memory-map the codes (N, D) of one split and depth, or join those of several."""
+    parts: list[NDArray[np.float32]] = [
+        np.load(features / f"{split}-{part}.npy", mmap_mode="r") for part in depth.split(JOIN)
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def read_feature_facts(features: Path) -> dict[str, Any]:

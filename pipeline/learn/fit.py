@@ -4,17 +4,19 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.learn.schedule import Schedule, layer_factors, rate
 from pipeline.nets.blocks import chain, is_inside
+from pipeline.stage import Key
 
 Ints = NDArray[np.int64]
 
@@ -27,18 +29,27 @@ class DivergedError(PipelineError):
 class Recipe:
     """How to train: plain numbers, the same for both stages."""
 
-    epochs: int
-    batch_size: int
+    epochs: Annotated[int, Ge(1)]
+    batch_size: Annotated[int, Ge(2)]
     optimizer: Literal["adamw", "sgd"]
-    lr: float
-    layer_decay: float  # factor on the rate for each block further from the head
-    weight_decay: float  # not on biases and normalisation
-    momentum: float  # of sgd
+    lr: Annotated[float, Gt(0)]
+    # Factor on the rate for each block further from the head.
+    layer_decay: Annotated[float, Interval(gt=0, le=1)]
+    weight_decay: Annotated[float, Ge(0)]  # not on biases and normalisation
+    momentum: Annotated[float, Interval(ge=0, lt=1)]  # of sgd
     schedule: Schedule
-    warmup_epochs: float
-    step_epochs: int  # of the step schedule
-    gamma: float
-    label_smoothing: float
+    warmup_epochs: Annotated[float, Ge(0)]
+    step_epochs: Annotated[int, Ge(1)]  # of the step schedule
+    gamma: Annotated[float, Interval(gt=0, le=1)]
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How much each image counts in training."""
+
+    sample_weight: Annotated[bool, Key("sample_weight")]  # by its weight in index.csv
+    class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")]  # balanced: by rarity
 
 
 @dataclass(frozen=True)
@@ -144,11 +155,11 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def training_weights(
-    labels: Ints, weights: NDArray[np.float64], n_classes: int, class_weight: str
+    labels: Ints, weights: NDArray[np.float64], n_classes: int, how: Weighing
 ) -> NDArray[np.float64]:
     """Combine sample and class weights to a mean of 1, as scikit-learn's `balanced` does."""
-    combined = weights.astype(np.float64)
-    if class_weight == "balanced":
+    combined = weights.astype(np.float64) if how.sample_weight else np.ones(len(labels))
+    if how.class_weight == "balanced":
         counts = np.bincount(labels, minlength=n_classes)
         combined = combined * (len(labels) / (n_classes * np.maximum(counts, 1)))[labels]
     return np.asarray(combined / combined.mean())

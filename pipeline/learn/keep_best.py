@@ -1,18 +1,15 @@
 """Train, validate after each epoch, keep the best one; the history is there to follow."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from pipeline.learn.fit import DivergedError, Epoch
 from pipeline.progress import say
-from pipeline.stage import write_json, write_text
+from pipeline.stage import write_csv, write_json
 
 Validation = dict[str, float]
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -43,7 +40,7 @@ def keep_best(
     candidates. Stops early after `patience` epochs without a better one; 0 never does. Rewrites
     history.csv and metrics.json whole after each epoch, so that a run can be followed.
     """
-    rows: list[dict[str, Any]] = [_row(0, None, val) for val in before]
+    rows: list[tuple[object, ...]] = [COLUMNS, *(_row(0, None, val) for val in before)]
     best: Best | None = None
     for epoch in epochs:
         val = validate()
@@ -57,7 +54,7 @@ def keep_best(
             best = Best(epoch.epoch, epoch.accuracy, val, state)
         assert best is not None
         rows.append(_row(epoch.epoch, epoch, val))
-        write_text(out / "history.csv", _as_csv(rows))
+        write_csv(out / "history.csv", rows)
         write_metrics(out, stage, best.val, epochs=epoch.epoch, best_epoch=best.epoch)
         say(
             f"epoch {epoch.epoch:>3}  train loss {epoch.loss:.4f} acc {epoch.accuracy:.4f}  "
@@ -82,15 +79,6 @@ def write_metrics(out: Path, stage: str, val: Validation, **more: float) -> None
     write_json(out / "metrics.json", {stage: {"val": val, **more}})
 
 
-def _row(number: int, epoch: Epoch | None, val: Validation) -> dict[str, Any]:
+def _row(number: int, epoch: Epoch | None, val: Validation) -> tuple[object, ...]:
     trained = (epoch.lr, epoch.loss, epoch.accuracy) if epoch else ("", "", "")
-    values = (number, *trained, val["loss"], val["accuracy"])
-    return dict(zip(COLUMNS, values, strict=True))
-
-
-def _as_csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return (number, *trained, val["loss"], val["accuracy"])

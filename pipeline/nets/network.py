@@ -135,6 +135,17 @@ def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:
         )
 
 
+def refuse_other_classes(
+    stage: str, file: Path, classes: Sequence[str], packed: Sequence[str]
+) -> None:
+    """Raise CheckpointError where what a stage wrote knows other classes than the images have."""
+    if list(classes) != list(packed):
+        raise CheckpointError(
+            f"{file}: its classes {classes} aren't those of the images, {packed}; "
+            f"run `dvc repro {stage}`"
+        )
+
+
 def versions() -> dict[str, str]:
     """Give the versions of the libraries that compute, for a checkpoint's metadata."""
     names = ("torch", "torchvision", "timm", "numpy")

@@ -1,27 +1,35 @@
 """CNN codes at several depths in one forward pass."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.nets.backbone import head_name
+
+Pooling = Literal["average", "max", "both"]
 
 LAST = "last"  # the depth of the head's input
 
 
 class Taps:
-    """Collects globally average-pooled activations while a network runs, until it is closed."""
+    """Collects globally pooled activations while a network runs, until it is closed.
 
-    def __init__(self, model: nn.Module, depths: Sequence[str]) -> None:
+    `both` puts averages and maxima side by side: a maximum sees what is small and rare. The head's
+    input is what the network itself pools.
+    """
+
+    def __init__(self, model: nn.Module, depths: Sequence[str], pooling: Pooling) -> None:
         self.model = model
         self.depths = list(depths)
+        self.pooling = pooling
         self._codes: dict[str, Tensor] = {}
         self._handles = [self._hook(depth) for depth in dict.fromkeys(depths)]
 
     def _hook(self, depth: str) -> Any:
         def pooled(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._codes[depth] = output.float().mean((2, 3))  # (B, D, h, w) -> (B, D)
+            self._codes[depth] = pool(output.float(), self.pooling)
 
         def head_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._codes[depth] = inputs[0].float()  # (B, D)
@@ -43,3 +51,13 @@ class Taps:
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def pool(maps: Tensor, pooling: Pooling) -> Tensor:
+    """Pool feature maps (B, D, h, w) to (B, D), or for `both` to (B, 2 D)."""
+    parts = []
+    if pooling != "max":
+        parts.append(maps.mean((2, 3)))
+    if pooling != "average":
+        parts.append(maps.amax((2, 3)))
+    return torch.cat(parts, 1)
