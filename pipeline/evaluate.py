@@ -133,8 +133,12 @@ def _models(
             logits(network, images[split], viewing) if len(images[split]) else none
             for split in images
         )
-        models.append(Model(name, lambda n=network: n, None, pooling, viewing, val, test))
+        models.append(Model(name, partial(_given, network), None, pooling, viewing, val, test))
     return models
+
+
+def _given(network: Network) -> Network:
+    return network
 
 
 def _trunk(meta: dict[str, Any]) -> Network:

@@ -19,7 +19,7 @@ from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
-from pipeline.nets.taps import LAST, Pooling, Taps
+from pipeline.nets.taps import LAST, SOURCE, Pooling, Taps
 from pipeline.progress import track
 from pipeline.runtime import threads
 from pipeline.stage import Key, Seed, main, whole_folder, write_json
@@ -42,6 +42,8 @@ def extract(
     seed: Seed,
 ) -> dict[str, float]:
     """Run every image through the frozen network and keep its pooled activations.
+
+    On top come the head's input and its output: what the source's classifier thinks it sees.
 
     The codes are averaged over up to `views` flips of the image, train and test alike.
 
@@ -72,7 +74,7 @@ def extract(
         resolved(precision),
     )
     seconds, n_images = 0.0, 0
-    with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST], pooling) as taps:
+    with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST, SOURCE], pooling) as taps:
         for split in SPLITS:
             images = read_images(prepared, split)
             start = time.perf_counter()

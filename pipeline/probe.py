@@ -33,6 +33,7 @@ from pipeline.progress import say, track
 from pipeline.stage import Key, Seed, main, write_csv, write_json
 
 LAST = "last"  # the depth that stage 1's head starts from
+SOURCE = "source"  # the source classifier's own logits
 Positive = Annotated[float, Gt(0)]
 
 
@@ -197,7 +198,7 @@ class _Search:
 
 def _joined(depths: list[str], join: int) -> list[str]:
     """Name the codes of the deepest blocks side by side; none of fewer than two."""
-    deepest = [depth for depth in depths if depth != LAST][-join:] if join else []
+    deepest = [d for d in depths if d not in (LAST, SOURCE)][-join:] if join else []
     return [JOIN.join(deepest)] if len(deepest) > 1 else []
 
 

@@ -27,7 +27,12 @@ SETTINGS = {
         "prepare.not_images=skip",
         "prepare.val_as=test",
         "flips=horizontal",
+        # Size and fit by cross-validation on the 244 training images.
+        "prepare.size=288",
+        "prepare.fit=crop",
+        "extract.image_size=288",
         "stage1.image_size=224",
+        "stage1.lr=1.0e-4",
         "stage2.image_size=224",
     ],
 }

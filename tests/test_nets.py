@@ -13,7 +13,7 @@ from pipeline.nets.fold import fold
 from pipeline.nets.freeze import freeze_all_but
 from pipeline.nets.network import EVAL_BATCH
 from pipeline.nets.stored import stored
-from pipeline.nets.taps import LAST, Taps, pool
+from pipeline.nets.taps import LAST, SOURCE, Taps, pool
 
 LITE0 = "timm/tf_efficientnet_lite0"
 NETWORKS = [
@@ -196,10 +196,11 @@ def test_rates_fall_by_block_and_small_tensors_do_not_decay():
 
 def test_codes_are_the_mean_over_the_map_and_the_heads_input():
     model, x = drawn("torchvision/resnet18"), images()
-    with torch.no_grad(), Taps(model, ["layer4", LAST], "average") as taps:
-        pooled, last = taps(x)
+    with torch.no_grad(), Taps(model, ["layer4", LAST, SOURCE], "average") as taps:
+        pooled, last, source = taps(x)
         torch.testing.assert_close(pooled, last)  # resnet's head takes layer4's mean
         torch.testing.assert_close(model.fc(last), model(x))
+        assert torch.equal(source, model(x))
 
 
 def test_codes_hold_average_and_maximum_of_each_map():

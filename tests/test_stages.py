@@ -263,9 +263,10 @@ def test_the_final_model_makes_the_codes_that_extract_made(finished, tmp_path, p
     final = classifier.load(where(folder)["final"] / "model.safetensors")
     images = read_images(paths(folder)["prepare"]["out"], "test")
     network = _trunk(read_probes(where(folder)["probe"])[2])
-    found = classifier.codes(network, depth, pooling, images, Viewing("horizontal", 2))
     assert final.pooling == pooling
-    assert np.array_equal(found, read_codes(folder / "features", "test", depth))
+    for name in (depth, "last", "source"):
+        found = classifier.codes(network, name, pooling, images, Viewing("horizontal", 2))
+        assert np.array_equal(found, read_codes(folder / "features", "test", name))
     with (folder / "models" / "probe" / "grid.csv").open() as lines:
         assert depth in {row["depth"] for row in csv.DictReader(lines)}
 

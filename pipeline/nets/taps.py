@@ -11,13 +11,14 @@ from pipeline.nets.backbone import head_name
 Pooling = Literal["average", "max", "both"]
 
 LAST = "last"  # the depth of the head's input
+SOURCE = "source"  # and of its output: the logits of the classes that the weights were made for
 
 
 class Taps:
     """Collects globally pooled activations while a network runs, until it is closed.
 
     `both` puts averages and maxima side by side: a maximum sees what is small and rare. The head's
-    input is what the network itself pools.
+    input and output are taken as they are.
     """
 
     def __init__(self, model: nn.Module, depths: Sequence[str], pooling: Pooling) -> None:
@@ -34,8 +35,13 @@ class Taps:
         def head_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._codes[depth] = inputs[0].float()  # (B, D)
 
-        if depth == LAST:
+        def head_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._codes[depth] = output.float()  # (B, classes of the source)
+
+        if depth in (LAST, SOURCE):
             head = self.model.get_submodule(head_name(self.model))
+            if depth == SOURCE:
+                return head.register_forward_hook(head_output)
             return head.register_forward_pre_hook(head_input)
         return self.model.get_submodule(depth).register_forward_hook(pooled)
 
