@@ -1,14 +1,14 @@
 """Evaluate: all models on the test split, once; intervals, paired test, the final model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from annotated_types import Interval
+from numpy.typing import NDArray
 from scipy.special import softmax
 
 from pipeline.classifier import Classifier, Scores
@@ -28,11 +28,12 @@ from pipeline.learn.verdict import (
 from pipeline.nets.backbone import again
 from pipeline.nets.fold import fold
 from pipeline.nets.network import Network, backbone_of, load, refuse_other_classes
-from pipeline.nets.taps import Pooling
 from pipeline.progress import say
 from pipeline.runtime import threads
 from pipeline.stage import Seed, main, write_csv, write_json
 from pipeline.viewing import Viewing, logits
+
+Images = NDArray[np.uint8]
 
 # From simple to costly: of equals the final model is the first of these.
 CANDIDATES = ("probe", "stage1", "stage2")
@@ -43,9 +44,8 @@ class Model:
     """One of the models to compare, with its scores (N, C) on validation and test."""
 
     name: str
-    network: Callable[[], Network]  # the one it ends in, or whose codes it takes
+    network: Network | None  # None: that of the codes, built only for the final model
     probe: Probe | None
-    pooling: Pooling  # of the codes, where a probe takes some
     viewing: Viewing
     val: Scores
     test: Scores
@@ -75,7 +75,12 @@ def evaluate(
     torch.set_num_threads(threads())
     val, test = read_rows(prepared, "val"), read_rows(prepared, "test")
     classes = read_facts(prepared).classes
-    models = _models(prepared, features, [probe, stage1, stage2], classes, views)
+    winner, linear, of_codes = read_probes(probe)
+    viewing = Viewing(**of_codes["viewing"])
+    models = [
+        *_probes(prepared, features, {"probe": winner, "probe_linear": linear}, viewing),
+        *_networks(prepared, {"stage1": stage1, "stage2": stage2}, views),
+    ]
     val_accuracy = {m.name: float((m.val.argmax(1) == val.labels).mean()) for m in models}
     chosen = max(
         (m for m in models if m.name in CANDIDATES),
@@ -84,9 +89,9 @@ def evaluate(
     temperature = fit_temperature(chosen.val, val.labels)
     probabilities = softmax(chosen.val / temperature, axis=1)
     classifier = Classifier(
-        chosen.network(),
+        chosen.network or _trunk(of_codes),
         chosen.probe,
-        chosen.pooling,
+        of_codes["pooling"],
         chosen.viewing,
         temperature,
         sure_above(probabilities, val.labels, sure_accuracy),
@@ -104,41 +109,37 @@ def evaluate(
     return {}
 
 
-def _models(
-    prepared: Path, features: Path, files: Sequence[Path], classes: Sequence[str], views: int
-) -> list[Model]:
-    """Score every model on validation and test, both in the same views.
+def _probes(
+    prepared: Path, features: Path, probes: dict[str, Probe], viewing: Viewing
+) -> Iterator[Model]:
+    """Score the probes on codes that are averaged over `viewing`."""
+    for name, probe in probes.items():
 
-    The probes' views are those of their codes; stage 1's and 2's are what they trained with.
-    """
-    winner, linear, codes_meta = read_probes(files[0])
-    pooling: Pooling = codes_meta["pooling"]
-    images = {split: read_images(prepared, split) for split in ("val", "test")}
-    none = np.empty((0, len(classes)))
-    models = []
-    for name, fitted in (("probe", winner), ("probe_linear", linear)):
-        val, test = (
-            fitted.scores(read_codes(features, split, fitted.depth)) if len(images[split]) else none
-            for split in images
-        )
-        trunk = partial(_trunk, codes_meta)
-        of_codes = Viewing(**codes_meta["viewing"])
-        models.append(Model(name, trunk, fitted, pooling, of_codes, val, test))
-    viewing: Viewing | None = None
-    for name, file in zip(CANDIDATES[1:], files[1:], strict=True):
-        network, meta = load(file)
-        refuse_other_classes(name, file, network.classes, classes)
-        viewing = viewing or Viewing(_flips(file, meta), views)
-        val, test = (
-            logits(network, images[split], viewing) if len(images[split]) else none
-            for split in images
-        )
-        models.append(Model(name, partial(_given, network), None, pooling, viewing, val, test))
-    return models
+        def score(split: str, images: Images, probe: Probe = probe) -> Scores:
+            return probe.scores(read_codes(features, split, probe.depth))
+
+        yield Model(name, None, probe, viewing, *_on_both(prepared, score))
 
 
-def _given(network: Network) -> Network:
-    return network
+def _networks(prepared: Path, files: dict[str, Path], views: int) -> Iterator[Model]:
+    """Score stages 1 and 2, averaged over the flips that stage 1 trained with."""
+    classes = read_facts(prepared).classes
+    loaded = {name: load(file) for name, file in files.items()}
+    viewing = Viewing(_flips(files["stage1"], loaded["stage1"][1]), views)
+    for name, (network, _) in loaded.items():
+        refuse_other_classes(name, files[name], network.classes, classes)
+
+        def score(split: str, images: Images, network: Network = network) -> Scores:
+            return logits(network, images, viewing)
+
+        yield Model(name, network, None, viewing, *_on_both(prepared, score))
+
+
+def _on_both(prepared: Path, score: Callable[[str, Images], Scores]) -> tuple[Scores, Scores]:
+    """Score validation and test, of which a test split may have no images."""
+    val, test = (read_images(prepared, split) for split in ("val", "test"))
+    no_scores = np.empty((0, len(read_facts(prepared).classes)))
+    return score("val", val), score("test", test) if len(test) else no_scores
 
 
 def _trunk(meta: dict[str, Any]) -> Network:
