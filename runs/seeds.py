@@ -31,6 +31,8 @@ SETTINGS = {
         "prepare.size=288",
         "prepare.fit=crop",
         "extract.image_size=288",
+        # Some 200 images are too few to tune a layer for: the head alone, then all, gently.
+        "stage1.unfreeze=[]",
         "stage1.image_size=224",
         "stage1.lr=1.0e-4",
         "stage2.image_size=224",
