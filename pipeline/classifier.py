@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from pipeline.errors import CheckpointError
-from pipeline.learn.codes import JOIN
 from pipeline.learn.probes import Probe
 from pipeline.nets import checkpoint
+from pipeline.nets.depths import JOIN
 from pipeline.nets.network import Network, from_checkpoint, over
 from pipeline.nets.taps import Pooling, Taps
 from pipeline.viewing import Viewing, averaged, logits

@@ -17,9 +17,10 @@ from pipeline.images.pack import SPLITS, read_facts, read_images, read_rows
 from pipeline.learn.codes import Labelled, new_codes, write_labels
 from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
+from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
-from pipeline.nets.taps import LAST, SOURCE, Pooling, Taps
+from pipeline.nets.taps import Pooling, Taps
 from pipeline.progress import track
 from pipeline.runtime import threads
 from pipeline.stage import Key, Seed, main, whole_folder, write_json

@@ -13,6 +13,7 @@ from pipeline.learn.fit import DivergedError, Recipe, Weighing, fit, training_we
 from pipeline.learn.metrics import cross_entropy, fit_temperature
 from pipeline.learn.probes import (
     Scaler,
+    class_scores,
     fit_linear,
     fit_svm,
     gram,
@@ -52,6 +53,25 @@ def test_the_heads_logits_are_the_probes_scores(n_classes):
     probe = linear_probe(fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last")
     weight, bias = head_of(probe)
     np.testing.assert_allclose(x @ weight.T + bias, probe.scores(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_held_out_scores_are_the_probes_and_a_class_never_seen_comes_last(n_classes):
+    x, y = codes(n_classes)
+    scaler, ones = Scaler.fit(x), np.ones(len(y))
+    z = scaler(x)
+    kernel = gram(z, z, "svm_rbf", 0.05)
+    machine = fit_svm(kernel, y, ones, 1.0, None)
+    linear = fit_linear(z, y, ones, 0.1, None)
+    for found, probe in (
+        (class_scores(linear, z, n_classes + 1), linear_probe(linear, scaler, "last")),
+        (
+            class_scores(machine, kernel, n_classes + 1),
+            svm_probe(machine, z, scaler, "last", "svm_rbf", 0.05),
+        ),
+    ):
+        np.testing.assert_allclose(found[:, :n_classes], probe.scores(x), atol=1e-9)
+        assert np.array_equal(found[:, n_classes], found[:, :n_classes].min(1))
 
 
 @pytest.mark.parametrize("kind", ["svm_linear", "svm_rbf"])

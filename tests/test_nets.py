@@ -9,11 +9,12 @@ from pipeline.learn.fit import Recipe, fit, make_optimizer
 from pipeline.nets.backbone import build, head_name, pretrained
 from pipeline.nets.blocks import chain, depths, is_inside, match, trained_with
 from pipeline.nets.cut import cut_below
+from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import fold
 from pipeline.nets.freeze import freeze_all_but
 from pipeline.nets.network import EVAL_BATCH
 from pipeline.nets.stored import stored
-from pipeline.nets.taps import LAST, SOURCE, Taps, pool
+from pipeline.nets.taps import Taps, pool
 
 LITE0 = "timm/tf_efficientnet_lite0"
 NETWORKS = [

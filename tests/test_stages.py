@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import paths, read_params, run, write_photos
+from scipy.special import expit
 from sklearn.svm import SVC
 
 from pipeline import classifier
@@ -188,14 +189,16 @@ def test_between_two_states_is_their_weighted_mean():
 
 
 def test_equal_cells_go_to_the_simpler_kind_then_to_the_smaller_c():
-    cells = [Cell(kind, "last", c, (0.9, 0.8)) for kind in KINDS[::-1] for c in (1.0, 0.1)]
-    assert best_cell(cells) == Cell("linear", "last", 0.1, (0.9, 0.8))
-    assert best_cell([*cells, Cell("svm_rbf", "last", 1.0, (1.0, 0.8))]).kind == "svm_rbf"
+    cells = [Cell(kind, "last", c, 0.3, (0.9, 0.8)) for kind in KINDS[::-1] for c in (1.0, 0.1)]
+    assert best_cell(cells) == Cell("linear", "last", 0.1, 0.3, (0.9, 0.8))
+    assert best_cell([*cells, Cell("svm_rbf", "last", 1.0, 0.2, (0.7, 0.8))]).kind == "svm_rbf"
 
 
 def test_the_probes_cross_validation_is_scikit_learns(finished, tmp_path):
     """One cell of the grid against a direct SVC on the same folds."""
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from scipy.optimize import minimize_scalar
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict, cross_val_score
 
     params = read_params(
         probe={"kinds": ["svm_rbf"], "svm_rbf_c": [3.0]}, sample_weight=False, seed=0
@@ -208,12 +211,20 @@ def test_the_probes_cross_validation_is_scikit_learns(finished, tmp_path):
         labels = [int(row["label"]) for row in csv.DictReader(lines) if row["split"] == "train"]
     z = (codes - codes.mean(0, dtype=float)) / codes.std(0, dtype=float)
     folds = StratifiedKFold(2, shuffle=True, random_state=0)
-    expected = cross_val_score(SVC(C=3.0, gamma=1 / z.shape[1]), z, labels, cv=folds).mean()
+    machine = SVC(C=3.0, gamma=1 / z.shape[1])
+    expected = cross_val_score(machine, z, labels, cv=folds).mean()
+    decisions = cross_val_predict(machine, z, labels, cv=folds, method="decision_function")
+    loss = minimize_scalar(
+        lambda log_t: log_loss(labels, expit(decisions / np.exp(log_t))),
+        bounds=(-4, 4),
+        method="bounded",
+    ).fun
     with (folder / "models" / "probe" / "grid.csv").open() as lines:
         (found,) = [
             r for r in csv.DictReader(lines) if (r["kind"], r["depth"]) == ("svm_rbf", "last")
         ]
     assert float(found["accuracy"]) == pytest.approx(expected, abs=1e-6)
+    assert float(found["loss"]) == pytest.approx(loss, abs=1e-4)
 
 
 def test_stage_1s_head_is_the_linear_probe_even_when_an_svm_won(finished, tmp_path):

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-
-JOIN = "+"  # between depths whose codes stand side by side; no module's name holds it
+from pipeline.nets.depths import JOIN
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,18 @@ def fit_svm(kernel: Floats, y: Ints, weights: Floats, c: float, class_weight: st
     return SVC(C=c, kernel="precomputed", class_weight=class_weight).fit(kernel, y, weights)
 
 
+def class_scores(fitted: LogisticRegression | SVC, x: Floats, n_classes: int) -> Floats:
+    """Score codes (N, D), or for an SVC a kernel (N, S): (N, C), as `Probe.scores` would.
+
+    A class that the fit never saw gets the lowest score of each row.
+    """
+    found = fitted.decision_function(x)
+    found = np.stack([-found, found], 1) / 2 if found.ndim == 1 else found
+    scores = np.repeat(found.min(1, keepdims=True), n_classes, axis=1)
+    scores[:, fitted.classes_] = found
+    return np.asarray(scores)
+
+
 def linear_probe(fitted: LogisticRegression, scaler: Scaler, depth: str) -> Probe:
     """Make a probe of a fitted logistic regression; two classes' one row w becomes ±w/2."""
     weight, bias = fitted.coef_, fitted.intercept_

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.nets.backbone import head_name
+from pipeline.nets.depths import LAST, SOURCE
 
 Pooling = Literal["average", "max", "both"]
-
-LAST = "last"  # the depth of the head's input
-SOURCE = "source"  # and of its output: the logits of the classes that the weights were made for
 
 
 class Taps:
