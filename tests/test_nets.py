@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.layers import as_table, layers
 from pipeline.learn.fit import Recipe, fit, make_optimizer
 from pipeline.nets.backbone import build, head_name, pretrained
 from pipeline.nets.blocks import chain, depths, is_inside, match, trained_with
@@ -238,3 +239,39 @@ def test_packaged_weights_are_pinned_with_their_own_normalisation():
     assert (backbone.mean, backbone.std) == ((0.5,) * 3, (0.5,) * 3)
     assert backbone.sha256.startswith("57934424")  # as the file's name says
     assert model.get_submodule(head_name(model)).out_features == 1000
+
+
+@pytest.mark.parametrize("all_modules", [False, True])
+def test_the_listed_layers_can_be_named_and_their_compute_is_that_of_the_convolutions(all_modules):
+    model = build("torchvision/resnet18", 1000)
+    found = layers(model, 64, all_modules)
+    assert match(model, [layer.name for layer in found], "stage1.unfreeze")
+    blocks = [layer for layer in found if layer.name in chain(model)]
+    assert sum(layer.parameters for layer in blocks) == sum(p.numel() for p in model.parameters())
+    assert sum(layer.share for layer in blocks) == pytest.approx(1)
+    # By hand: outputs x input channels x kernel, for the first convolution against all of them.
+    done = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+
+            def count(m, _, out, name=name):
+                done[name] = out[0].numel() * m.in_channels * m.kernel_size[0] * m.kernel_size[1]
+
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 64, 64))
+    total = sum(done.values()) + 512 * 1000
+    by_name = {layer.name: layer for layer in found}
+    assert by_name["conv1"].share == pytest.approx(done["conv1"] / total)
+    assert by_name["layer4"].share == pytest.approx(
+        sum(n for name, n in done.items() if name.startswith("layer4")) / total
+    )
+    assert [layer.name for layer in blocks if layer.is_depth] == depths(model)
+
+
+def test_the_table_of_layers_says_what_training_from_each_on_would_repeat():
+    lines = as_table(layers(build("timm/tf_efficientnet_lite0", 1000), 224), "classifier")
+    rows = {line.split()[0]: line for line in lines}
+    assert "  36.8%  depth" in rows["blocks.5"]
+    assert "100.0%" in rows["conv_stem"]
+    assert rows["classifier"].endswith("head, always trains")
