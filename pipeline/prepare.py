@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError
 from pipeline.images import audit, sources
 from pipeline.images.decode import decode, is_grey
+from pipeline.images.fetch import images_at
 from pipeline.images.pack import SPLITS, Facts, Fit, new_images
 from pipeline.images.sources import Item, Source
 from pipeline.images.split import draw, together
@@ -31,8 +32,10 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 def prepare(
     *,
     out: Path,
-    source: Literal["elpv", "folder"],
+    source: Literal["elpv", "folder", "csv", "hymenoptera"],
     path: str,
+    url: str,
+    sha256: str,
     not_images: Literal["refuse", "skip"],
     size: Annotated[int, Interval(ge=16, le=2048)],
     fit: Fit,
@@ -49,7 +52,7 @@ def prepare(
 
     Raises DataError for a set that can't be used, naming the file or the class.
     """
-    found = sources.elpv() if source == "elpv" else sources.folder(Path(path))
+    found = _source(source, Path(path), url, sha256)
     if found.not_images and not_images == "refuse":
         raise DataError(
             f"{found.folder / found.not_images[0]}: not an image ({len(found.not_images)} such "
@@ -88,6 +91,15 @@ def prepare(
     for line in audit.summary(report):
         say(line)
     return {"images_per_second": rate}
+
+
+def _source(name: str, path: Path, url: str, sha256: str) -> Source:
+    if name == "elpv":
+        return sources.elpv()
+    if name == "hymenoptera":
+        return sources.hymenoptera(path)
+    listed = sources.table if name == "csv" else sources.folder
+    return listed(images_at(path, url, sha256))
 
 
 def _headers(found: Source) -> tuple[bool, dict[str, str]]:

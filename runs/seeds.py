@@ -33,9 +33,10 @@ SETTINGS = {
         "extract.image_size=288",
         # Some 200 images are too few to tune a layer for: the head alone, then all, gently.
         "stage1.unfreeze=[]",
-        "stage1.image_size=224",
+        "stage1.image_size=288",
+        "stage1.views=2",  # as many as there are horizontal flips
         "stage1.lr=1.0e-4",
-        "stage2.image_size=224",
+        "stage2.image_size=288",
     ],
 }
 MODELS = ("probe_linear", "probe", "stage1", "stage2")
@@ -75,8 +76,11 @@ def main() -> None:
 def run(experiment: str, changes: list[str]) -> None:
     """Run one experiment, with this Python for the stages."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--quiet"]
-    command += ["--name", experiment, *(part for c in changes for part in ("-S", c))]
+    dvc_exp = [sys.executable, "-m", "dvc", "exp"]
+    # An earlier experiment of that name may have had other params; its results stay in the cache.
+    subprocess.run([*dvc_exp, "remove", "--quiet", experiment], check=False, capture_output=True)
+    command = [*dvc_exp, "run", "--temp", "--quiet", "--name", experiment]
+    command += [part for change in changes for part in ("-S", change)]
     subprocess.run(command, check=True, env={**os.environ, "PATH": path})
 
 

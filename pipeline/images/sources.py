@@ -1,14 +1,19 @@
 """Where images come from: a source lists them, it decodes nothing."""
 
+import csv
+import hashlib
 import importlib.metadata
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, near
+from pipeline.images.fetch import fetched, hash_of, unpacked
+from pipeline.progress import say
 
 # The still-image formats that torchvision's ImageFolder reads, so that counts agree with it.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
@@ -24,6 +29,12 @@ SPLIT_NAMES = {
 # Neighbouring solar cells were cut from one module. The data set doesn't name the module; runs of
 # one wafer type, cut every 60 rows, stand in for it (an inference from how alike neighbours are).
 ELPV_ROWS_A_MODULE = 60
+
+
+# The ants and bees of PyTorch's transfer-learning tutorial, and the SHA-256 over the names and the
+# SHA-256 of its 397 photographs: what the archive holds matters, not how it was packed.
+HYMENOPTERA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
+HYMENOPTERA_FILES = "41771d210287175073b7b183f7b57163e019b854f530d8edd91705379c9212ae"
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,87 @@ def folder(path: Path) -> Source:
     if twice:
         raise DataError(f"{path}: more than one folder for the {twice[0]} split; keep one")
     return Source(path, [_folder_item(path, file, splits) for file in images], not_images)
+
+
+def table(path: Path) -> Source:
+    """List the images that the one CSV file in a folder names, relative to that folder.
+
+    Columns: path, label, and if given split (train, val, test or empty: to be cut from train),
+    group (what must stay in one split) and weight (above 0). More columns are passed over.
+
+    Raises DataError naming the line that can't be used.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; set prepare.path to the folder of your CSV file")
+    tables = sorted(path.glob("*.csv"))
+    if len(tables) != 1:
+        raise DataError(f"{path}: {len(tables)} CSV files here; prepare.source: csv needs one")
+    file = tables[0]
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        try:
+            reader = csv.DictReader(lines)
+            columns = reader.fieldnames or []
+            for needed in ("path", "label"):
+                if needed not in columns:
+                    raise DataError(f"{file}: no column {needed!r}; {near(needed, columns)}")
+            items = [_table_item(path, f"{file}:{reader.line_num}", row) for row in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{file}: can't be read as UTF-8 CSV ({error})") from None
+    if not items:
+        raise DataError(f"{file}: lists no images")
+    twice = [name for name, times in Counter(item.path for item in items).items() if times > 1]
+    if twice:
+        raise DataError(f"{file}: lists {twice[0]} more than once; keep one line of it")
+    listed = {item.path for item in items}
+    others = [f for f in _files(path) if f.suffix.lower() in SUFFIXES]
+    if unlisted := sorted(f.as_posix() for f in others if f.as_posix() not in listed):
+        say(f"not in {file.name}, so not used: {len(unlisted)} images ({unlisted[0]}, ...)")
+    return Source(path, items)
+
+
+def _table_item(path: Path, where: str, row: dict[str, str]) -> Item:
+    """Check one line of a CSV file; `where` names it in errors."""
+    name = PurePosixPath((row["path"] or "").strip().replace("\\", "/"))
+    if not name.parts or name.is_absolute() or ".." in name.parts:
+        raise DataError(f"{where}: path {row['path']!r} isn't relative to {path} and within it")
+    if not (path / name).is_file():
+        raise DataError(f"{where}: no file {path / name}")
+    label = (row["label"] or "").strip()
+    if not label:
+        raise DataError(f"{where}: {name} has no label")
+    split = (row.get("split") or "").strip().lower()
+    if split and split not in SPLIT_NAMES:
+        raise DataError(f"{where}: split {split!r}; {near(split, SPLIT_NAMES)}")
+    said = (row.get("weight") or "").strip() or "1"
+    try:
+        weight = float(said)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise DataError(f"{where}: weight {said!r} is no number above 0")
+    group = (row.get("group") or "").strip()
+    return Item(name.as_posix(), label, SPLIT_NAMES.get(split, ""), group, weight)
+
+
+def hymenoptera(path: Path) -> Source:
+    """List the ants and bees of PyTorch's tutorial: a copy at `path`, else fetched and checked.
+
+    The tutorial's 153 validation images are a given `val` folder.
+
+    Raises DataError if they can't be fetched, or aren't those of the tutorial.
+    """
+    if not (path / "train" / "ants").is_dir():
+        path = unpacked(fetched(HYMENOPTERA_URL))
+    found = folder(path)
+    names = sorted(item.path for item in found.items)
+    lines = "".join(f"{name} {hash_of(path / name)}\n" for name in names)
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    if digest != HYMENOPTERA_FILES:
+        raise DataError(
+            f"{path}: not the 397 photographs of the tutorial, but {len(names)} with {digest}; "
+            "use prepare.source: folder for a set of your own"
+        )
+    return found
 
 
 def _files(path: Path) -> Iterator[Path]:
