@@ -61,6 +61,11 @@ def _opened(file: Path) -> Image.Image:
     if width * height > MOST_PIXELS:
         image.close()
         raise DataError(f"{file}: claims {width} x {height} pixels; make it smaller")
+    # A telephone's MPO is a JPEG with more pictures behind it that no viewer shows.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1:
+        image.close()
+        raise DataError(f"{file}: holds {frames} pictures; keep one in a file of its own")
     return image
 
 
