@@ -23,6 +23,7 @@ from pipeline.learn.verdict import (
     confusion,
     difference,
     model_scores,
+    simplest_of_the_best,
     sure_above,
 )
 from pipeline.nets.backbone import again
@@ -35,7 +36,7 @@ from pipeline.viewing import Viewing, logits
 
 Images = NDArray[np.uint8]
 
-# From simple to costly: of equals the final model is the first of these.
+# From simple to costly: of those that tie the final model is the first.
 CANDIDATES = ("probe", "stage1", "stage2")
 
 
@@ -61,12 +62,14 @@ def evaluate(
     out: Path,
     final: Path,
     views: Annotated[int, Interval(ge=1, le=8)],
+    tie: Annotated[float, Interval(ge=0, le=5)],
     sure_accuracy: Annotated[float, Interval(ge=0, le=1)],
     seed: Seed,
 ) -> dict[str, float]:
     """Score probe, linear probe, stage 1 and stage 2 on test, and write the final model.
 
-    The final model is chosen by validation accuracy, ties to the simpler; its temperature and its
+    The final model is chosen by validation accuracy, ties to the simpler: two tie whose accuracies
+    differ by no more than `tie` standard errors of the difference. Its temperature and its
     threshold for "not sure" are fitted on validation.
 
     Writes metrics.json, confusion.csv, per_class.csv and predictions.csv into `out`, and
@@ -81,11 +84,10 @@ def evaluate(
         *_probes(prepared, features, {"probe": winner, "probe_linear": linear}, viewing),
         *_networks(prepared, {"stage1": stage1, "stage2": stage2}, views),
     ]
-    val_accuracy = {m.name: float((m.val.argmax(1) == val.labels).mean()) for m in models}
-    chosen = max(
-        (m for m in models if m.name in CANDIDATES),
-        key=lambda m: (val_accuracy[m.name], -CANDIDATES.index(m.name)),
-    )
+    right = {m.name: m.val.argmax(1) == val.labels for m in models}
+    val_accuracy = {name: float(r.mean()) for name, r in right.items()}
+    place = simplest_of_the_best([right[name] for name in CANDIDATES], val.groups, tie)
+    (chosen,) = (m for m in models if m.name == CANDIDATES[place])
     temperature = fit_temperature(chosen.val, val.labels)
     probabilities = softmax(chosen.val / temperature, axis=1)
     classifier = Classifier(

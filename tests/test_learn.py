@@ -24,7 +24,13 @@ from pipeline.learn.probes import (
     svm_probe,
 )
 from pipeline.learn.schedule import rate
-from pipeline.learn.verdict import accuracy_interval, difference, model_scores, sure_above
+from pipeline.learn.verdict import (
+    accuracy_interval,
+    difference,
+    model_scores,
+    simplest_of_the_best,
+    sure_above,
+)
 from pipeline.nets.backbone import build
 
 
@@ -249,3 +255,20 @@ def test_test_metrics_are_scikit_learns_and_null_where_a_class_is_missing():
     assert found["auroc"] == pytest.approx(roc_auc_score(labels, p, multi_class="ovr"))
     assert found["accuracy_weighted"] == found["accuracy"]
     assert model_scores(scores, labels % 2, np.ones(60))["auroc"] is None
+
+
+def test_the_simplest_of_those_that_tie_is_chosen_by_hand():
+    """Of 100 images 3 are right for the simple model alone and 5 for the other one: .02 apart."""
+    simple, other = np.ones(100, bool), np.ones(100, bool)
+    simple[:5], other[5:8] = False, False
+    error = np.sqrt((8 - 100 * 0.02**2) / 100**2)  # .0282
+    each = np.arange(100)
+    assert simplest_of_the_best([simple, other], each, 0.02 / error + 0.01) == 0
+    assert simplest_of_the_best([simple, other], each, 0.02 / error - 0.01) == 1
+    assert simplest_of_the_best([simple, other], each, 0) == 1
+    assert simplest_of_the_best([other, simple, other], each, 0) == 0
+    # Each image twice, as a group: the same accuracies with as much evidence as before.
+    twice = np.repeat(each, 2)
+    models = [np.repeat(simple, 2), np.repeat(other, 2)]
+    assert simplest_of_the_best(models, twice, 0.02 / error + 0.01) == 0
+    assert simplest_of_the_best(models, twice, 0.02 / error - 0.01) == 1

@@ -1,5 +1,6 @@
 """What a finished model is worth: test metrics, and how sure they are, by groups of images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,26 @@ def confusion(scores: Scores, labels: Ints) -> NDArray[np.int64]:
         labels, scores.argmax(1), labels=np.arange(scores.shape[1])
     )
     return counts
+
+
+def simplest_of_the_best(right: Sequence[Bools], groups: Ints, tie: float) -> int:
+    """Choose among models, from simple to costly, by which images (N,) each has right.
+
+    The first one whose accuracy is no more than `tie` standard errors below the best. The costly
+    ones took their best epoch on the same images, so a lead of less is no evidence (the rule of
+    one standard error, Breiman et al. 1984). The standard error is that of the paired difference,
+    over groups of images. Returns its position.
+    """
+    accuracies = [float(r.mean()) for r in right]
+    best = right[int(np.argmax(accuracies))].astype(float)
+    _, of = np.unique(groups, return_inverse=True)
+
+    def ties(model: Bools) -> bool:
+        behind = best - model
+        deviations = np.bincount(of, weights=behind - behind.mean())
+        return bool(behind.mean() <= tie * np.sqrt((deviations**2).sum()) / len(best))
+
+    return next(place for place, model in enumerate(right) if ties(model))
 
 
 def sure_above(probabilities: Scores, labels: Ints, wanted: float) -> float:
