@@ -1,7 +1,6 @@
 """Prepare: list the images of a source, audit, split, decode each once, pack as uint8."""
 
 import csv
-import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError
 from pipeline.images import audit, sources
 from pipeline.images.decode import decode, is_grey
-from pipeline.images.fetch import images_at
+from pipeline.images.fetch import hash_of, images_at
 from pipeline.images.pack import SPLITS, Facts, Fit, new_images
 from pipeline.images.sources import Item, Source
 from pipeline.images.split import draw, together
@@ -133,7 +132,7 @@ def _decode_all(
     def one(item: Item) -> tuple[str, NDArray[np.uint8] | DataError]:
         file = found.folder / item.path
         try:
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            digest = hash_of(file)
         except OSError as error:
             return "", DataError(f"{file}: can't be read ({error.strerror})")
         if item.path in unreadable:

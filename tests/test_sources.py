@@ -139,6 +139,14 @@ def evil_tar(file: Path, name: str, kind: bytes = tarfile.REGTYPE, link: str = "
         out.addfile(member, io.BytesIO(b"x"))
 
 
+def test_a_tar_of_the_folder_itself_is_taken(tmp_path, photos):
+    """`tar -C folder .` names the folder `.` in its first entry."""
+    with tarfile.open(tmp_path / "set.tar", "w") as content:
+        content.add(photos, ".")
+    found = prepared(tmp_path, path=str(tmp_path / "set.tar"))
+    assert found == prepared(tmp_path / "b", path=str(photos))
+
+
 EVIL = {
     "up.zip": (lambda f: evil_zip(f, "../out.png"), "would be written outside"),
     "root.zip": (lambda f: evil_zip(f, "/tmp/out.png"), "would be written outside"),

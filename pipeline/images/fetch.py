@@ -92,6 +92,11 @@ def hash_of(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def is_within(path: PurePosixPath) -> bool:
+    """Tell whether a path stays within the folder that it is relative to."""
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def _folder() -> Path:
     folder = cache_folder() / "sources"
     folder.mkdir(exist_ok=True)
@@ -136,7 +141,7 @@ def _refuse(archive: Path, members: list[tuple[str, int]]) -> None:
     """Refuse members that lie outside, and an archive that would grow without bounds."""
     for name, _ in members:
         path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        if ":" in "".join(path.parts[:1]) or not is_within(path):
             raise DataError(f"{archive}: {name} would be written outside its folder; not unpacked")
     size = sum(size for _, size in members)
     if size > MOST_GROWTH * archive.stat().st_size:

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError, near
-from pipeline.images.fetch import fetched, hash_of, unpacked
+from pipeline.images.fetch import fetched, hash_of, is_within, unpacked
 from pipeline.progress import say
 
 # The still-image formats that torchvision's ImageFolder reads, so that counts agree with it.
@@ -29,7 +29,6 @@ SPLIT_NAMES = {
 # Neighbouring solar cells were cut from one module. The data set doesn't name the module; runs of
 # one wafer type, cut every 60 rows, stand in for it (an inference from how alike neighbours are).
 ELPV_ROWS_A_MODULE = 60
-
 
 # The ants and bees of PyTorch's transfer-learning tutorial, and the SHA-256 over the names and the
 # SHA-256 of its 397 photographs: what the archive holds matters, not how it was packed.
@@ -152,7 +151,7 @@ def table(path: Path) -> Source:
 def _table_item(path: Path, where: str, row: dict[str, str]) -> Item:
     """Check one line of a CSV file; `where` names it in errors."""
     name = PurePosixPath((row["path"] or "").strip().replace("\\", "/"))
-    if not name.parts or name.is_absolute() or ".." in name.parts:
+    if not name.parts or not is_within(name):
         raise DataError(f"{where}: path {row['path']!r} isn't relative to {path} and within it")
     if not (path / name).is_file():
         raise DataError(f"{where}: no file {path / name}")
