@@ -26,9 +26,9 @@ from pipeline.learn.verdict import (
     simplest_of_the_best,
     sure_above,
 )
-from pipeline.nets.backbone import again
+from pipeline.nets.backbone import again, backbone_of
 from pipeline.nets.fold import fold
-from pipeline.nets.network import Network, backbone_of, load, refuse_other_classes
+from pipeline.nets.network import Network, load, refuse_other_classes
 from pipeline.progress import say
 from pipeline.runtime import threads
 from pipeline.stage import Seed, main, write_csv, write_json

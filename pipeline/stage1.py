@@ -17,14 +17,13 @@ from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best
 from pipeline.learn.metrics import validation
 from pipeline.learn.probes import head_of, read_probes
-from pipeline.nets.backbone import again, head_name, set_head
+from pipeline.nets.backbone import again, backbone_of, head_name, set_head
 from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.cut import cut_below
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.freeze import freeze_all_but
 from pipeline.nets.network import (
     Network,
-    backbone_of,
     batches,
     refuse_larger,
     refuse_other_classes,

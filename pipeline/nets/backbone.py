@@ -12,7 +12,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ParamError, WeightsError, near
+from pipeline.errors import CheckpointError, ParamError, WeightsError, near
+from pipeline.nets import checkpoint
 
 
 def _declare_missing_ops() -> None:
@@ -102,7 +103,8 @@ def head_name(model: nn.Module) -> str:
 def pretrained(name: str, weights: str, sha256: str, seed: int) -> tuple[nn.Module, Backbone]:
     """Build a network with its pretrained weights and its head for the source's classes.
 
-    With `weights: none` the weights are drawn from the seed, the same each time.
+    With `weights: none` the weights are drawn from the seed, the same each time. A file may also be
+    what an earlier run wrote (models/final, stage1 or stage2): its classes are then the source's.
 
     Raises ParamError for unknown weights, WeightsError if their file is missing, isn't the one
     `sha256` names (a full hash, or empty for weights that are pinned by name), or doesn't fit.
@@ -133,8 +135,17 @@ def pretrained(name: str, weights: str, sha256: str, seed: int) -> tuple[nn.Modu
         )
     if sha256 and sha256 != digest:
         raise WeightsError(f"{file}: its SHA-256 is {digest}, backbone.sha256 says {sha256}")
-    _load(model, file, by_order=file == _packaged_file() if name == PACKAGED else False)
-    return model, Backbone(name, weights, digest, *_mean_std(name, enum), seed)
+    state, mean_std = read_state(file), _mean_std(name, enum)
+    if earlier := _earlier_run(file):
+        if earlier.name != name:
+            raise WeightsError(f"{file}: weights of {earlier.name}; set backbone.name to that")
+        set_head(model, len(state[f"{head_name(model)}.weight"]))
+        mean_std = earlier.mean, earlier.std
+    if weights == "imagenet" and name == PACKAGED:
+        # The package names its tensors otherwise, in the same order.
+        state = dict(zip(model.state_dict(), state.values(), strict=True))
+    _load(model, state, file)
+    return model, Backbone(name, weights, digest, *mean_std, seed)
 
 
 def again(backbone: Backbone) -> nn.Module:
@@ -184,11 +195,25 @@ def _downloaded(enum: Any) -> Path:
     return file
 
 
-def _load(model: nn.Module, file: Path, by_order: bool) -> None:
-    state = read_state(file)
+def _earlier_run(file: Path) -> Backbone | None:
+    """Take the backbone from what an earlier run wrote; None for any other file of weights."""
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        _, meta = checkpoint.read(file)
+    except CheckpointError:
+        return None
+    return backbone_of(meta) if "backbone" in meta else None
+
+
+def backbone_of(meta: dict[str, Any]) -> Backbone:
+    """Take the backbone from a checkpoint's metadata."""
+    facts = meta["backbone"]
+    return Backbone(**{**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])})
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     own = model.state_dict()
-    if by_order:  # the package names its tensors otherwise, in the same order
-        state = dict(zip(own, state.values(), strict=True))
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
     extra = [k for k in state if k not in own]
     if wrong or extra:
@@ -201,6 +226,8 @@ def _load(model: nn.Module, file: Path, by_order: bool) -> None:
 
 def read_state(file: Path) -> dict[str, Tensor]:
     """Read a file of weights without executing anything in it.
+
+    Of a final model this is the network, without the probe that may be beside it.
 
     Raises WeightsError if it isn't one.
     """
@@ -216,4 +243,5 @@ def read_state(file: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{file}: can't be read as weights ({said})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{file}: holds no plain dictionary of tensors; save a state_dict")
-    return state
+    network = {k.removeprefix("network."): t for k, t in state.items() if k.startswith("network.")}
+    return network or state

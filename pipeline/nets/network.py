@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ParamError
 from pipeline.nets import checkpoint
-from pipeline.nets.backbone import Backbone, build, head_name
+from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
 from pipeline.nets.fold import fold
 
 # The size of a batch may change an image's last bits, its place in the batch doesn't: so one size.
@@ -118,12 +118,6 @@ def from_checkpoint(
     network.load_state(tensors, file)
     network.model.eval()
     return network
-
-
-def backbone_of(meta: dict[str, Any]) -> Backbone:
-    """Take the backbone from a checkpoint's metadata."""
-    facts = meta["backbone"]
-    return Backbone(**{**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])})
 
 
 def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:
