@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.images import audit, sources
+from pipeline.images.alike import clusters_alike
 from pipeline.images.decode import decode, is_grey
 from pipeline.images.fetch import hash_of, images_at
 from pipeline.images.pack import SPLITS, Facts, Fit, new_images
@@ -72,15 +73,17 @@ def prepare(
         classes = sorted({item.label for item in found.items})
         if len(classes) < 2:
             raise DataError(f"{found.folder}: one class only ({classes}); two or more are needed")
-        splits = _splits(items, digests, split_by, test_fraction, val_fraction, val_as, seed)
+        alike = clusters_alike(pixels)
+        alike = [alike[i] for i in kept]
+        ties = _ties(items, digests, alike, split_by)
+        splits = _splits(items, ties, test_fraction, val_fraction, val_as, seed)
         labels = np.array([classes.index(item.label) for item in items])
         _refuse_small(labels[np.array(splits) == "train"], classes, least_per_class)
 
-        report = audit.report(items, splits, digests, found.not_images, unreadable)
+        report = audit.report(items, splits, digests, alike, found.not_images, unreadable)
         write_json(folder / "audit.json", report)
         write_json(folder / "facts.json", asdict(Facts(classes, size, fit, channels)))
-        groups = together(*_ties(items, digests, split_by))
-        _write_index(folder / "index.csv", items, splits, groups, digests)
+        _write_index(folder / "index.csv", items, splits, ties, digests)
         for split in SPLITS:
             rows = [row for row, s in zip(kept, splits, strict=True) if s == split]
             images = new_images(folder / f"{split}.npy", len(rows), size, channels)
@@ -154,15 +157,23 @@ def _decode_all(
     return pixels, digests
 
 
-def _ties(items: Sequence[Item], digests: Sequence[str], split_by: str) -> list[Sequence[str]]:
-    """What keeps images in one split: equal files always, and their group if asked for."""
-    return [digests] if split_by == "image" else [digests, [item.group for item in items]]
+def _ties(
+    items: Sequence[Item], digests: Sequence[str], alike: Sequence[str], split_by: str
+) -> list[int]:
+    """Number what must stay in one split: equal files always, and if asked for a group.
+
+    An image without a group of its own is in that of its near duplicates.
+    """
+    if split_by == "image":
+        return together(digests)
+    groups = [item.group for item in items]
+    near = [a if not group else "" for a, group in zip(alike, groups, strict=True)]
+    return together(digests, groups, near)
 
 
 def _splits(
     items: Sequence[Item],
-    digests: Sequence[str],
-    split_by: str,
+    groups: Sequence[int],
     test_fraction: float,
     val_fraction: float,
     val_as: str,
@@ -174,7 +185,7 @@ def _splits(
         raise DataError("prepare.val_as: test, but there is a test folder already; use val")
     splits = np.array([split or "train" for split in given], dtype="<U5")
     _, labels = np.unique([item.label for item in items], return_inverse=True)
-    ties = np.array(together(*_ties(items, digests, split_by))).astype(str)
+    ties = np.array(groups).astype(str)
     for split, fraction in (("test", test_fraction), ("val", val_fraction)):
         if split in given or fraction == 0:
             continue

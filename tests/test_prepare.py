@@ -389,8 +389,8 @@ def test_the_audit_counts_classes_by_split_and_lists_duplicates(photos, tmp_path
     for name in ("class0", "class1"):
         assert audit["classes"][name] == Counter(r["split"] for r in rows if r["label"] == name)
     twins, wrong = ["class0/000.png", "class0/twin.png"], ["class0/001.png", "class1/wrong.png"]
-    assert {"exact": [twins, wrong], "across_splits": [], "across_labels": [wrong]} == audit[
-        "duplicates"
+    assert {"all": [twins, wrong], "across_splits": [], "across_labels": [wrong]} == audit[
+        "equal_files"
     ]
 
 
@@ -398,7 +398,7 @@ def test_the_audit_names_duplicates_across_given_splits(photos, tmp_path):
     given = into_splits(photos, "train", "test")
     shutil.copy(given / "train" / "class0" / "000.png", given / "test" / "class0" / "twin.png")
     prepared(tmp_path, path=str(given))
-    found = read_json(tmp_path, "audit.json")["duplicates"]["across_splits"]
+    found = read_json(tmp_path, "audit.json")["equal_files"]["across_splits"]
     assert found == [["test/class0/twin.png", "train/class0/000.png"]]
 
 
@@ -515,7 +515,7 @@ def test_equal_files_never_straddle_splits(split_by, seed, photos, tmp_path):
         shutil.copy(photos / "class0" / f"{i:03d}.png", photos / "class0" / f"{i:03d}-twin.png")
     rows = prepared(tmp_path, path=str(photos), split_by=split_by, seed=seed)
     assert {1} == {len(splits) for splits in splits_by(rows, "sha256").values()}
-    assert read_json(tmp_path, "audit.json")["duplicates"]["across_splits"] == []
+    assert read_json(tmp_path, "audit.json")["equal_files"]["across_splits"] == []
 
 
 def digests(out: Path) -> dict[str, str]:

@@ -7,11 +7,12 @@ from typing import Any
 from pipeline.images.sources import Item
 
 
-def duplicates(hashes: Sequence[str]) -> list[list[int]]:
-    """List the positions of images whose files are the same to the byte, a list a cluster."""
+def clusters(names: Sequence[str]) -> list[list[int]]:
+    """List the positions that share a name, a list a name, where two or more do; "" is no name."""
     where = defaultdict(list)
-    for position, digest in enumerate(hashes):
-        where[digest].append(position)
+    for position, name in enumerate(names):
+        if name:
+            where[name].append(position)
     return [positions for positions in where.values() if len(positions) > 1]
 
 
@@ -19,22 +20,28 @@ def report(
     items: Sequence[Item],
     splits: Sequence[str],
     hashes: Sequence[str],
+    alike: Sequence[str],
     not_images: Sequence[str],
     unreadable: dict[str, str],
 ) -> dict[str, Any]:
     """Gather the audit of a data set, as it is written to audit.json.
 
-    Duplicates are listed by path; `across_splits` and `across_labels` are those that would make a
-    score too good or a label wrong.
+    Equal files share a hash, near duplicates a name in `alike`. Both are listed by path;
+    `across_splits` and `across_labels` are those that would make a score too good or a label wrong.
     """
-    clusters = duplicates(hashes)
 
-    def across(values: Sequence[str]) -> list[list[str]]:
-        return [
-            [items[i].path for i in cluster]
-            for cluster in clusters
-            if len({values[i] for i in cluster}) > 1
-        ]
+    def listed(names: Sequence[str]) -> dict[str, list[list[str]]]:
+        found = clusters(names)
+        paths = [[items[i].path for i in cluster] for cluster in found]
+
+        def across(values: Sequence[str]) -> list[list[str]]:
+            return [
+                path
+                for path, cluster in zip(paths, found, strict=True)
+                if len({values[i] for i in cluster}) > 1
+            ]
+
+        return {"all": paths, "across_splits": across(splits), "across_labels": across(labels)}
 
     labels = [item.label for item in items]
     table: dict[str, dict[str, int]] = {}
@@ -45,11 +52,8 @@ def report(
         "classes": table,
         "skipped_not_images": list(not_images),
         "skipped_unreadable": unreadable,
-        "duplicates": {
-            "exact": [[items[i].path for i in cluster] for cluster in clusters],
-            "across_splits": across(splits),
-            "across_labels": across(labels),
-        },
+        "equal_files": listed(hashes),
+        "near_duplicates": listed(alike),
     }
 
 
@@ -63,11 +67,12 @@ def summary(report: dict[str, Any]) -> list[str]:
         if names := list(report[name]):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             lines.append(f"{name.replace('_', ' ')}: {len(names)} ({shown})")
-    clusters = report["duplicates"]
-    if clusters["exact"]:
-        lines.append(
-            f"exact duplicates: {len(clusters['exact'])} clusters, "
-            f"{len(clusters['across_splits'])} across splits, "
-            f"{len(clusters['across_labels'])} across labels"
-        )
+    for name in ("equal_files", "near_duplicates"):
+        found = report[name]
+        if found["all"]:
+            lines.append(
+                f"{name.replace('_', ' ')}: {len(found['all'])} clusters, "
+                f"{len(found['across_splits'])} across splits, "
+                f"{len(found['across_labels'])} across labels"
+            )
     return lines
