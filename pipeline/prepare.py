@@ -2,7 +2,7 @@
 
 import csv
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -12,18 +12,20 @@ import numpy as np
 from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ParamError, near
 from pipeline.images import audit, sources
 from pipeline.images.alike import clusters_alike
 from pipeline.images.decode import decode, is_grey
 from pipeline.images.fetch import hash_of, images_at
 from pipeline.images.pack import SPLITS, Facts, Fit, new_images
+from pipeline.images.published import published
 from pipeline.images.sources import Item, Source
 from pipeline.images.split import draw, together
 from pipeline.progress import say, track
 from pipeline.runtime import threads
 from pipeline.stage import Seed, main, whole_folder, write_json
 
+TORCHVISION = "torchvision/"
 DECODED = "decoded.npy"  # every image in the order listed, until the splits are known
 
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
@@ -32,7 +34,7 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 def prepare(
     *,
     out: Path,
-    source: Literal["elpv", "folder", "csv", "hymenoptera"],
+    source: str,
     path: str,
     url: str,
     sha256: str,
@@ -96,12 +98,19 @@ def prepare(
 
 
 def _source(name: str, path: Path, url: str, sha256: str) -> Source:
-    if name == "elpv":
-        return sources.elpv()
-    if name == "hymenoptera":
-        return sources.hymenoptera(path)
-    listed = sources.table if name == "csv" else sources.folder
-    return listed(images_at(path, url, sha256))
+    """List the images of a source by its name in params.yaml."""
+    if name.startswith(TORCHVISION):
+        return sources.folder(published(name.removeprefix(TORCHVISION), path))
+    known: dict[str, Callable[[], Source]] = {
+        "elpv": sources.elpv,
+        "hymenoptera": lambda: sources.hymenoptera(path),
+        "folder": lambda: sources.folder(images_at(path, url, sha256)),
+        "csv": lambda: sources.table(images_at(path, url, sha256)),
+    }
+    if name not in known:
+        hint = near(name, [*known, f"{TORCHVISION}CIFAR10"])
+        raise ParamError(f"params.yaml: prepare.source = {name!r}: {hint}")
+    return known[name]()
 
 
 def _headers(found: Source) -> tuple[bool, dict[str, str]]:

@@ -1,12 +1,15 @@
 """Sources: CSV files, archives and URLs against the same images in a plain folder."""
 
 import hashlib
+import inspect
 import io
 import os
 import shutil
+import struct
 import tarfile
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,8 +20,10 @@ import pytest
 from conftest import write_photos
 from test_prepare import HYMENOPTERA, prepared, splits_by
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ParamError
 from pipeline.images import sources
+from pipeline.images.published import SETS
+from pipeline.vision import torchvision
 
 LABELS = ("class0", "class1")
 
@@ -315,3 +320,60 @@ def test_ants_and_bees_come_from_a_copy_or_from_the_net_and_are_checked(
     os.remove(next((copy / "val" / "bees").iterdir()))
     with pytest.raises(DataError, match="not the 397 photographs of the tutorial, but 396"):
         prepared(tmp_path / "c", source="hymenoptera", path=str(copy), not_images="skip")
+
+
+# Sets of torchvision
+
+
+def write_idx(file: Path, array: np.ndarray) -> None:
+    """Write LeCun's format: a magic number with the dimensions, their sizes, the bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sizes = b"".join(struct.pack(">I", n) for n in array.shape)
+    file.write_bytes(struct.pack(">I", 0x0800 + array.ndim) + sizes + array.tobytes())
+
+
+def test_a_set_of_torchvision_comes_from_a_copy_of_its_files(tmp_path):
+    random = np.random.default_rng(0)
+    raw = tmp_path / "mine" / "FashionMNIST" / "raw"
+    pixels, labels = {}, {}
+    for split, part, each in (("train", "train", 9), ("test", "t10k", 3)):
+        labels[split] = np.repeat(np.arange(10, dtype=np.uint8), each)
+        pixels[split] = random.integers(0, 256, (10 * each, 28, 28)).astype(np.uint8)
+        write_idx(raw / f"{part}-images-idx3-ubyte", pixels[split])
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels[split])
+    changes = {"source": "torchvision/FashionMNIST", "path": str(tmp_path / "mine"), "size": 28}
+    rows = prepared(tmp_path, **changes)
+    assert Counter(row["split"] for row in rows) == {"train": 68, "val": 22, "test": 30}
+    assert len({row["label"] for row in rows}) == 10
+    assert {row["label"] for row in rows} >= {"T-shirt-top", "Ankle boot"}
+    found = np.load(tmp_path / "prepared" / "test.npy")
+    test = [row for row in rows if row["split"] == "test"]
+    for row, image in zip(test, found, strict=True):
+        number = int(Path(row["path"]).stem)
+        assert np.array_equal(image, pixels["test"][number])
+        names = torchvision.datasets.FashionMNIST.classes
+        assert row["label"] == names[labels["test"][number]].replace("/", "-")
+
+
+def test_a_set_of_torchvision_with_splits_by_name(tmp_path):
+    for split in ("train", "valid", "test"):
+        write_photos(tmp_path / "mine" / "country211" / split, each=6)
+    rows = prepared(tmp_path, source="torchvision/Country211", path=str(tmp_path / "mine"))
+    assert Counter(row["split"] for row in rows) == {"train": 12, "val": 12, "test": 12}
+
+
+def test_every_set_listed_is_one_of_torchvision_and_takes_those_arguments():
+    for name, splits in SETS.items():
+        signature = inspect.signature(getattr(torchvision.datasets, name).__init__).parameters
+        for arguments in splits.values():
+            if name not in ("EMNIST", "QMNIST"):  # hand theirs on to MNIST
+                assert set(arguments) <= set(signature), name
+
+
+def test_a_set_of_torchvision_that_cant_be_had_is_named(tmp_path):
+    with pytest.raises(ParamError, match="did you mean torchvision/CIFAR10"):
+        prepared(tmp_path, source="torchvision/CIFAR1O")
+    with pytest.raises(ParamError, match=r"prepare\.source = 'foldr': did you mean folder"):
+        prepared(tmp_path, source="foldr")
+    with pytest.raises(DataError, match=r"torchvision/EuroSAT: can't be fetched .*; put its files"):
+        prepared(tmp_path, source="torchvision/EuroSAT")

@@ -14,25 +14,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ParamError, WeightsError, near
 from pipeline.nets import checkpoint
+from pipeline.vision import timm, torchvision
 
-
-def _declare_missing_ops() -> None:
-    """Let torchvision import beside a CPU build of torch, where its compiled ops don't load.
-
-    Its import only wants the schemas of two detection ops that no classifier calls.
-    """
-    for name, schema in (
-        ("nms", "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
-        ("qnms", "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
-    ):
-        if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", schema.removeprefix(name))
-
-
-_declare_missing_ops()
-
-import timm  # noqa: E402, needs the ops declared
-import torchvision.models as zoo  # noqa: E402
+zoo = torchvision.models
 
 SOURCE_CLASSES = 1000  # every packaged and torchvision weight file here is ImageNet's
 PACKAGED = "timm/tf_efficientnet_lite0"
