@@ -33,6 +33,7 @@ from pipeline.learn.probes import (
     linear_probe,
     save_probes,
     svm_probe,
+    unit,
 )
 from pipeline.nets.depths import JOIN, LAST, SOURCE
 from pipeline.progress import say, track
@@ -66,6 +67,7 @@ def probe(
     svm_linear_c: Annotated[list[Positive], MinLen(1)],
     svm_rbf_c: Annotated[list[Positive], MinLen(1)],
     join: Annotated[int, Ge(0)],
+    l2: bool,
     folds: Annotated[int, Interval(ge=2, le=20)],
     svm_max_images: Annotated[int, Interval(ge=10, le=50_000)],
     sample_weight: Annotated[bool, Key("sample_weight")],
@@ -93,7 +95,7 @@ def probe(
         # Weakly regularised cells may stop early; they are compared as they are.
         warnings.simplefilter("ignore", ConvergenceWarning)
         grid = {"linear": linear_c, "svm_linear": svm_linear_c, "svm_rbf": svm_rbf_c}
-        search = _Search(train, weights, balance, folds, seed, some, grid)
+        search = _Search(train, weights, balance, folds, seed, some, grid, l2)
         cells: list[Cell] = []
         depths = [*facts["depths"], *_joined(facts["depths"], join)]
         tasks = [(kind, depth) for depth in depths for kind in ("linear", *kinds)]
@@ -153,17 +155,18 @@ class _Search:
         seed: int,
         some: Ints,
         grid: dict[str, list[float]],
+        l2: bool,
     ) -> None:
         self.labels, self.groups, self.weights = train.labels, train.groups, weights
         self.balance, self.folds, self.seed, self.some = balance, folds, seed, some
-        self.grid, self.n_classes = grid, int(train.labels.max()) + 1
+        self.grid, self.n_classes, self.l2 = grid, int(train.labels.max()) + 1, l2
 
     def cells(self, kind: Kind, depth: str, codes: Any) -> Iterator[Cell]:
         """Cross-validate one kind at one depth over all its C.
 
         The scaling is measured on all of train: it sees no labels.
         """
-        x, y, weights, groups = self._data(kind, codes)
+        x, y, weights, groups = self._data(kind, self._scaled(kind, depth, codes))
         kernel = None if kind == "linear" else gram(x, x, kind, 1 / x.shape[1])
         cuts = list(self._folds(y, groups))
         for c in self.grid[kind]:
@@ -183,13 +186,20 @@ class _Search:
 
     def fit(self, cell: Cell, codes: Any) -> Probe:
         """Fit a cell's probe on all of train."""
-        x, y, weights, _ = self._data(cell.kind, codes)
-        scaler = Scaler.fit(codes)
+        scaled = self._scaled(cell.kind, cell.depth, codes)
+        x, y, weights, _ = self._data(cell.kind, scaled)
+        scaler, l2 = Scaler.fit(scaled), scaled is not codes
         if cell.kind == "linear":
-            return linear_probe(fit_linear(x, y, weights, cell.c, self.balance), scaler, cell.depth)
+            fitted = fit_linear(x, y, weights, cell.c, self.balance)
+            return linear_probe(fitted, scaler, cell.depth, l2)
         gamma = 1 / x.shape[1]
         machine = fit_svm(gram(x, x, cell.kind, gamma), y, weights, cell.c, self.balance)
-        return svm_probe(machine, x, scaler, cell.depth, cell.kind, gamma)
+        return svm_probe(machine, x, scaler, cell.depth, cell.kind, gamma, l2)
+
+    def _scaled(self, kind: Kind, depth: str, codes: Any) -> Any:
+        # The linear probe on the last codes becomes a head, which can't divide by a length.
+        is_head = kind == "linear" and depth == LAST
+        return unit(codes) if self.l2 and not is_head else codes
 
     def _data(self, kind: Kind, codes: Any) -> tuple[Floats, Ints, Floats, Ints]:
         rows = np.arange(len(self.labels)) if kind == "linear" else self.some

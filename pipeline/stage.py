@@ -43,7 +43,17 @@ Seed = Annotated[int, Key("seed"), Interval(ge=0, lt=2**32)]
 
 
 class Loader(yaml.SafeLoader):
-    """YAML without code, reading `5e-5` as a number (YAML 1.1 wants a dot, 1.2 doesn't)."""
+    """YAML without code or repeated keys, reading `5e-5` as a number (1.1 wants a dot there)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that stands twice in one section: YAML would take the last in silence."""
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} stands twice in one section", key.start_mark
+                )
+        return dict(super().construct_mapping(node, deep))
 
 
 Loader.add_implicit_resolver(

@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY, paths, read_params, run, write_photos
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from pipeline import classifier
 from pipeline.errors import WeightsError
@@ -73,43 +70,3 @@ def test_an_earlier_runs_network_of_another_name_is_refused(finished, tmp_path):
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     with pytest.raises(WeightsError, match=f"weights of {TINY}; set backbone.name to that"):
         pretrained("torchvision/resnet18", str(file), digest, 0)
-
-
-def write_digits(folder: Path, digits: range) -> Path:
-    """Write scikit-learn's handwritten digits, 8 x 8 pixels of 17 greys, a folder a digit."""
-    data = load_digits()
-    for digit in digits:
-        for i in np.flatnonzero(data.target == digit):
-            file = folder / str(digit) / f"{i:04d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pixels = (data.images[i] * (255 / 16)).round().astype(np.uint8)
-            Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(file)
-    return folder
-
-
-@pytest.mark.long
-def test_lower_layers_of_an_earlier_run_beat_a_start_from_scratch(tmp_path):
-    """Digits 0 to 4 first, then a dozen training images each of 5 to 9."""
-
-    def accuracy(folder: Path, test_fraction: float, **backbone: str) -> float:
-        params = read_params(
-            backbone=backbone,
-            prepare={"path": str(folder / "photos"), "size": 32, "test_fraction": test_fraction},
-            extract={"image_size": 32},
-            stage1={"image_size": 32, "unfreeze": ["*"], "epochs": 15, "lr": 3e-3, "views": 0},
-            stage2={"image_size": 32, "epochs": 1},
-            flips="none",
-        )
-        run(folder, params)
-        metrics = json.loads((folder / "models" / "report" / "metrics.json").read_text())
-        return float(metrics["test"]["stage2"]["accuracy"])
-
-    write_digits(tmp_path / "a" / "photos", range(5))
-    assert accuracy(tmp_path / "a", 0.25) > 0.9
-    file = tmp_path / "a" / "models" / "final" / "model.safetensors"
-    for name in ("b", "c"):
-        write_digits(tmp_path / name / "photos", range(5, 10))
-    scratch = accuracy(tmp_path / "b", 0.9)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    again = accuracy(tmp_path / "c", 0.9, weights=str(file), sha256=digest)
-    assert again > scratch + 0.02  # 800 test images: a standard error of .01

@@ -384,6 +384,13 @@ def test_a_params_file_that_is_no_mapping_is_refused(content, line, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text("stage1:\n  lr: 0.1\n  epochs: 3\n  lr: 0.2\n")
+    with pytest.raises(ParamError, match=r"'lr' stands twice in one section.*line 4"):
+        read_params_file(file)
+
+
 def test_a_missing_params_file_is_named(tmp_path):
     line = "params.yaml: no such file; run this in the project's folder"
     with pytest.raises(ParamError, match=pattern(line)):

