@@ -37,6 +37,7 @@ class Key:
     """Where in params.yaml an argument is found, if not in its stage's own section."""
 
     path: str
+    foreign: bool = False  # in a section that another stage reads and checks as a whole
 
 
 Seed = Annotated[int, Key("seed"), Interval(ge=0, lt=2**32)]
@@ -68,6 +69,7 @@ class Param:
     """One value that a stage takes from params.yaml."""
 
     key: str  # dotted, in params.yaml
+    foreign: bool  # another stage checks its section
     hint: Any  # its type, with its limits
     argument: str
     field: str = ""  # of the argument, where that is a dataclass
@@ -82,16 +84,18 @@ def stage_params(stage: Stage) -> list[Param]:
         if is_dataclass(hint):
             inner = get_type_hints(hint, include_extras=True)
             params += [
-                Param(_key(stage, name, kind), kind, argument, name) for name, kind in inner.items()
+                Param(**_place(stage, name, kind), hint=kind, argument=argument, field=name)
+                for name, kind in inner.items()
             ]
         else:
-            params.append(Param(_key(stage, argument, hint), hint, argument))
+            params.append(Param(**_place(stage, argument, hint), hint=hint, argument=argument))
     return params
 
 
-def _key(stage: Stage, name: str, hint: Any) -> str:
+def _place(stage: Stage, name: str, hint: Any) -> dict[str, Any]:
     marks = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Key)]
-    return marks[0].path if marks else f"{stage.__name__}.{name}"
+    mark = marks[0] if marks else Key(f"{stage.__name__}.{name}")
+    return {"key": mark.path, "foreign": mark.foreign}
 
 
 def path_names(stage: Stage) -> list[str]:
@@ -123,7 +127,7 @@ def arguments(stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
     range.
     """
     wanted = stage_params(stage)
-    _refuse_unknown({param.key for param in wanted}, params)
+    _refuse_unknown({param.key for param in wanted if not param.foreign}, params)
     values: dict[str, Any] = {}
     for param in wanted:
         value = _checked(param, _look_up(param.key, params))

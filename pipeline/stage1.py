@@ -12,23 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
-from pipeline.images.pack import Facts, read_facts, read_images, read_rows
+from pipeline.images.pack import read_facts, read_images, read_rows
 from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best
 from pipeline.learn.metrics import validation
-from pipeline.learn.probes import head_of, read_probes
-from pipeline.nets.backbone import again, backbone_of, head_name, set_head
+from pipeline.learn.start import start_network
 from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.cut import cut_below
-from pipeline.nets.fold import Precision, fold, resolved
-from pipeline.nets.freeze import freeze_all_but
-from pipeline.nets.network import (
-    Network,
-    batches,
-    refuse_larger,
-    refuse_other_classes,
-    versions,
-)
+from pipeline.nets.fold import Precision, resolved
+from pipeline.nets.freeze import everything, freeze_all_but
+from pipeline.nets.network import batches, refuse_larger, versions
 from pipeline.nets.stored import Batch, stored
 from pipeline.progress import say
 from pipeline.runtime import cache_folder, threads
@@ -54,6 +47,9 @@ def stage1(
 ) -> dict[str, float]:
     """Train the new head and the unfrozen modules on top of the frozen trunk.
 
+    Without pretrained weights there is nothing worth freezing: everything trains then, BatchNorm by
+    the statistics of its batches, in as many epochs.
+
     The trunk runs once for each of `views` augmentations of each image, and the epochs take turns
     with them; 0 views augment anew each epoch. The best validation epoch is kept.
 
@@ -63,8 +59,11 @@ def stage1(
     torch.manual_seed(seed)
     packed = read_facts(prepared)
     refuse_larger("stage1", image_size, packed.size)
-    network = _new_network(probe, packed, image_size, head_init, resolved(precision))
+    network = start_network(probe, packed, image_size, head_init, resolved(precision))
     trained = trained_with(network.model, match(network.model, unfreeze, "stage1.unfreeze"))
+    if network.backbone.weights == "none":
+        say("from scratch (backbone.weights: none): everything trains, by batch statistics")
+        trained, batchnorm = everything(network.model), "train"
     trainable = freeze_all_but(network.model, trained, batchnorm)
     cut = cut_below(network.model, trained)
     say(f"training {len(trainable)} tensors in {', '.join(trained)}; frozen below {cut.name}")
@@ -119,31 +118,6 @@ def stage1(
         "trunk_seconds": trunk_seconds,
         "epochs_seconds": time.perf_counter() - start - trunk_seconds,
     }
-
-
-def _new_network(
-    file: Path, packed: Facts, image_size: int, head_init: str, precision: Literal["fp32", "bf16"]
-) -> Network:
-    """Build the pretrained network that made the codes, with a head for the classes at hand."""
-    _, linear, meta = read_probes(file)
-    backbone = backbone_of(meta)
-    refuse_other_classes("probe", file, meta["classes"], packed.classes)
-    model = again(backbone)
-    set_head(model, len(packed.classes))
-    if head_init == "probe":
-        weight, bias = head_of(linear)
-        head = model.get_submodule(head_name(model))
-        head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
-    return Network(
-        fold(model, precision),
-        backbone,
-        packed.classes,
-        image_size,
-        packed.size,
-        packed.fit,
-        packed.channels,
-        precision,
-    )
 
 
 if __name__ == "__main__":

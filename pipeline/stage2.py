@@ -18,7 +18,7 @@ from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best, write_metrics
 from pipeline.learn.metrics import validation
 from pipeline.nets.fold import Precision, resolved
-from pipeline.nets.freeze import freeze_all_but
+from pipeline.nets.freeze import everything, freeze_all_but
 from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
 from pipeline.progress import say
 from pipeline.runtime import threads
@@ -66,14 +66,15 @@ def stage2(
     before = [validate()]
     _refuse_other_score(before[0], meta, network, stage1)
     if image_size != network.image_size:
-        say(f"at stage 1's {network.image_size} px: val acc {before[0]['accuracy']:.4f}")
+        sizes = f"{network.image_size} to {image_size} px"
         network.image_size = image_size
         before.append(validate())
+        gain = before[1]["accuracy"] - before[0]["accuracy"]
+        say(f"from {sizes}, before any step: {100 * gain:+.1f} points on validation")
     say(f"epoch   0  val loss {before[-1]['loss']:.4f} acc {before[-1]['accuracy']:.4f}")
 
     start_state = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
-    everything = [name for name, _ in network.model.named_children()]
-    freeze_all_but(network.model, everything, batchnorm)
+    freeze_all_but(network.model, everything(network.model), batchnorm)
 
     def batch(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
         pixels = torch.from_numpy(images[chosen])
@@ -102,7 +103,16 @@ def stage2(
     said = "stage 2 didn't help" if factor == 0 else f"val acc {val['accuracy']:.4f}"
     say(f"stage 1 to stage 2 by factor {factor:.1f}: {said}")
     ran = sum(1 for _ in (out / "history.csv").open()) - 1 - len(before)
-    write_metrics(out, "stage2", val, epochs=ran, best_epoch=best.epoch, factor=factor)
+    write_metrics(
+        out,
+        "stage2",
+        val,
+        epochs=ran,
+        best_epoch=best.epoch,
+        factor=factor,
+        # Before any step, at stage 2's size: beyond stage 1's own, what the size brought.
+        start_accuracy=before[-1]["accuracy"],
+    )
     network.save(
         out / "model.safetensors",
         epoch=best.epoch,

@@ -1,6 +1,10 @@
 """Small images, small params and the stages run on them; shared by all tests."""
 
+import atexit
 import os
+import tempfile
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,11 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
+from pipeline.nets.backbone import pretrained
 from pipeline.prepare import prepare
 from pipeline.probe import probe
 from pipeline.stage import Stage, arguments
@@ -20,10 +26,10 @@ from pipeline.stage1 import stage1
 from pipeline.stage2 import stage2
 
 ROOT = Path(__file__).parent.parent
-TINY = "timm/test_efficientnet"  # 0.4 million weights, drawn from the seed
+TINY = "timm/test_efficientnet"  # 0.4 million weights, drawn once and kept as a file
 
 SMALL = {
-    "backbone": {"name": TINY, "weights": "none"},
+    "backbone": {"name": TINY},
     "prepare": {"source": "folder", "size": 64, "test_fraction": 0.25, "val_fraction": 0.25},
     "extract": {"image_size": 64, "views": 1},
     "probe": {"linear_c": [0.01, 1.0], "svm_linear_c": [0.01], "svm_rbf_c": [1.0], "folds": 2},
@@ -50,10 +56,23 @@ def write_photos(folder: Path, classes: int = 2, each: int = 16, grey: bool = Fa
     return folder
 
 
+@cache
+def tiny_weights() -> dict[str, str]:
+    """Draw weights for the tiny network, which count as pretrained: what a file gives."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    file = Path(folder.name) / "tiny.safetensors"
+    model, _ = pretrained(TINY, "none", "", seed=0)
+    save_file(model.state_dict(), file)
+    return {"weights": str(file), "sha256": sha256(file.read_bytes()).hexdigest()}
+
+
 def read_params(**sections: dict[str, Any]) -> dict[str, Any]:
     """Read the project's params.yaml made small, then changed by `section={key: value}`."""
     params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for changes in (SMALL, sections):
+    other = {"weights", "name"} & set(sections.get("backbone", {}))
+    weights = {"weights": "none", "sha256": ""} if other else tiny_weights()
+    for changes in (SMALL, {"backbone": weights}, sections):
         for section, values in changes.items():
             if isinstance(values, dict):
                 assert set(values) <= set(params[section]), f"unknown keys in {values}"

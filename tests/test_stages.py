@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import paths, read_params, run, write_photos
+from conftest import TINY, paths, read_params, run, write_photos
 from scipy.special import expit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
@@ -18,7 +18,7 @@ from pipeline.learn.codes import read_codes
 from pipeline.learn.keep_best import better
 from pipeline.learn.probes import KINDS, head_of, read_probes
 from pipeline.nets import checkpoint
-from pipeline.nets.backbone import head_name
+from pipeline.nets.backbone import Backbone, again, head_name
 from pipeline.nets.network import load
 from pipeline.predict import as_table, predict
 from pipeline.probe import Cell, best_cell
@@ -92,6 +92,19 @@ def test_stage_1_moves_what_it_unfreezes_and_stage_2_everything(finished, tmp_pa
         assert all(not np.array_equal(first[k], second[k]) for k in weights)
 
 
+def test_from_scratch_stage_1_trains_everything_and_the_statistics(finished, tmp_path):
+    folder = copied(finished, tmp_path, "prepared")
+    params = read_params(backbone={"weights": "none"})
+    run(folder, params, "extract", "probe", "stage1", "stage2")
+    backbone = Backbone(TINY, "none", "", (), (), params["seed"])
+    drawn = again(backbone).state_dict()
+    found, meta = checkpoint.read(where(folder)["stage1"])
+    assert meta["backbone"]["weights"] == "none"
+    still = [k for k, t in drawn.items() if not k.startswith("classifier")]
+    still = [k for k in still if np.array_equal(found[k], drawn[k].numpy())]
+    assert still == []
+
+
 def test_stage_2_trains_every_parameter_at_its_default_rate(finished, tmp_path):
     folder = copied(finished, tmp_path, "prepared", "models")
     run(folder, read_params(stage2={"interpolate": False, "epochs": 1}), "stage2")
@@ -157,6 +170,8 @@ def test_every_way_to_train_goes_through(finished, tmp_path, first, second):
     run(folder, params, "stage1", "stage2", "evaluate")
     zeros = [row for row in history(folder, "stage2") if row["epoch"] == "0"]
     assert len(zeros) == (2 if "image_size" in first else 1)
+    metrics = json.loads((where(folder)["stage2"].parent / "metrics.json").read_text())
+    assert f"{metrics['stage2']['start_accuracy']:.6f}" == f"{float(zeros[-1]['val_accuracy']):.6f}"
 
 
 def test_training_stops_after_patience_epochs_without_a_better_one(finished, tmp_path):

@@ -28,6 +28,11 @@ def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> 
     return trainable
 
 
+def everything(model: nn.Module) -> list[str]:
+    """Name the modules that hold all of a network's parameters."""
+    return [name for name, _ in model.named_children()]
+
+
 def _stay_in_eval(module: nn.Module) -> None:
     module.eval()
     module.train = lambda mode=True: module  # type: ignore[method-assign]

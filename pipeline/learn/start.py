@@ -1,0 +1,47 @@
+"""The network that training starts from: pretrained, its new head set from the probe."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pipeline.images.pack import Facts
+from pipeline.learn.probes import head_of, read_probes
+from pipeline.nets.backbone import again, backbone_of, head_name, set_head
+from pipeline.nets.fold import fold
+from pipeline.nets.network import Network, refuse_other_classes
+
+
+def start_network(
+    file: Path,
+    packed: Facts,
+    image_size: int,
+    head_init: Literal["probe", "random"],
+    precision: Literal["fp32", "bf16"],
+) -> Network:
+    """Build the pretrained network that made the codes, with a head for the classes at hand.
+
+    The head is the linear probe of `file`, so that its logits are the probe's before any step
+    (LP-FT, Kumar et al. 2022, arXiv 2202.10054), or drawn at random.
+
+    Raises CheckpointError where the probe knows other classes.
+    """
+    _, linear, meta = read_probes(file)
+    backbone = backbone_of(meta)
+    refuse_other_classes("probe", file, meta["classes"], packed.classes)
+    model = again(backbone)
+    set_head(model, len(packed.classes))
+    if head_init == "probe":
+        weight, bias = head_of(linear)
+        head = model.get_submodule(head_name(model))
+        head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+    return Network(
+        fold(model, precision),
+        backbone,
+        packed.classes,
+        image_size,
+        packed.size,
+        packed.fit,
+        packed.channels,
+        precision,
+    )
