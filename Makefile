@@ -4,10 +4,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Stages are started as `python`: the environment's own.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: repro test test-long lint install
+.PHONY: repro advise test test-long lint install
 
 repro: install  ## run what isn't up to date, from the images to the final model
 	@$(RUN) dvc repro
+
+advise: install  ## what fine-tuning may bring and cost, before stage 1
+	@$(RUN) dvc repro --quiet advise
+	@cat models/advice/advice.txt
 
 test: lint  ## lint, types and all tests that don't take minutes
 	@$(RUN) pytest -m "not long"

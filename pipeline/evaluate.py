@@ -1,5 +1,6 @@
 """Evaluate: all models on the test split, once; intervals, paired test, the final model."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ def evaluate(
     prepared: Path,
     features: Path,
     probe: Path,
+    advice: Path,
     stage1: Path,
     stage2: Path,
     out: Path,
@@ -72,8 +74,8 @@ def evaluate(
     differ by no more than `tie` standard errors of the difference. Its temperature and its
     threshold for "not sure" are fitted on validation.
 
-    Writes metrics.json, confusion.csv, per_class.csv and predictions.csv into `out`, and
-    model.safetensors into `final`.
+    Writes metrics.json, advice.json (what was expected of stage 2 and what happened),
+    confusion.csv, per_class.csv and predictions.csv into `out`, and model.safetensors into `final`.
     """
     torch.set_num_threads(threads())
     val, test = read_rows(prepared, "val"), read_rows(prepared, "test")
@@ -108,6 +110,13 @@ def evaluate(
     write_json(out / "metrics.json", metrics)
     for line in _verdict(metrics, val_accuracy, len(test.labels)):
         say(line)
+    against = _against(advice, metrics)
+    write_json(out / "advice.json", {"advice": against})
+    if against["held"] is not None:
+        say(
+            f"expected {100 * against['low']:+.1f} to {100 * against['high']:+.1f} points of it: "
+            + ("so it was" if against["held"] else "so it was not")
+        )
     return {}
 
 
@@ -174,6 +183,23 @@ def _compared(models: Sequence[Model], test: Rows, seed: int) -> dict[str, Any]:
         }
     against = difference(right["stage2"], right["probe"], test.groups, seed)
     return {"test": table, "stage2_minus_probe": against}
+
+
+def _against(advice: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Put what fine-tuning was expected to bring beside what it brought on test."""
+    expected = json.loads(advice.read_text(encoding="utf-8"))["advice"]["expected_gain"]
+    happened = metrics["stage2_minus_probe"]["accuracy"] if metrics["test"] else None
+    if not expected:
+        return {"expected": None, "low": None, "high": None, "happened": happened, "held": None}
+    low, high = expected["low"], expected["high"]
+    held = None if happened is None else low <= happened <= high
+    return {
+        "expected": expected["gain"],
+        "low": low,
+        "high": high,
+        "happened": happened,
+        "held": held,
+    }
 
 
 def _write_tables(

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline.advise import advise
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.nets.backbone import pretrained
@@ -91,12 +92,21 @@ def paths(folder: Path) -> dict[str, dict[str, Path]]:
         "prepare": {"out": prepared},
         "extract": {"prepared": prepared, "out": features},
         "probe": {"features": features, "out": models / "probe"},
+        "advise": {
+            "prepared": prepared,
+            "features": features,
+            "probe": probes,
+            "grid": models / "probe" / "grid.csv",
+            "scores": models / "probe" / "metrics.json",
+            "out": models / "advice",
+        },
         "stage1": {"prepared": prepared, "probe": probes, "out": models / "stage1"},
         "stage2": {"prepared": prepared, "stage1": first, "out": models / "stage2"},
         "evaluate": {
             "prepared": prepared,
             "features": features,
             "probe": probes,
+            "advice": models / "advice" / "advice.json",
             "stage1": first,
             "stage2": second,
             "out": models / "report",
@@ -106,7 +116,7 @@ def paths(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 STAGES: dict[str, Stage] = {
-    stage.__name__: stage for stage in (prepare, extract, probe, stage1, stage2, evaluate)
+    stage.__name__: stage for stage in (prepare, extract, probe, advise, stage1, stage2, evaluate)
 }
 
 

@@ -187,7 +187,7 @@ def test_the_files_of_prepare_that_a_stage_opens_are_the_ones_it_depends_on(fini
     shutil.copytree(finished, folder)
     sys.addaudithook(hook)  # can't be taken away, only told to stop
     params = read_params(prepare={"path": str(finished / "photos")})
-    for stage in ("extract", "probe", "stage1", "stage2", "evaluate"):
+    for stage in (name for name in STAGES if name != "prepare"):
         opened.clear()
         run(folder, params, stage)
         inside = {Path(f) for f in opened if Path(f).is_relative_to(folder / "prepared")}
@@ -231,7 +231,7 @@ def test_permuted_test_labels_change_nothing_before_evaluate(finished, tmp_path)
     assert index.read_bytes() != (finished / "prepared" / "index.csv").read_bytes()
 
     run(folder, read_params(), *(stage for stage in STAGES if stage != "prepare"))
-    for part in ("features", "models/probe", "models/stage1", "models/stage2"):
+    for part in ("features", *(f"models/{s}" for s in ("probe", "advice", "stage1", "stage2"))):
         expected = {f.name: f.read_bytes() for f in (finished / part).iterdir()}
         assert expected == {f.name: f.read_bytes() for f in (folder / part).iterdir()}
     before, after = (
@@ -362,9 +362,9 @@ def test_second_repro_runs_nothing(repo):
         ("probe.linear_c", [0.1], {"probe"}),
         ("stage1.lr", 1e-3, {"stage1"}),
         ("stage2.lr", RATE, {"stage2"}),
-        ("evaluate.views", 1, {"evaluate"}),
-        ("augment.crop", 0.9, {"stage1", "stage2"}),
-        ("flips", "none", {"extract", "stage1", "stage2"}),
+        ("evaluate.views", 1, {"advise", "evaluate"}),
+        ("augment.crop", 0.9, {"advise", "stage1", "stage2"}),
+        ("flips", "none", {"extract", "advise", "stage1", "stage2"}),
         ("seed", 1, set(STAGES)),
     ],
 )
@@ -377,7 +377,8 @@ def test_changed_param_makes_only_the_stages_that_read_it_stale(key, value, stag
     ("file", "stages"),
     [
         ("pipeline/learn/verdict.py", {"evaluate"}),
-        ("pipeline/learn/fit.py", {"stage1", "stage2"}),
+        ("pipeline/learn/fit.py", {"advise", "stage1", "stage2"}),
+        ("pipeline/learn/known.py", {"advise"}),
         ("pipeline/images/decode.py", {"prepare"}),
         ("pipeline/predict.py", set()),
     ],
@@ -393,7 +394,7 @@ def test_upgraded_library_makes_the_stages_that_use_it_stale(repo):
     text = file.read_text()
     assert 1 == text.count('"timm==')
     file.write_text(text.replace('"timm==', '"timm==9.'))
-    assert {"extract", "stage1", "stage2", "evaluate"} == stale(repo)
+    assert set(STAGES) - {"probe"} == stale(repo)
 
 
 def test_new_image_makes_prepare_stale(repo):
@@ -403,7 +404,7 @@ def test_new_image_makes_prepare_stale(repo):
 
 def test_all_that_follows_the_probe_reruns_with_it(repo):
     said = dvc(repo, "repro", "--downstream", "--force", "--dry", "probe")
-    assert ["probe", "stage1", "stage2", "evaluate"] == stages_run(said)
+    assert {"probe", "advise", "stage1", "stage2", "evaluate"} == set(stages_run(said))
 
 
 def test_changed_rate_of_stage2_reruns_it_and_evaluate(experiment):
@@ -460,6 +461,8 @@ def test_metrics_show_has_the_keys_that_others_rely_on(first):
         *(f"probe.val.{k}" for k in ("accuracy", "balanced_accuracy", "loss")),
         *(f"stage2_minus_probe.{k}" for k in ("accuracy", "low", "high", "p_value")),
         *(f"{stage}.seconds" for stage in STAGES),
+        *(f"advice.{k}" for k in ("case", "expected_gain.gain", "expected_gain.low")),
+        *(f"advice.{k}" for k in ("expected", "low", "high", "happened", "held")),
         "chosen",
     }
     assert set() == expected - keys

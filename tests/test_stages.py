@@ -50,6 +50,7 @@ def test_every_stage_leaves_the_files_of_the_contract(finished):
         *("stage1/metrics.json", "stage2/metrics.json", "stage2/interpolation.csv"),
         *("report/metrics.json", "report/confusion.csv", "report/per_class.csv"),
         *("report/predictions.csv", "final/model.safetensors"),
+        *("advice/advice.json", "advice/advice.txt", "report/advice.json"),
     }
 
 

@@ -1,0 +1,95 @@
+"""How large a data set is, and how like the one that the weights were made for."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from pipeline.learn.known import LARGE
+from pipeline.nets.depths import LAST, SOURCE
+
+Codes = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the case is told by."""
+
+    images: int  # of training
+    classes: int
+    smallest_class: int  # its training images
+    early: float  # accuracy by cross-validation of the best probe in the first half of the network
+    late: float  # of the best on the last codes
+    source_confidence: float  # how sure the source's classifier is of these images
+    source_information: float  # what its classes tell of the labels, as a share
+
+
+def source_confidence(logits: Codes) -> float:
+    """Give how sure the source's classifier is of what it sees: the mean of its highest p.
+
+    `logits` are (N, S), of S source classes.
+    """
+    return float(softmax(np.asarray(logits, np.float64), axis=1).max(1).mean())
+
+
+def source_information(logits: Codes, labels: Ints) -> float:
+    """Give the share of the labels' entropy that the source's classes explain: 0 none, 1 all.
+
+    One plus LEEP over that entropy (Nguyen et al. 2020, arXiv 2002.12462): each image's label is
+    told from the source classes it is taken for, by how labels and source classes go together.
+
+    `logits` are (N, S), `labels` (N,).
+    """
+    p = softmax(np.asarray(logits, np.float64), axis=1)  # (N, S)
+    shares = np.bincount(labels) / len(labels)
+    joint = np.stack([p[labels == y].sum(0) for y in range(len(shares))])  # (C, S)
+    of_source = joint / joint.sum(0)
+    leep = np.log(np.einsum("ns,sn->n", p, of_source[labels].T)).mean()
+    shares = shares[shares > 0]
+    return float(1 + leep / -(shares * np.log(shares)).sum())
+
+
+def profile(grid: Path, depths: Sequence[str]) -> dict[str, float]:
+    """Read each depth's accuracy by cross-validation, of its cell of the lowest loss."""
+    best: dict[str, tuple[float, float]] = {}
+    with grid.open(newline="", encoding="utf-8") as lines:
+        for cell in csv.DictReader(lines):
+            found = float(cell["loss"]), float(cell["accuracy"])
+            best[cell["depth"]] = min(best.get(cell["depth"], found), found)
+    return {depth: best[depth][1] for depth in depths if depth in best}
+
+
+def evidence(labels: Ints, logits: Codes, by_depth: dict[str, float]) -> Evidence:
+    """Gather what the case is told by, from labels (N,), the source's logits (N, S) and a profile.
+
+    `by_depth` is in the order of the network.
+    """
+    counts = np.bincount(labels)
+    accuracies = [a for depth, a in by_depth.items() if depth not in (LAST, SOURCE)]
+    return Evidence(
+        images=len(labels),
+        classes=len(counts),
+        smallest_class=int(counts[counts > 0].min()),
+        early=max(accuracies[: (len(accuracies) + 1) // 2], default=0.0),
+        late=by_depth[LAST],
+        source_confidence=source_confidence(logits),
+        source_information=source_information(logits, labels),
+    )
+
+
+def case_of(found: Evidence) -> int:
+    """Number the case: 1 small, 2 large and similar; 3 small, 4 large and different.
+
+    Different is where codes from the first half of the network tell the classes better than the
+    last ones, by more than one standard error: what the upper half learned on its source is in the
+    way then.
+    """
+    error = np.sqrt(found.late * (1 - found.late) / found.images)
+    different = found.early - found.late > error
+    return int(1 + (found.images >= LARGE) + 2 * different)

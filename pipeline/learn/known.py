@@ -1,0 +1,92 @@
+"""What fine-tuning brought on known data sets, and what that lets one expect of another.
+
+Pure numbers: no images, no network.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import t
+
+
+@dataclass(frozen=True)
+class Known:
+    """One data set: a linear classifier on the last codes against the fine-tuned network."""
+
+    name: str
+    images: int  # of training
+    linear: float  # test accuracy
+    fine_tuned: float  # test accuracy
+    scratch: float | None = None  # the same network trained from scratch
+    classes: tuple[str, ...] = ()  # by which a set is kept from being evidence for itself
+
+    @property
+    def gain(self) -> float:
+        """Give what fine-tuning brought, in log-odds: accuracies near 1 have no room for points."""
+        return float(logit(self.fine_tuned) - logit(self.linear))
+
+
+# ResNet-50, pretrained on ImageNet with labels: table 3 of Grill et al. 2020 (BYOL, arXiv
+# 2006.07733), which repeats Chen et al. 2020 (SimCLR, arXiv 2002.05709). Mean average precision for
+# VOC2007, mean accuracy a class for Aircraft, Pets, Caltech-101 and Flowers.
+PUBLISHED = (
+    Known("Food-101", 75_750, 0.723, 0.883, 0.869),
+    Known("CIFAR-10", 50_000, 0.936, 0.975, 0.959),
+    Known("CIFAR-100", 50_000, 0.783, 0.864, 0.802),
+    Known("Birdsnap", 47_386, 0.537, 0.758, 0.761),
+    Known("SUN397", 19_850, 0.619, 0.643, 0.536),
+    Known("Cars", 8_144, 0.667, 0.921, 0.914),
+    Known("Aircraft", 6_667, 0.610, 0.860, 0.859),
+    Known("VOC2007", 5_011, 0.828, 0.850, 0.673),
+    Known("DTD", 3_760, 0.749, 0.746, 0.648),
+    Known("Pets", 3_680, 0.915, 0.921, 0.815),
+    Known("Caltech-101", 3_060, 0.945, 0.933, 0.726),
+    Known("Flowers", 2_040, 0.947, 0.976, 0.920),
+)
+# This pipeline's own runs, as params.yaml sets it: filled by runs/known.py.
+OURS: tuple[Known, ...] = ()
+
+# Sets of fewer images gained little (median of the four smallest: 0.03), larger ones much (0.99).
+LARGE = 5_000
+
+# How far in size a set's word carries: at a factor of three it counts six tenths.
+DECADES = 0.5
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What to expect, as accuracies and their differences; low and high bound 80 % of cases."""
+
+    gain: float
+    low: float
+    high: float
+    sets: float  # how many known sets it rests on, each counted by its weight
+
+
+def expected_gain(
+    images: int, linear: float, winner: float, known: Sequence[Known], share: float = 0.8
+) -> Expected:
+    """Tell what stage 2 may score above the winning probe, from sets of like size.
+
+    The gain over the linear probe, in log-odds, is a mean of the known ones weighted by a Gaussian
+    in log10 of the size (Nadaraya 1964, Watson 1964), its spread that of a new set around it (a
+    t-interval, by the number of sets that the weights amount to). What the winning probe already
+    has over the linear one is taken off.
+
+    `linear` and `winner` are accuracies by cross-validation, strictly between 0 and 1.
+    """
+    sizes = np.log10([k.images for k in known])
+    gains = np.array([k.gain for k in known])
+    weights = np.exp(-0.5 * ((sizes - np.log10(images)) / DECADES) ** 2)
+    weights /= weights.sum()
+    sets = float(1 / (weights**2).sum())
+    mean = float(weights @ gains)
+    freedom = max(sets - 1, 0.5)
+    variance = float(weights @ (gains - mean) ** 2) * sets / freedom
+    reach = float(t.ppf(0.5 + share / 2, freedom)) * np.sqrt(variance * (1 + 1 / sets))
+    low, middle, high = (
+        float(expit(logit(linear) + mean + off)) - winner for off in (-reach, 0, reach)
+    )
+    return Expected(middle, low, high, sets)
