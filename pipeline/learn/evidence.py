@@ -49,7 +49,7 @@ def source_information(logits: Codes, labels: Ints) -> float:
     p = softmax(np.asarray(logits, np.float64), axis=1)  # (N, S)
     shares = np.bincount(labels) / len(labels)
     joint = np.stack([p[labels == y].sum(0) for y in range(len(shares))])  # (C, S)
-    of_source = joint / joint.sum(0)
+    of_source = joint / np.maximum(joint.sum(0), np.finfo(float).tiny)  # a class may go unseen
     leep = np.log(np.einsum("ns,sn->n", p, of_source[labels].T)).mean()
     shares = shares[shares > 0]
     return float(1 + leep / -(shares * np.log(shares)).sum())
