@@ -111,7 +111,7 @@ def evaluate(
     for line in _verdict(metrics, val_accuracy, len(test.labels)):
         say(line)
     against = _against(advice, metrics)
-    write_json(out / "advice.json", {"advice": against})
+    write_json(out / "advice.json", {"fine_tuning": against})
     if against["held"] is not None:
         say(
             f"expected {100 * against['low']:+.1f} to {100 * against['high']:+.1f} points of it: "

@@ -183,7 +183,7 @@ def test_a_run_leaves_its_advice_and_what_happened(finished):
     text = (paths(finished)["advise"]["out"] / "advice.txt").read_text()
     assert text.startswith(f"Case {advice['case']}: ")
     report = paths(finished)["evaluate"]["out"]
-    happened = json.loads((report / "advice.json").read_text())["advice"]
+    happened = json.loads((report / "advice.json").read_text())["fine_tuning"]
     metrics = json.loads((report / "metrics.json").read_text())
     assert happened["happened"] == metrics["stage2_minus_probe"]["accuracy"]
     assert happened["expected"] == advice["expected_gain"]["gain"]
@@ -198,4 +198,4 @@ def test_without_pretrained_weights_there_is_no_case(finished, tmp_path):
     advice = json.loads((paths(tmp_path)["evaluate"]["advice"]).read_text())["advice"]
     happened = json.loads((paths(tmp_path)["evaluate"]["out"] / "advice.json").read_text())
     assert advice == {"case": None, "expected_gain": None}
-    assert happened["advice"]["held"] is None
+    assert happened["fine_tuning"]["held"] is None

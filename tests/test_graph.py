@@ -462,7 +462,7 @@ def test_metrics_show_has_the_keys_that_others_rely_on(first):
         *(f"stage2_minus_probe.{k}" for k in ("accuracy", "low", "high", "p_value")),
         *(f"{stage}.seconds" for stage in STAGES),
         *(f"advice.{k}" for k in ("case", "expected_gain.gain", "expected_gain.low")),
-        *(f"advice.{k}" for k in ("expected", "low", "high", "happened", "held")),
+        *(f"fine_tuning.{k}" for k in ("expected", "low", "high", "happened", "held")),
         "chosen",
     }
     assert set() == expected - keys
