@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError, ParamError, near
 from pipeline.images import audit, sources
 from pipeline.images.alike import clusters_alike
-from pipeline.images.decode import decode, is_grey
+from pipeline.images.decode import Header, decode, header
 from pipeline.images.fetch import hash_of, images_at
 from pipeline.images.pack import SPLITS, Facts, Fit, new_images
 from pipeline.images.published import published
@@ -62,8 +62,8 @@ def prepare(
         )
     with whole_folder(out) as folder:
         start = time.perf_counter()
-        grey, unreadable = _headers(found)
-        channels = 1 if grey else 3
+        headers, unreadable = _headers(found)
+        channels = 1 if all(one.grey for one in headers) else 3
         pixels, digests = _decode_all(folder, found, size, fit, channels, unreadable)
         rate = len(found.items) / (time.perf_counter() - start)
         if unreadable and not_images == "refuse":
@@ -82,7 +82,8 @@ def prepare(
         labels = np.array([classes.index(item.label) for item in items])
         _refuse_small(labels[np.array(splits) == "train"], classes, least_per_class)
 
-        report = audit.report(items, splits, digests, alike, found.not_images, unreadable)
+        sides = audit.sides([one.short for one in headers], [one.long for one in headers], size)
+        report = audit.report(items, splits, digests, alike, sides, found.not_images, unreadable)
         write_json(folder / "audit.json", report)
         write_json(folder / "facts.json", asdict(Facts(classes, size, fit, channels)))
         _write_index(folder / "index.csv", items, splits, ties, digests)
@@ -113,23 +114,20 @@ def _source(name: str, path: Path, url: str, sha256: str) -> Source:
     return known[name]()
 
 
-def _headers(found: Source) -> tuple[bool, dict[str, str]]:
-    """Read every header: whether all images are grey, and which files can't be read."""
-    grey, unreadable = True, {}
+def _headers(found: Source) -> tuple[list[Header], dict[str, str]]:
+    """Read every header that can be read, and list the files where it can't."""
 
-    def look(item: Item) -> bool | DataError:
+    def look(item: Item) -> Header | DataError:
         try:
-            return is_grey(found.folder / item.path)
+            return header(found.folder / item.path)
         except DataError as error:
             return error
 
     with ThreadPoolExecutor(threads()) as pool:
-        for item, seen in zip(found.items, pool.map(look, found.items), strict=True):
-            if isinstance(seen, DataError):
-                unreadable[item.path] = str(seen)
-            else:
-                grey &= seen
-    return grey, unreadable
+        seen = list(pool.map(look, found.items))
+    headers = [one for one in seen if isinstance(one, Header)]
+    pairs = zip(found.items, seen, strict=True)
+    return headers, {item.path: str(one) for item, one in pairs if isinstance(one, DataError)}
 
 
 def _decode_all(

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from test_prepare import read_index, read_json
 
 from pipeline.errors import DataError
-from pipeline.images.decode import decode, is_grey
+from pipeline.images.decode import decode, header
 
 SIZE = 32
 Pixels = NDArray[np.uint8]
@@ -208,7 +208,7 @@ def test_an_odd_image_is_read_right_or_refused_by_name(tmp_path, name, content, 
     assert found.shape == (SIZE, SIZE, 3)
     # Lossy formats, and four inks, move a value by a few steps; a turned picture by hundreds.
     assert np.abs(found.astype(int) - expected).mean() < 4
-    assert is_grey(file) == (Image.open(file).mode in ("1", "L", "LA", "I;16", "F"))
+    assert header(file).grey == (Image.open(file).mode in ("1", "L", "LA", "I;16", "F"))
 
 
 def test_prepare_accounts_for_every_one_of_them(tmp_path):

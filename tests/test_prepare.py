@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.errors import DataError
-from pipeline.images.decode import decode, is_grey
+from pipeline.images.decode import decode, header
 from pipeline.images.split import draw, together
 
 # The ants and bees of PyTorch's transfer-learning tutorial, where a copy is at hand.
@@ -250,7 +250,7 @@ def test_grey_with_transparency_becomes_white_there_and_stays_grey(tmp_path):
     picture = np.full((8, 8, 2), 40, np.uint8)
     picture[:4, :, 1], picture[4:, :, 1] = 255, 0
     file = saved(Image.fromarray(picture, "LA"), tmp_path / "clear.png")
-    assert is_grey(file)
+    assert header(file).grey
     flat = decode(file, 8, "squash", 1)
     assert (flat[1, 4], flat[6, 4]) == (40, 255)
 
@@ -279,7 +279,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(kind, tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)
     image = Image.fromarray(np.broadcast_to(ramp, (256, 256)).copy())
     file = saved(image, tmp_path / f"deep.{kind}")
-    assert is_grey(file)
+    assert header(file).grey
     assert np.array_equal(np.arange(256), decode(file, 256, "squash", 1)[0])
 
 
@@ -294,7 +294,7 @@ def test_float_grey_is_scaled_by_its_range(top, tmp_path):
 def test_one_bit_becomes_black_and_white(tmp_path):
     bits = np.indices((8, 8)).sum(0) % 2 == 0
     file = saved(Image.fromarray(bits), tmp_path / "bits.png")
-    assert is_grey(file)
+    assert header(file).grey
     assert np.array_equal(255 * bits, decode(file, 8, "squash", 1))
 
 
@@ -392,6 +392,18 @@ def test_the_audit_counts_classes_by_split_and_lists_duplicates(photos, tmp_path
     assert {"all": [twins, wrong], "across_splits": [], "across_labels": [wrong]} == audit[
         "equal_files"
     ]
+
+
+def test_the_audit_tells_the_images_sides(photos, tmp_path):
+    """Pictures of 56 x 48 pixels, one of them 20 x 300, packed at 50."""
+    Image.new("RGB", (20, 300)).save(photos / "class0" / "000.png")
+    prepared(tmp_path, path=str(photos), size=50)
+    assert read_json(tmp_path, "audit.json")["sides"] == {
+        "shortest": 20,
+        "median_short": 48,
+        "longest": 300,
+        "enlarged": 32,
+    }
 
 
 def test_the_audit_names_duplicates_across_given_splits(photos, tmp_path):

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from pipeline.images.sources import Item
@@ -16,11 +17,22 @@ def clusters(names: Sequence[str]) -> list[list[int]]:
     return [positions for positions in where.values() if len(positions) > 1]
 
 
+def sides(short: Sequence[int], long: Sequence[int], size: int) -> dict[str, float]:
+    """Summarise the images' sides in pixels; `enlarged` have a side below the packed `size`."""
+    return {
+        "shortest": min(short),
+        "median_short": median(short),
+        "longest": max(long),
+        "enlarged": sum(side < size for side in short),
+    }
+
+
 def report(
     items: Sequence[Item],
     splits: Sequence[str],
     hashes: Sequence[str],
     alike: Sequence[str],
+    sides: dict[str, float],
     not_images: Sequence[str],
     unreadable: dict[str, str],
 ) -> dict[str, Any]:
@@ -50,6 +62,7 @@ def report(
     return {
         "images": len(items),
         "classes": table,
+        "sides": sides,
         "skipped_not_images": list(not_images),
         "skipped_unreadable": unreadable,
         "equal_files": listed(hashes),
@@ -63,6 +76,11 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"{label:<16} " + ", ".join(f"{n} {split}" for split, n in counts.items())
         for label, counts in report["classes"].items()
     ]
+    found = report["sides"]
+    lines.append(
+        f"sides            {found['shortest']} to {found['longest']} pixels, the shorter one "
+        f"{found['median_short']:g} in the median; {found['enlarged']} images enlarged"
+    )
     for name in ("skipped_not_images", "skipped_unreadable"):
         if names := list(report[name]):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

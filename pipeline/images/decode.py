@@ -1,7 +1,7 @@
 """From a file to pixels: decoded once, upright, square, 8 bits."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,21 @@ Image.MAX_IMAGE_PIXELS = None  # its own check: ours replaces it, in one line
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "F"})
 
 
-def is_grey(file: Path) -> bool:
-    """Tell from its header whether an image is grey.
+class Header(NamedTuple):
+    """What a file says of itself before it is decoded."""
+
+    grey: bool
+    short: int  # pixels of the shorter side
+    long: int
+
+
+def header(file: Path) -> Header:
+    """Read an image's header.
 
     Raises DataError if Pillow can't identify the file.
     """
     with _opened(file) as image:
-        return image.mode in GREY_MODES
+        return Header(image.mode in GREY_MODES, *sorted(image.size))
 
 
 def decode(file: Path, size: int, fit: Fit, channels: int) -> Pixels:
