@@ -10,7 +10,7 @@ repro: install  ## run what isn't up to date, from the images to the final model
 	@$(RUN) dvc repro
 
 advise: install  ## what fine-tuning may bring and cost, before stage 1
-	@$(RUN) dvc repro --quiet advise
+	@$(RUN) dvc repro advise
 	@cat models/advice/advice.txt
 
 test: lint  ## lint, types and all tests that don't take minutes

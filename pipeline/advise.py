@@ -7,6 +7,7 @@ weights were made for or not.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated
 
 import torch
@@ -93,8 +94,8 @@ def advise(
             json.loads(scores.read_text(encoding="utf-8"))["probe"],
         )
     write_json(out / "advice.json", {"advice": advice})
-    write_text(out / "advice.txt", text + "\n")
-    say(text)
+    write_text(out / "advice.txt", fill(text, 96) + "\n")
+    say(f"{text.partition('. ')[0]}: {out}/advice.txt")
 
     packed = read_facts(prepared)
     network = start_network(probe, packed, lengths.first_size, "probe", resolved(precision))
@@ -157,7 +158,8 @@ def paragraph(case: int, found: Evidence, winner: float, expected: Expected) -> 
         f"{found.source_confidence:.2f}, and its classes tell {found.source_information:.0%} of "
         f"what the labels say. For this case: {TO_DO[case]}. Full fine-tuning is expected to bring "
         f"{100 * expected.gain:+.1f} points over the probe's {winner:.3f} (80 % of cases: {low} to "
-        f"{high}), going by {expected.sets:.0f} known sets of like size: {worth}."
+        f"{high}), going by {expected.sets:.0f} known sets of like size: {worth}. "
+        "How long that takes here stands in timing.json beside this."
     )
 
 
