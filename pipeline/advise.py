@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Annotated
 
+import numpy as np
 import torch
 from annotated_types import Ge, Interval
 
@@ -26,9 +27,10 @@ from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import everything
 from pipeline.progress import say
 from pipeline.runtime import threads
-from pipeline.stage import Key, Seed, main, write_json, write_text
+from pipeline.stage import Key, Seed, main, write_csv, write_json, write_text
 
 Size = Interval(ge=16, le=2048)
+MOST = 10_000  # images that the source's answers are looked at for, evenly spaced
 
 # What the notes say of each case, and the params that do it.
 TO_DO = {
@@ -69,13 +71,16 @@ def advise(
 ) -> dict[str, float]:
     """Say what the codes and the probe tell about fine-tuning, before any is done.
 
-    Writes advice.json and advice.txt. What the stages to come are expected to take on this machine
-    is returned, in seconds, for timing.json.
+    Writes advice.json, advice.txt and profile.csv. What the stages to come are expected to take on
+    this machine is returned, in seconds, for timing.json.
     """
     torch.set_num_threads(threads())
     torch.manual_seed(seed)
     train = read_labels(features, "train")
     facts = read_feature_facts(features)
+    by_depth = profile(grid, facts["depths"])
+    lines = [(depth, f"{accuracy:.6f}") for depth, accuracy in by_depth.items()]
+    write_csv(out / "profile.csv", [("depth", "accuracy"), *lines])
     if facts["backbone"]["weights"] == "none":
         advice: dict[str, object] = {"case": None, "expected_gain": None}
         text = (
@@ -84,13 +89,10 @@ def advise(
             "sets."
         )
     else:
+        rows = np.unique(np.linspace(0, len(train.labels) - 1, MOST).astype(int))
         advice, text = _advice(
             list(facts["classes"]),
-            evidence(
-                train.labels,
-                read_codes(features, "train", SOURCE),
-                profile(grid, facts["depths"]),
-            ),
+            evidence(train.labels, rows, read_codes(features, "train", SOURCE)[rows], by_depth),
             json.loads(scores.read_text(encoding="utf-8"))["probe"],
         )
     write_json(out / "advice.json", {"advice": advice})
@@ -153,7 +155,7 @@ def paragraph(case: int, found: Evidence, winner: float, expected: Expected) -> 
     return (
         f"Case {case}: {size}, {like} what the weights were made for. {found.images:,} training "
         f"images in {found.classes} classes ({found.smallest_class:,} of the rarest); by "
-        f"cross-validation the last codes get {found.late:.3f} right, the earlier half's best "
+        f"cross-validation the last codes get {found.late:.3f} right, the best earlier ones "
         f"{found.early:.3f}; the source's classifier is sure of these images to "
         f"{found.source_confidence:.2f}, and its classes tell {found.source_information:.0%} of "
         f"what the labels say. For this case: {TO_DO[case]}. Full fine-tuning is expected to bring "

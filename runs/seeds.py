@@ -8,10 +8,12 @@
     python runs/seeds.py mine --set prepare.source=folder --set prepare.path=data/mine
 
 Each run is a `dvc exp run --temp` of the last commit: it leaves the workspace alone, its metrics
-stay under the experiment's name, and what has run before is taken from the cache.
+stay under the experiment's name, and what has run before is taken from the cache. A line a run is
+kept in results.csv, of which runs/known.py makes tables.
 """
 
 import argparse
+import csv
 import os
 import subprocess
 import sys
@@ -76,7 +78,9 @@ SETTINGS = {
     ],
     "emoji-few": ["prepare.source=folder", "flips=horizontal", "prepare.test_fraction=0.8"],
 }
-EVIDENCE = ("early", "late", "source_confidence", "source_information")
+EVIDENCE = ("images", "early", "late", "source_confidence", "source_information")
+STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate")
+RESULTS = Path(__file__).with_name("results.csv")
 MODELS = ("probe_linear", "probe", "stage1", "stage2")
 
 
@@ -105,30 +109,50 @@ def main() -> None:
             found.setdefault(name, []).append(value)
         cells = (f"{k} {v:.4f}" for k, v in row.items())
         print(f"seed {seed}: {chosen:>7} chosen", *cells, sep="  ", flush=True)
-        print(f"  {told(metrics)}", flush=True)
+        keep(
+            record(
+                "".join((options.name, *(f" {change}" for change in options.set))), seed, metrics
+            )
+        )
     print(f"\n{options.name}, {len(options.seeds)} seeds: test accuracy")
     for name, values in found.items():
         spread = stdev(values) if len(values) > 1 else 0.0
         print(f"{name:<18} {mean(values):.4f} ± {spread:.4f}")
 
 
-def told(metrics: dict[str, Any]) -> str:
-    """Say what was advised, what happened, and how long it took."""
-    advice, gain = metrics["advice"], metrics["stage2_minus_probe"]
-    parts = [
-        f"stage 2 minus probe {gain['accuracy']:+.3f} ({gain['low']:+.3f}..{gain['high']:+.3f})"
-    ]
-    if advice["case"]:
-        found, expected = advice["evidence"], advice["expected_gain"]
-        parts.insert(0, f"case {advice['case']}, {found['images']} images to train on")
-        parts.append(
-            f"expected {expected['gain']:+.3f} ({expected['low']:+.3f}..{expected['high']:+.3f})"
-        )
-        parts.append(", ".join(f"{k} {found[k]:.3f}" for k in EVIDENCE))
-    stages = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate")
-    timing = {s: metrics.get(s) or metrics[f"models/{s}/timing.json:{s}"] for s in stages}
-    parts.append("seconds " + " ".join(f"{s} {t['seconds']:.0f}" for s, t in timing.items()))
-    return "; ".join(parts)
+def record(name: str, seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Gather what one run was advised and what came of it, as a line of results.csv."""
+    advice, test, gain = metrics["advice"], metrics["test"], metrics["stage2_minus_probe"]
+    known = advice["case"] is not None
+    evidence = advice["evidence"] if known else dict.fromkeys(EVIDENCE, "")
+    expected = advice["expected_gain"] if known else dict.fromkeys(("gain", "low", "high"), "")
+    timing = (metrics.get(s) or metrics[f"models/{s}/timing.json:{s}"] for s in STAGES)
+    return {
+        "name": name,
+        "seed": seed,
+        **{model: test[model]["accuracy"] for model in MODELS},
+        "chosen": metrics["chosen"],
+        **{f"gain_{k}": gain[k] for k in ("accuracy", "low", "high", "p_value")},
+        "case": advice["case"],
+        **{f"expected_{k}": expected[k] for k in ("gain", "low", "high")},
+        **{k: evidence[k] for k in EVIDENCE},
+        "minutes": round(sum(t["seconds"] for t in timing) / 60, 1),
+    }
+
+
+def keep(line: dict[str, Any]) -> None:
+    """Add a line to results.csv, in the place of an earlier one of the same run."""
+    lines = []
+    if RESULTS.exists():
+        with RESULTS.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+    same = (line["name"], str(line["seed"]))
+    lines = [old for old in lines if (old["name"], old["seed"]) != same]
+    lines.append({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in line.items()})
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(line), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(lines, key=lambda old: (old["name"], int(old["seed"]))))
 
 
 def run(experiment: str, changes: list[str]) -> None:

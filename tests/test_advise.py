@@ -115,9 +115,9 @@ def test_the_profile_is_the_accuracy_of_each_depths_cell_of_the_lowest_loss(tmp_
     assert profile(grid, ["a", "b", "last"]) == {"a": 0.6, "last": 0.9}
 
 
-def test_early_is_the_best_of_the_first_half_of_the_network():
-    by_depth = {"a": 0.5, "b": 0.7, "c": 0.9, "d": 0.9, "last": 0.8, "source": 0.99}
-    found = evidence(np.array([0, 0, 2]), np.zeros((3, 4)), by_depth)
+def test_early_is_the_best_of_what_comes_before_the_last_codes():
+    by_depth = {"a": 0.5, "b": 0.7, "c": 0.6, "last": 0.8, "source": 0.99}
+    found = evidence(np.array([0, 0, 2]), np.array([0, 2]), np.zeros((2, 4)), by_depth)
     assert (0.7, 0.8) == (found.early, found.late)
     assert (3, 3, 1) == (found.images, found.classes, found.smallest_class)
 
@@ -182,6 +182,9 @@ def test_a_run_leaves_its_advice_and_what_happened(finished):
     advice = json.loads((paths(finished)["evaluate"]["advice"]).read_text())["advice"]
     text = (paths(finished)["advise"]["out"] / "advice.txt").read_text()
     assert text.startswith(f"Case {advice['case']}: ")
+    rows = (paths(finished)["advise"]["out"] / "profile.csv").read_text().splitlines()
+    features = json.loads((paths(finished)["advise"]["features"] / "facts.json").read_text())
+    assert [row.split(",")[0] for row in rows] == ["depth", *features["depths"]]
     report = paths(finished)["evaluate"]["out"]
     happened = json.loads((report / "advice.json").read_text())["fine_tuning"]
     metrics = json.loads((report / "metrics.json").read_text())

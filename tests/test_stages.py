@@ -50,7 +50,8 @@ def test_every_stage_leaves_the_files_of_the_contract(finished):
         *("stage1/metrics.json", "stage2/metrics.json", "stage2/interpolation.csv"),
         *("report/metrics.json", "report/confusion.csv", "report/per_class.csv"),
         *("report/predictions.csv", "final/model.safetensors"),
-        *("advice/advice.json", "advice/advice.txt", "report/advice.json"),
+        *(f"advice/{name}" for name in ("advice.json", "advice.txt", "profile.csv")),
+        "report/advice.json",
     }
 
 

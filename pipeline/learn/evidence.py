@@ -24,7 +24,7 @@ class Evidence:
     images: int  # of training
     classes: int
     smallest_class: int  # its training images
-    early: float  # accuracy by cross-validation of the best probe in the first half of the network
+    early: float  # accuracy by cross-validation of the best probe on a block's codes
     late: float  # of the best on the last codes
     source_confidence: float  # how sure the source's classifier is of these images
     source_information: float  # what its classes tell of the labels, as a share
@@ -52,7 +52,8 @@ def source_information(logits: Codes, labels: Ints) -> float:
     of_source = joint / np.maximum(joint.sum(0), np.finfo(float).tiny)  # a class may go unseen
     leep = np.log(np.einsum("ns,sn->n", p, of_source[labels].T)).mean()
     shares = shares[shares > 0]
-    return float(1 + leep / -(shares * np.log(shares)).sum())
+    entropy = -(shares * np.log(shares)).sum()
+    return float(1 + leep / entropy) if entropy else 0.0
 
 
 def profile(grid: Path, depths: Sequence[str]) -> dict[str, float]:
@@ -65,30 +66,29 @@ def profile(grid: Path, depths: Sequence[str]) -> dict[str, float]:
     return {depth: best[depth][1] for depth in depths if depth in best}
 
 
-def evidence(labels: Ints, logits: Codes, by_depth: dict[str, float]) -> Evidence:
-    """Gather what the case is told by, from labels (N,), the source's logits (N, S) and a profile.
+def evidence(labels: Ints, rows: Ints, logits: Codes, by_depth: dict[str, float]) -> Evidence:
+    """Gather what the case is told by.
 
-    `by_depth` is in the order of the network.
+    From all labels (N,), the source's logits (R, S) of the images at `rows` (R,), and the profile.
     """
     counts = np.bincount(labels)
-    accuracies = [a for depth, a in by_depth.items() if depth not in (LAST, SOURCE)]
+    of_blocks = [a for depth, a in by_depth.items() if depth not in (LAST, SOURCE)]
     return Evidence(
         images=len(labels),
         classes=len(counts),
         smallest_class=int(counts[counts > 0].min()),
-        early=max(accuracies[: (len(accuracies) + 1) // 2], default=0.0),
+        early=max(of_blocks, default=0.0),
         late=by_depth[LAST],
         source_confidence=source_confidence(logits),
-        source_information=source_information(logits, labels),
+        source_information=source_information(logits, labels[rows]),
     )
 
 
 def case_of(found: Evidence) -> int:
     """Number the case: 1 small, 2 large and similar; 3 small, 4 large and different.
 
-    Different is where codes from the first half of the network tell the classes better than the
-    last ones, by more than one standard error: what the upper half learned on its source is in the
-    way then.
+    Different is where codes from before the last ones tell the classes better, by more than one
+    standard error: what the top of the network learned on its source is in the way then.
     """
     error = np.sqrt(found.late * (1 - found.late) / found.images)
     different = found.early - found.late > error

@@ -1,0 +1,81 @@
+"""Show what was advised and what happened over the runs in results.csv, and what tells a gain.
+
+    python runs/known.py
+
+Prints the lines for OURS in pipeline/learn/known.py, a table for the README, and how well each
+piece of evidence ranks the gains (Spearman), over the runs' means over seeds.
+"""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy.special import logit
+from scipy.stats import spearmanr
+
+RESULTS = Path(__file__).with_name("results.csv")
+NUMBERS = ("images", "probe_linear", "probe", "stage1", "stage2", "gain_accuracy", "minutes")
+ENDS = ("gain", "low", "high")
+EVIDENCE = ("early", "late", "source_confidence", "source_information")
+
+
+def main() -> None:
+    """Print all."""
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    by_name: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for line in lines:
+        by_name[line["name"]].append(line)
+    means = {
+        name: {k: mean(float(line[k]) for line in of) for k in (*NUMBERS, *EVIDENCE)}
+        for name, of in by_name.items()
+        if of[0]["case"]
+    }
+    for name, m in means.items():
+        print(
+            f'    Known("{name}", {m["images"]:.0f}, {m["probe_linear"]:.3f}, {m["stage2"]:.3f}),'
+        )
+
+    print("\n| run | seeds | case | images | probe | stage 2 | expected | measured | held |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, m in means.items():
+        of = by_name[name]
+        expected = [mean(float(line[f"expected_{k}"]) for line in of) for k in ENDS]
+        gains = [float(line["gain_accuracy"]) for line in of]
+        # Of one run the interval over its test images, of several the spread over seeds.
+        ends = [float(of[0][f"gain_{k}"]) for k in ("low", "high")]
+        spread = f"± {100 * stdev(gains):.1f}" if len(of) > 1 else f"({points(*ends)})"
+        held = sum(
+            float(line["expected_low"]) <= gain <= float(line["expected_high"])
+            for line, gain in zip(of, gains, strict=True)
+        )
+        cells = (
+            name,
+            len(of),
+            " or ".join(sorted({line["case"] for line in of})),
+            f"{m['images']:.0f}",
+            f"{m['probe']:.3f}",
+            f"{m['stage2']:.3f}",
+            f"{points(expected[0])} ({points(*expected[1:])})",
+            f"{points(mean(gains))} {spread}",
+            f"{held} of {len(of)}",
+        )
+        print("|", " | ".join(map(str, cells)), "|")
+
+    gains = [float(logit(m["stage2"]) - logit(m["probe_linear"])) for m in means.values()]
+    print(f"\nrank correlation with the gain over the linear probe in log-odds, {len(means)} runs:")
+    evidence = {k: [m[k] for m in means.values()] for k in ("images", "probe_linear", *EVIDENCE)}
+    evidence["late - early"] = [m["late"] - m["early"] for m in means.values()]
+    for name, values in evidence.items():
+        found = spearmanr(values, gains)
+        print(f"  {name:<20} {found.statistic:+.2f} (p = {found.pvalue:.2f})")
+
+
+def points(*shares: float) -> str:
+    """Write differences of accuracy in points."""
+    return " to ".join(f"{100 * share:+.1f}" for share in shares)
+
+
+if __name__ == "__main__":
+    main()
