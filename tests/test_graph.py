@@ -305,6 +305,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The first `dvc repro`."""
     folder = tmp_path_factory.mktemp("first") / "repo"
     shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=lambda *_: {"__pycache__"})
+    shutil.copytree(ROOT / ".dvc/plots", folder / ".dvc/plots")
     for name in ("dvc.yaml", "pyproject.toml", *SETTINGS):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -476,6 +477,14 @@ def test_plots_diff_draws_every_plot_for_both_commits(experiment, tmp_path):
     ]
     assert [] == [title for title in titles if title not in page]
     assert {"HEAD~1", "workspace"} == set(re.findall(r'"rev": "([^"]+)"', page))
+    specs = [json.loads(found) for found in re.findall(r"var spec = (\{.*?\});\s", page, re.DOTALL)]
+    drawn = [spec for spec in specs if spec["title"]["text"] in titles and "encoding" in spec]
+    assert len(drawn) == len(titles) - 1  # the confusion matrix has layers
+    for spec in drawn:  # words on an axis of numbers would be drawn nowhere
+        x = spec["encoding"]["x"]
+        values = [row[x["field"]] for row in spec["data"]["values"]]
+        assert values
+        assert x["type"] == "nominal" or all(float(value) >= 0 for value in values)
 
 
 def test_pulled_clone_is_up_to_date(repo, tmp_path):
