@@ -1,7 +1,7 @@
 """Stage 1: a new head, from the probe, and the top layers; everything below stays frozen."""
 
-import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,9 +22,9 @@ from pipeline.nets.cut import cut_below
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import everything, freeze_all_but
 from pipeline.nets.network import batches, refuse_larger, versions
-from pipeline.nets.stored import Batch, stored
+from pipeline.nets.stored import Batch, key_of, stored
 from pipeline.progress import say
-from pipeline.runtime import cache_folder, threads
+from pipeline.runtime import threads
 from pipeline.stage import Key, Seed, main
 
 
@@ -81,29 +81,35 @@ def stage1(
             return cut.trunk(network.normalise(torch.from_numpy(val_images[chosen])))
 
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as cache:
-        batch: Batch = trunk_of
-        if views:
-            batch = stored(trunk_of, len(images), views, Path(cache) / "train", "trunk train")
-        val_batch = stored(val_trunk_of, len(val_images), 1, Path(cache) / "val", "trunk val")
-        trunk_seconds = time.perf_counter() - start
+    batch: Batch = trunk_of
+    if views:
+        key = key_of(network, cut.name, images, how=asdict(how), seed=seed, ids=rows.ids.tolist())
+        batch = stored(trunk_of, len(images), views, key, "trunk train")
+    key = key_of(network, cut.name, val_images)
+    val_batch = stored(val_trunk_of, len(val_images), 1, key, "trunk val")
+    trunk_seconds = time.perf_counter() - start
 
-        def validate() -> Validation:
-            network.model.eval()
-            with torch.no_grad():
-                parts = [cut.top(val_batch(1, chosen)) for chosen in batches(len(val_images))]
-            return validation(torch.cat(parts)[: len(val_images)].numpy(), val_rows.labels)
+    def validate() -> Validation:
+        network.model.eval()
+        with torch.no_grad():
+            parts = [cut.top(val_batch(1, chosen)) for chosen in batches(len(val_images))]
+        return validation(torch.cat(parts)[: len(val_images)].numpy(), val_rows.labels)
 
-        epochs_run = fit(
-            network.model,
-            cut.top,
-            batch,
-            rows.labels,
-            training_weights(rows.labels, rows.weights, len(packed.classes), weighing),
-            recipe,
-            seed,
-        )
-        best = keep_best("stage1", out, network.model, epochs_run, validate, [validate()], patience)
+    epochs_run = fit(
+        network.model,
+        cut.top,
+        batch,
+        rows.labels,
+        training_weights(rows.labels, rows.weights, len(packed.classes), weighing),
+        recipe,
+        seed,
+    )
+    best = keep_best(
+        *("stage1", out, network.model, epochs_run, validate, [validate()], patience),
+        start_counts=True,  # a head from the probe may be the best there is
+    )
+    if best.epoch == 0:
+        say("no epoch is better than the head as it came from the probe: that is kept")
     network.save(
         out / "model.safetensors",
         epoch=best.epoch,

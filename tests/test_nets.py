@@ -1,8 +1,11 @@
 import copy
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from torch import nn
 
 from pipeline.layers import as_table, layers
@@ -13,8 +16,8 @@ from pipeline.nets.cut import cut_below
 from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import fold
 from pipeline.nets.freeze import freeze_all_but
-from pipeline.nets.network import EVAL_BATCH
-from pipeline.nets.stored import stored
+from pipeline.nets.network import EVAL_BATCH, Network
+from pipeline.nets.stored import key_of, stored
 from pipeline.nets.taps import Taps, pool
 
 LITE0 = "timm/tf_efficientnet_lite0"
@@ -220,18 +223,70 @@ def test_an_image_gives_the_same_bits_at_any_place_of_a_batch():
         assert torch.equal(model(x)[order], model(x[order]))
 
 
-def test_stored_outputs_are_the_computed_ones_in_every_epoch(tmp_path, monkeypatch):
-    def compute(epoch, rows):
-        return torch.from_numpy(rows * 10 + epoch).float().view(-1, 1, 1, 1).expand(-1, 2, 3, 3)
+def numbered(asked):
+    """A function of (view, row) that notes for which views it was asked."""
 
-    kept = stored(compute, 45, 2, tmp_path / "views", "test")
+    def compute(view, rows):
+        asked.append(view)
+        return torch.from_numpy(rows * 10 + view).float().view(-1, 1, 1, 1).expand(-1, 2, 3, 3)
+
+    return compute
+
+
+def test_stored_outputs_are_the_computed_ones_in_every_epoch(tmp_path, monkeypatch):
+    compute = numbered([])
+    kept = stored(compute, 45, 2, "key", "test")
+    assert len(list((tmp_path / "cache" / "trunk").iterdir())) == 2
     monkeypatch.setenv("PIPELINE_CACHE_GB", "0")
-    anew = stored(compute, 45, 2, tmp_path / "none", "test")
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "none"))
+    anew = stored(compute, 45, 2, "key", "test")
     rows = np.array([44, 0, 31, 32])
     for epoch, view in ((1, 1), (2, 2), (3, 1)):
         assert torch.equal(kept(epoch, rows), compute(view, rows))
         assert torch.equal(anew(epoch, rows), compute(view, rows))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_later_run_computes_only_the_views_that_are_not_there(tmp_path):
+    asked = []
+    stored(numbered([]), 45, 2, "key", "test")
+    (tmp_path / "cache" / "trunk" / "key-2").write_bytes(b"cut off")
+    kept = stored(numbered(asked), 45, 3, "key", "test")
+    assert asked[1:] == [2, 2, 3, 3]  # the first is a look at the shape
+    assert kept(3, np.array([7])).unique().item() == 73
+    asked.clear()
+    stored(numbered(asked), 45, 3, "other", "test")
+    assert asked[1:] == [1, 1, 2, 2, 3, 3]
+
+
+def test_the_cache_keeps_to_its_size_by_what_was_used_last(tmp_path, monkeypatch):
+    one = 45 * 2 * 3 * 3 * 4 / 1e9
+    monkeypatch.setenv("PIPELINE_CACHE_GB", str(2.5 * one))
+    folder = tmp_path / "cache" / "trunk"
+    for name, used in (("old", 1), ("new", 2)):
+        stored(numbered([]), 45, 1, name, "test")
+        os.utime(folder / f"{name}-1", (used, used))
+    (folder / "killed-1.999999999.part").touch()
+    (folder / f"running-1.{os.getpid()}.part").touch()
+    stored(numbered([]), 45, 1, "third", "test")
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"new-1", "third-1", f"running-1.{os.getpid()}.part"}
+
+
+def test_the_key_tells_apart_whatever_changes_the_trunks_outputs():
+    model, backbone = pretrained(TINY, "none", "", 0)
+    network = Network(fold(model, "fp32"), backbone, ["a"], 64, 64, "squash", 3, "fp32")
+    pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    keys = {key_of(network, "blocks.1", pixels, seed=0)}
+    keys |= {key_of(network, "blocks.1", pixels, seed=1)}
+    keys |= {key_of(network, "blocks.2", pixels, seed=0)}
+    keys |= {key_of(network, "blocks.1", pixels + 1, seed=0)}
+    keys |= {key_of(replace(network, image_size=32), "blocks.1", pixels, seed=0)}
+    other = replace(network, backbone=replace(backbone, sha256="other"))
+    keys |= {key_of(other, "blocks.1", pixels, seed=0)}
+    assert len(keys) == 6
+    renamed = replace(network, classes=["b"])  # no trunk depends on the classes
+    assert key_of(renamed, "blocks.1", pixels.copy(), seed=0) in keys
 
 
 def test_packaged_weights_are_pinned_with_their_own_normalisation():

@@ -18,7 +18,7 @@ from pipeline.learn.codes import read_codes
 from pipeline.learn.keep_best import better
 from pipeline.learn.probes import KINDS, head_of, read_probes
 from pipeline.nets import checkpoint
-from pipeline.nets.backbone import Backbone, again, head_name
+from pipeline.nets.backbone import Backbone, again, backbone_of, head_name
 from pipeline.nets.network import load
 from pipeline.predict import as_table, predict
 from pipeline.probe import Cell, best_cell
@@ -79,24 +79,28 @@ def test_stage_1_starts_as_the_linear_probe(finished):
 
 
 def test_stage_1_moves_what_it_unfreezes_and_stage_2_everything(finished, tmp_path):
-    params = read_params(stage1={"head_init": "random", "lr": 1e-9}, seed=0)
-    start = copied(finished, tmp_path, "prepared", "models")
-    run(start, params, "stage1")  # a rate at which hardly anything moves: where stage 1 started
-    before = checkpoint.read(where(start)["stage1"])[0]
-    first = checkpoint.read(where(finished)["stage1"])[0]
-    second = checkpoint.read(paths(finished)["stage2"]["out"] / "model.safetensors")[0]
-    frozen = [k for k in before if not k.startswith(("blocks.4", "classifier"))]
+    folder = copied(finished, tmp_path, "prepared", "models")
+    random_head = {"head_init": "random"}  # which any epoch is better than
+    run(folder, read_params(stage1=random_head), "stage1")
+    first, meta = checkpoint.read(where(folder)["stage1"])
+    assert meta["epoch"] > 0
+    drawn = again(backbone_of(meta)).state_dict()
+    unfrozen = [k for k in first if k.startswith(("blocks.4", "classifier"))]
+    frozen = [k for k in first if k not in unfrozen]
     assert frozen
-    assert all(np.array_equal(before[k], first[k]) for k in frozen)
-    metrics = json.loads((paths(finished)["stage2"]["out"] / "metrics.json").read_text())["stage2"]
-    if metrics["factor"] > 0:
-        weights = [k for k in first if k.endswith("weight")]
-        assert all(not np.array_equal(first[k], second[k]) for k in weights)
+    assert all(np.array_equal(first[k], drawn[k].numpy()) for k in frozen)
+    weights = [k for k in unfrozen if k.startswith("blocks") and k.endswith("weight")]
+    assert weights
+    assert not any(np.array_equal(first[k], drawn[k].numpy()) for k in weights)
+
+    run(folder, read_params(stage2={"interpolate": False}), "stage2")
+    second = checkpoint.read(paths(folder)["stage2"]["out"] / "model.safetensors")[0]
+    assert not any(np.array_equal(first[k], second[k]) for k in first if k.endswith("weight"))
 
 
 def test_from_scratch_stage_1_trains_everything_and_the_statistics(finished, tmp_path):
     folder = copied(finished, tmp_path, "prepared")
-    params = read_params(backbone={"weights": "none"})
+    params = read_params(backbone={"weights": "none"}, stage1={"head_init": "random"})
     run(folder, params, "extract", "probe", "stage1", "stage2")
     backbone = Backbone(TINY, "none", "", (), (), params["seed"])
     drawn = again(backbone).state_dict()
@@ -144,6 +148,25 @@ def test_trunk_outputs_that_do_not_fit_the_cache_give_the_same_bytes(
     run(folder, read_params(), "stage1")
     expected = where(finished)["stage1"].read_bytes()
     assert where(folder)["stage1"].read_bytes() == expected
+
+
+def test_trunk_outputs_of_an_earlier_run_give_the_same_bytes(finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path, "prepared", "models")
+    run(folder, read_params(stage1={"lr": 1e-3}), "stage1")
+    assert "kept from an earlier run" not in capsys.readouterr().out
+    run(folder, read_params(), "stage1")
+    assert capsys.readouterr().out.count("kept from an earlier run") == 2  # train and val
+    assert where(folder)["stage1"].read_bytes() == where(finished)["stage1"].read_bytes()
+
+
+def test_stage_1_keeps_the_probes_head_where_no_epoch_is_better(finished, tmp_path):
+    folder = copied(finished, tmp_path, "prepared", "models")
+    run(folder, read_params(stage1={"lr": 1.0, "optimizer": "sgd", "epochs": 1}), "stage1")
+    rows = history(folder, "stage1")
+    assert float(rows[1]["val_accuracy"]) < float(rows[0]["val_accuracy"])
+    _, meta = checkpoint.read(where(folder)["stage1"])
+    assert (meta["epoch"], meta["val_accuracy"]) == (0, float(rows[0]["val_accuracy"]))
+    run(folder, read_params(), "stage2")  # which has to find the network that was kept
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ class Best:
     """The best epoch so far: its weights and what it scored."""
 
     epoch: int
-    train_accuracy: float
+    train_accuracy: float | None  # none before the first step
     val: Validation
     state: dict[str, Tensor]
 
@@ -33,15 +33,20 @@ def keep_best(
     validate: Callable[[], Validation],
     before: list[Validation],
     patience: int,
+    *,
+    start_counts: bool = False,
 ) -> Best:
     """Run a stage's epochs and give the best by validation accuracy, then loss, then the earlier.
 
-    `before` are validations before the first step; they are rows of epoch 0 in history.csv and no
-    candidates. Stops early after `patience` epochs without a better one; 0 never does. Rewrites
-    history.csv and metrics.json whole after each epoch, so that a run can be followed.
+    `before` are validations before the first step, rows of epoch 0 in history.csv; with
+    `start_counts` the last of them is a candidate, else the epochs from 1 on are. Stops early after
+    `patience` epochs without a better one; 0 never does. Rewrites history.csv and metrics.json
+    whole after each epoch, so that a run can be followed.
     """
     rows: list[tuple[object, ...]] = [COLUMNS, *(_row(0, None, val) for val in before)]
     best: Best | None = None
+    if start_counts:
+        best = Best(0, None, before[-1], _state(model))
     for epoch in epochs:
         val = validate()
         if not math.isfinite(val["loss"]):
@@ -50,8 +55,7 @@ def keep_best(
                 f"{epoch.lr:g}; lower {stage}.lr"
             )
         if best is None or better(val, best.val):
-            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            best = Best(epoch.epoch, epoch.accuracy, val, state)
+            best = Best(epoch.epoch, epoch.accuracy, val, _state(model))
         assert best is not None
         rows.append(_row(epoch.epoch, epoch, val))
         write_csv(out / "history.csv", rows)
@@ -67,6 +71,10 @@ def keep_best(
     assert best is not None
     model.load_state_dict(best.state)
     return best
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def better(later: Validation, earlier: Validation) -> bool:

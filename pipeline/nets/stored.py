@@ -1,22 +1,53 @@
-"""The trunk's outputs on disk, so that the frozen part runs once and not once an epoch."""
+"""The trunk's outputs on disk, so that the frozen part runs once and not once an epoch or a run.
 
-from collections.abc import Callable
+They lie in the local cache, a file a view, named by a hash of all they depend on: whoever asks for
+the same again, in this run or a later one, reads them. What is there too long makes room.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.nets.network import EVAL_BATCH, batches
+from pipeline.nets.network import EVAL_BATCH, Network, batches
 from pipeline.progress import say, track
-from pipeline.runtime import cache_bytes
+from pipeline.runtime import cache_bytes, cache_folder
 
 Rows = NDArray[np.int64]
 Batch = Callable[[int, Rows], Tensor]  # (epoch from 1, rows) -> (B, ...)
+CODE = (*Path(__file__).parent.glob("*.py"), Path(__file__).parents[1] / "images/augment.py")
 
 
-def stored(compute: Batch, n: int, views: int, file: Path, name: str) -> Batch:
+def key_of(network: Network, block: str, images: NDArray[np.uint8], **augmentation: Any) -> str:
+    """Name the trunk's outputs below a block by a hash of all that they depend on.
+
+    Packed images (N, H, W[, 3]) and how they are augmented, the network, the code and the libraries
+    that compute, the processor's kernels and the threads: another number of them rounds otherwise.
+    """
+    facts = network.facts()
+    facts.pop("classes")
+    depends = {
+        **facts,
+        "block": block,
+        "pixels": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
+        "augmentation": augmentation,
+        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(CODE)],
+        "versions": [metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")],
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def stored(compute: Batch, n: int, views: int, key: str, name: str) -> Batch:
     """Compute a function of (view, row) once for all rows and views, and read it from disk after.
 
     Epochs take turns with the views. What doesn't fit into the cache is computed when it is asked
@@ -27,13 +58,13 @@ def stored(compute: Batch, n: int, views: int, file: Path, name: str) -> Batch:
         return (epoch - 1) % views
 
     sample = compute(1, np.zeros(EVAL_BATCH, np.int64))
-    channels_last = (
-        sample.ndim == 4
-    )  # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it
+    # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it.
+    channels_last = sample.ndim == 4
     shape = sample.permute(0, 2, 3, 1).shape[1:] if channels_last else sample.shape[1:]
-    total = views * n * shape.numel()
-    if total * sample.element_size() > cache_bytes():
-        say(f"{name}: {total * sample.element_size() / 1e9:.1f} GB don't fit into the cache")
+    size = n * shape.numel()  # numbers a view
+    needed = views * size * sample.element_size()
+    if needed > cache_bytes():
+        say(f"{name}: {needed / 1e9:.1f} GB don't fit into the cache")
         return lambda epoch, rows: torch.cat(
             [
                 compute(view_of(epoch) + 1, rows[np.minimum(part, len(rows) - 1)])
@@ -41,17 +72,72 @@ def stored(compute: Batch, n: int, views: int, file: Path, name: str) -> Batch:
             ]
         )[: len(rows)]
 
-    kept = torch.from_file(str(file), shared=True, size=total, dtype=sample.dtype)
-    kept = kept.view(views, n, *shape)
-    tasks = [(view, rows) for view in range(views) for rows in batches(n)]
-    for view, rows in track(tasks, n * views, name, width=lambda task: len(set(task[1]))):
-        z = compute(view + 1, rows)
-        real = n - rows[0] if rows[0] + EVAL_BATCH > n else EVAL_BATCH
-        z = z.permute(0, 2, 3, 1) if channels_last else z
-        kept[view, rows[0] : rows[0] + real] = z[:real]
+    folder = cache_folder() / "trunk"
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{key}-{view}" for view in range(1, views + 1)]
+    whole = size * sample.element_size()
+    missing = [
+        (view, file)
+        for view, file in enumerate(files, 1)
+        if not file.exists() or file.stat().st_size != whole
+    ]
+    _make_room(folder, needed, files)
+
+    def opened(file: Path, writable: bool = False) -> Tensor:
+        numbers = torch.from_file(str(file), shared=writable, size=size, dtype=sample.dtype)
+        return numbers.view(n, *shape)
+
+    def computed() -> None:
+        tasks = [(view, file, rows) for view, file in missing for rows in batches(n)]
+        for view, file, rows in track(
+            tasks, n * len(missing), name, width=lambda task: len(set(task[2]))
+        ):
+            part = file.with_name(f"{file.name}.{os.getpid()}.part")
+            if rows[0] == 0:
+                kept = opened(part, writable=True)
+            z = compute(view, rows)
+            real = min(EVAL_BATCH, n - int(rows[0]))
+            z = z.permute(0, 2, 3, 1) if channels_last else z
+            kept[rows[0] : rows[0] + real] = z[:real]
+            if rows[0] + real == n:
+                part.replace(file)
+
+    if missing:
+        computed()
+    else:
+        say(f"{name}: kept from an earlier run")
+    by_view = [opened(file) for file in files]
+    for file in files:
+        os.utime(file)  # used now: the last to make room
 
     def read(epoch: int, rows: Rows) -> Tensor:
-        z = kept[view_of(epoch), torch.from_numpy(rows)]
+        z = by_view[view_of(epoch)][torch.from_numpy(rows)]
         return z.permute(0, 3, 1, 2) if channels_last else z
 
     return read
+
+
+def _make_room(folder: Path, needed: int, wanted: Sequence[Path]) -> None:
+    """Delete what was used longest ago until `needed` bytes fit, and what killed runs left."""
+    others = {}
+    for file in folder.iterdir():
+        if file.suffix == ".part" and not _is_alive(int(file.suffixes[-2][1:])):
+            file.unlink(missing_ok=True)
+        elif file.suffix != ".part" and file not in wanted:
+            others[file] = file.stat()
+    kept = sum(stat.st_size for stat in others.values())
+    for file in sorted(others, key=lambda f: others[f].st_mtime):
+        if kept + needed <= cache_bytes():
+            return
+        kept -= others[file].st_size
+        file.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
