@@ -100,8 +100,10 @@ def test_stage_1_moves_what_it_unfreezes_and_stage_2_everything(finished, tmp_pa
 
 def test_from_scratch_stage_1_trains_everything_and_the_statistics(finished, tmp_path):
     folder = copied(finished, tmp_path, "prepared")
-    params = read_params(backbone={"weights": "none"}, stage1={"head_init": "random"})
+    params = read_params(backbone={"weights": "none"})
+    assert params["stage1"]["head_init"] == "probe"  # which is passed over
     run(folder, params, "extract", "probe", "stage1", "stage2")
+    assert float(history(folder, "stage1")[0]["val_loss"]) == pytest.approx(np.log(2), abs=0.2)
     backbone = Backbone(TINY, "none", "", (), (), params["seed"])
     drawn = again(backbone).state_dict()
     found, meta = checkpoint.read(where(folder)["stage1"])

@@ -22,7 +22,8 @@ def start_network(
     """Build the pretrained network that made the codes, with a head for the classes at hand.
 
     The head is the linear probe of `file`, so that its logits are the probe's before any step
-    (LP-FT, Kumar et al. 2022, arXiv 2202.10054), or drawn at random.
+    (LP-FT, Kumar et al. 2022, arXiv 2202.10054), or drawn at random. It is always drawn where there
+    are no pretrained weights: a probe on such codes has weights that no training gets over.
 
     Raises CheckpointError where the probe knows other classes.
     """
@@ -31,7 +32,7 @@ def start_network(
     refuse_other_classes("probe", file, meta["classes"], packed.classes)
     model = again(backbone)
     set_head(model, len(packed.classes))
-    if head_init == "probe":
+    if head_init == "probe" and backbone.weights != "none":
         weight, bias = head_of(linear)
         head = model.get_submodule(head_name(model))
         head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
