@@ -1,0 +1,212 @@
+"""How fast the arithmetic of the stages is, against the bare network and against the usual loop.
+
+    python bench/ratios.py                           # after `dvc repro probe`
+    python bench/ratios.py --rounds 1 --images 64    # a quick look
+
+All in one process, on the first training images of data/prepared: what is compared takes turns
+within a round, a ratio is taken within a round, and printed as the median over rounds with the
+lowest and the highest. What stands before the slash is divided by what stands behind it.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.images.augment import Augment, augment
+from pipeline.images.pack import read_facts, read_images, read_rows
+from pipeline.learn.fit import Recipe, fit
+from pipeline.learn.start import start_network
+from pipeline.nets.backbone import again, set_head
+from pipeline.nets.blocks import depths, match, trained_with
+from pipeline.nets.cut import cut_below
+from pipeline.nets.depths import LAST, SOURCE
+from pipeline.nets.fold import resolved
+from pipeline.nets.freeze import everything, freeze_all_but
+from pipeline.nets.network import Network, over
+from pipeline.nets.stored import key_of, stored
+from pipeline.nets.taps import Taps
+from pipeline.progress import say
+from pipeline.runtime import threads
+from pipeline.viewing import Viewing, averaged
+
+Ints = NDArray[np.int64]
+Images = NDArray[np.uint8]
+
+PREPARED, PROBE = Path("data/prepared"), Path("models/probe/probe.safetensors")
+BATCH, WHOLE, SMALL, EPOCHS, VIEWS = 32, 224, 160, 20, 8
+FLIPS = Augment("dihedral", 1.0, 0.0)
+TOPS = (["conv_head", "bn2"], ["blocks.5", "blocks.6", "conv_head", "bn2"])
+TIMES = 8  # how often a single batch is timed, after two that aren't
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=320, help="that each measurement sees")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    options = parser.parse_args()
+    torch.set_num_threads(threads())
+    images = read_images(PREPARED, "train")[: options.images]
+    rounds = []
+    for number in range(options.rounds):
+        say(f"round {number + 1} of {options.rounds}")
+        found = {**forwards(images), **steps(images)}
+        for top in TOPS:
+            found |= first_stage(images, top)
+        rounds.append(found)
+    say(f"{threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {len(images)} images")
+    by_name = {name: [r[name] for r in rounds] for name in rounds[0]}
+    for name, ratios in by_name.items():
+        say(f"{median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f})  {name}")
+    if options.json:
+        options.json.write_text(json.dumps(by_name, indent=2) + "\n")
+
+
+def forwards(images: Images) -> dict[str, float]:
+    """Compare extract's loop, the bare folded network, and the network as PyTorch runs it."""
+    ours, plain = network(WHOLE), unfolded()
+    x = torch.rand(BATCH, 3, WHOLE, WHOLE)
+    close = x.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        folded = seconds(lambda: ours.model(close)) / BATCH
+        eager = seconds(lambda: plain(x)) / BATCH
+    with Taps(ours.model, [*depths(ours.model), LAST, SOURCE], "both") as taps:
+        run = averaged(ours, taps, Viewing("none", 1))
+        start = time.perf_counter()
+        for _ in over(images, run):
+            pass
+        extracted = (time.perf_counter() - start) / len(images)
+    return {
+        "bare folded forward / extract's loop, 224 px": folded / extracted,
+        "eager fp32 forward / bare folded forward, 224 px": eager / folded,
+    }
+
+
+def first_stage(images: Images, top: list[str]) -> dict[str, float]:
+    """Compare stage 1 with the usual loop, and with its passes and steps without the rest."""
+    rows = read_rows(PREPARED, "train")
+    labels, ids, ones = rows.labels[: len(images)], rows.ids, np.ones(len(images))
+    ours = network(SMALL)
+    trained = trained_with(ours.model, match(ours.model, top, "stage1.unfreeze"))
+    freeze_all_but(ours.model, trained, "frozen")
+    cut = cut_below(ours.model, trained)
+
+    def trunk_of(epoch: int, chosen: Ints) -> Tensor:
+        with torch.no_grad():
+            pixels = augment(torch.from_numpy(images[chosen]), ids[chosen], epoch, 0, FLIPS)
+            return cut.trunk(ours.normalise(pixels))
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PIPELINE_CACHE"] = folder  # an empty one: nothing is paid already
+        start = time.perf_counter()
+        key = key_of(ours, cut.name, images)
+        batch = stored(trunk_of, len(images), VIEWS, key, "trunk")
+        for _ in fit(ours.model, cut.top, batch, labels, ones, recipe(), 0):
+            pass
+        whole = time.perf_counter() - start
+        z = batch(1, np.arange(BATCH)).clone()
+    x, y = ours.normalise(torch.tensor(images[:BATCH])), torch.tensor(labels[:BATCH])
+    with torch.no_grad():
+        one_pass = seconds(lambda: cut.trunk(x)) * len(images) / BATCH
+    one_epoch = step(ours.model, cut.top, z, y) * (len(images) // BATCH)
+
+    plain = unfolded()
+    freeze_all_but(plain, trained, "frozen")
+    usual = step(plain, plain, x.contiguous(), y) * (len(images) // BATCH)
+    name = f"stage 1, {EPOCHS} epochs, {VIEWS} views, {' '.join(top)}"
+    return {
+        f"the usual loop / {name}": EPOCHS * usual / whole,
+        f"{name} / its passes and steps": whole / (VIEWS * one_pass + EPOCHS * one_epoch),
+    }
+
+
+def steps(images: Images) -> dict[str, float]:
+    """Compare stage 2's step, from packed pixels on, with the best bare one on ready input."""
+    rows = read_rows(PREPARED, "train")
+    y = torch.from_numpy(rows.labels[:BATCH])
+    bare = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for low in (False, True):
+            plain = unfolded().to(memory_format=layout)
+            freeze_all_but(plain, everything(plain), "frozen")
+            x = torch.rand(BATCH, 3, SMALL, SMALL).contiguous(memory_format=layout)
+
+            def forward(x: Tensor, plain: nn.Module = plain, low: bool = low) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    logits: Tensor = plain(x)
+                return logits.float()
+
+            bare.append(step(plain, forward, x, y))
+    ours = network(SMALL)
+    freeze_all_but(ours.model, everything(ours.model), "frozen")
+
+    def from_pixels(number: Tensor) -> Tensor:
+        chosen = np.arange(BATCH)
+        pixels = augment(torch.from_numpy(images[chosen]), rows.ids[chosen], 1, 0, FLIPS)
+        logits: Tensor = ours.model(ours.normalise(pixels))
+        return logits
+
+    own = step(ours.model, from_pixels, torch.empty(0), y)
+    return {"the best bare eager step / stage 2's step, 160 px": min(bare) / own}
+
+
+def network(size: int) -> Network:
+    """Build what stages 1 and 2 start from."""
+    found = start_network(PROBE, read_facts(PREPARED), size, "probe", resolved("auto"))
+    found.model.eval()
+    return found
+
+
+def unfolded() -> nn.Module:
+    """Build the same network as PyTorch runs it by itself."""
+    model = again(network(WHOLE).backbone)
+    set_head(model, len(read_facts(PREPARED).classes))
+    return model.eval()
+
+
+def recipe() -> Recipe:
+    """Give stage 1's recipe with as many epochs as are compared."""
+    numbers = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 5e-4, "layer_decay": 0.9}
+    more = {"weight_decay": 0.01, "momentum": 0.9, "warmup_epochs": 1.0, "step_epochs": 7}
+    kinds = {"optimizer": "adamw", "schedule": "cosine", "gamma": 0.1, "label_smoothing": 0.0}
+    return Recipe(**numbers, **more, **kinds)  # type: ignore[arg-type]
+
+
+def step(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
+    """Time one step of training: forward, backward, AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    model.train()
+
+    def once() -> None:
+        F.cross_entropy(forward(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return seconds(once)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Time something short: the median of some runs."""
+    taken = []
+    for number in range(TIMES + 2):
+        start = time.perf_counter()
+        run()
+        if number > 1:
+            taken.append(time.perf_counter() - start)
+    return median(taken)
+
+
+if __name__ == "__main__":
+    main()
