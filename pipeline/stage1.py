@@ -16,6 +16,7 @@ from pipeline.images.pack import read_facts, read_images, read_rows
 from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best
 from pipeline.learn.metrics import validation
+from pipeline.learn.probes import read_probes
 from pipeline.learn.start import start_network
 from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.cut import cut_below
@@ -104,8 +105,11 @@ def stage1(
         recipe,
         seed,
     )
+    before = validate()
+    if head_init == "probe":
+        _warn_of_other_size(probe, before["accuracy"], image_size)
     best = keep_best(
-        *("stage1", out, network.model, epochs_run, validate, [validate()], patience),
+        *("stage1", out, network.model, epochs_run, validate, [before], patience),
         start_counts=True,  # a head from the probe may be the best there is
     )
     if best.epoch == 0:
@@ -124,6 +128,17 @@ def stage1(
         "trunk_seconds": trunk_seconds,
         "epochs_seconds": time.perf_counter() - start - trunk_seconds,
     }
+
+
+def _warn_of_other_size(probe: Path, accuracy: float, image_size: int) -> None:
+    """Say so where the probe's head, made at extract's size, is of little use at this one."""
+    meta = read_probes(probe)[2]
+    was = meta["val"]["accuracy"]
+    if meta["image_size"] != image_size and accuracy < was - 0.1:
+        say(
+            f"the probe's head gets {accuracy:.3f} of validation right at {image_size} px, "
+            f"{was:.3f} at {meta['image_size']}: better set stage1.image_size to that"
+        )
 
 
 if __name__ == "__main__":

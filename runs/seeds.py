@@ -23,6 +23,10 @@ from typing import Any
 
 import dvc.api
 
+DIGITS = [
+    *("prepare.source=folder", "prepare.split_by=image", "flips=none"),
+    *("stage1.image_size=224", "stage2.image_size=224"),
+]
 SETTINGS = {
     "elpv-image": ["prepare.split_by=image"],
     "elpv-group": ["prepare.split_by=group"],
@@ -67,15 +71,13 @@ SETTINGS = {
         "stage1.warmup_epochs=0.0",
         "evaluate.views=1",
     ],
-    "digits": ["prepare.source=folder", "prepare.split_by=image", "flips=none"],
+    # Pictures of 8 pixels a side: codes at 160 pixels are quite others than at 224.
+    "digits": DIGITS,
     "emoji": ["prepare.source=folder", "flips=horizontal"],
     "wafers": ["prepare.source=folder"],
     # The same with few images to train on, and many to test.
     "elpv-few": ["prepare.test_fraction=0.8"],
-    "digits-few": [
-        *("prepare.source=folder", "prepare.split_by=image", "flips=none"),
-        "prepare.test_fraction=0.85",
-    ],
+    "digits-few": [*DIGITS, "prepare.test_fraction=0.85"],
     "emoji-few": ["prepare.source=folder", "flips=horizontal", "prepare.test_fraction=0.8"],
 }
 EVIDENCE = ("images", "early", "late", "source_confidence", "source_information")

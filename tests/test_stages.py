@@ -161,6 +161,15 @@ def test_trunk_outputs_of_an_earlier_run_give_the_same_bytes(finished, tmp_path,
     assert where(folder)["stage1"].read_bytes() == where(finished)["stage1"].read_bytes()
 
 
+def test_stage_1_says_where_its_size_spoils_the_probes_head(finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path, "prepared", "models")
+    run(folder, read_params(stage1={"epochs": 1}), "stage1")
+    assert "better set stage1.image_size" not in capsys.readouterr().out
+    run(folder, read_params(stage1={"epochs": 1, "image_size": 24}), "stage1")
+    said = capsys.readouterr().out
+    assert "right at 24 px, 1.000 at 64: better set stage1.image_size to that" in said
+
+
 def test_stage_1_keeps_the_probes_head_where_no_epoch_is_better(finished, tmp_path):
     folder = copied(finished, tmp_path, "prepared", "models")
     run(folder, read_params(stage1={"lr": 1.0, "optimizer": "sgd", "epochs": 1}), "stage1")
