@@ -124,8 +124,10 @@ def main() -> None:
 
 def record(name: str, seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """Gather what one run was advised and what came of it, as a line of results.csv."""
-    advice, test, gain = metrics["advice"], metrics["test"], metrics["stage2_minus_probe"]
-    known = advice["case"] is not None
+    # Without pretrained weights there is no advice, and DVC shows no empty metrics.
+    advice = metrics.get("advice", {"case": ""})
+    test, gain = metrics["test"], metrics["stage2_minus_probe"]
+    known = bool(advice["case"])
     evidence = advice["evidence"] if known else dict.fromkeys(EVIDENCE, "")
     expected = advice["expected_gain"] if known else dict.fromkeys(("gain", "low", "high"), "")
     timing = (metrics.get(s) or metrics[f"models/{s}/timing.json:{s}"] for s in STAGES)
