@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -106,8 +106,7 @@ def stage1(
         seed,
     )
     before = validate()
-    if head_init == "probe":
-        _warn_of_other_size(probe, before["accuracy"], image_size)
+    say(f"epoch   0  {_at_the_start(before, read_probes(probe)[2], image_size, head_init)}")
     best = keep_best(
         *("stage1", out, network.model, epochs_run, validate, [before], patience),
         start_counts=True,  # a head from the probe may be the best there is
@@ -130,15 +129,15 @@ def stage1(
     }
 
 
-def _warn_of_other_size(probe: Path, accuracy: float, image_size: int) -> None:
-    """Say so where the probe's head, made at extract's size, is of little use at this one."""
-    meta = read_probes(probe)[2]
-    was = meta["val"]["accuracy"]
-    if meta["image_size"] != image_size and accuracy < was - 0.1:
-        say(
-            f"the probe's head gets {accuracy:.3f} of validation right at {image_size} px, "
-            f"{was:.3f} at {meta['image_size']}: better set stage1.image_size to that"
-        )
+def _at_the_start(
+    before: Validation, of_probe: dict[str, Any], image_size: int, head_init: str
+) -> str:
+    """Say how good the network is before any step, and how good its head was on the codes."""
+    said = f"val loss {before['loss']:.4f} acc {before['accuracy']:.4f}"
+    if head_init == "random" or of_probe["backbone"]["weights"] == "none":
+        return said
+    was, size = of_probe["val"]["accuracy"], of_probe["image_size"]
+    return f"{said}: the probe's head at {image_size} px ({was:.4f} on the codes of {size} px)"
 
 
 if __name__ == "__main__":

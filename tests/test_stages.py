@@ -161,13 +161,16 @@ def test_trunk_outputs_of_an_earlier_run_give_the_same_bytes(finished, tmp_path,
     assert where(folder)["stage1"].read_bytes() == where(finished)["stage1"].read_bytes()
 
 
-def test_stage_1_says_where_its_size_spoils_the_probes_head(finished, tmp_path, capsys):
+def test_stage_1_says_what_the_probes_head_is_worth_at_its_size(finished, tmp_path, capsys):
     folder = copied(finished, tmp_path, "prepared", "models")
-    run(folder, read_params(stage1={"epochs": 1}), "stage1")
-    assert "better set stage1.image_size" not in capsys.readouterr().out
     run(folder, read_params(stage1={"epochs": 1, "image_size": 24}), "stage1")
-    said = capsys.readouterr().out
-    assert "right at 24 px, 1.000 at 64: better set stage1.image_size to that" in said
+    start = history(folder, "stage1")[0]
+    assert (
+        f"epoch   0  val loss {float(start['val_loss']):.4f} acc {float(start['val_accuracy']):.4f}"
+        ": the probe's head at 24 px (1.0000 on the codes of 64 px)"
+    ) in capsys.readouterr().out
+    run(folder, read_params(stage1={"epochs": 1, "head_init": "random"}), "stage1")
+    assert "the probe's head at" not in capsys.readouterr().out
 
 
 def test_stage_1_keeps_the_probes_head_where_no_epoch_is_better(finished, tmp_path):
