@@ -127,9 +127,7 @@ def record(name: str, seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
     # Without pretrained weights there is no advice, and DVC shows no empty metrics.
     advice = metrics.get("advice", {"case": ""})
     test, gain = metrics["test"], metrics["stage2_minus_probe"]
-    known = bool(advice["case"])
-    evidence = advice["evidence"] if known else dict.fromkeys(EVIDENCE, "")
-    expected = advice["expected_gain"] if known else dict.fromkeys(("gain", "low", "high"), "")
+    evidence = advice.get("evidence", dict.fromkeys(EVIDENCE, ""))
     timing = (metrics.get(s) or metrics[f"models/{s}/timing.json:{s}"] for s in STAGES)
     return {
         "name": name,
@@ -138,7 +136,7 @@ def record(name: str, seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
         "chosen": metrics["chosen"],
         **{f"gain_{k}": gain[k] for k in ("accuracy", "low", "high", "p_value")},
         "case": advice["case"],
-        **{f"expected_{k}": expected[k] for k in ("gain", "low", "high")},
+        **{f"cv_{k}": advice.get(k, "") for k in ("probe_linear", "probe")},
         **{k: evidence[k] for k in EVIDENCE},
         "minutes": round(sum(t["seconds"] for t in timing) / 60, 1),
     }
