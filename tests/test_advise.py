@@ -123,18 +123,16 @@ def test_early_is_the_best_of_what_comes_before_the_last_codes():
 
 
 @pytest.mark.parametrize(
-    ("images", "early", "late", "case"),
+    ("images", "information", "case"),
     [
-        (LARGE - 1, 0.70, 0.80, 1),
-        (LARGE, 0.70, 0.80, 2),
-        (LARGE - 1, 0.90, 0.80, 3),
-        (LARGE, 0.90, 0.80, 4),
-        (100, 0.83, 0.80, 1),  # within one standard error, .04
-        (100, 1.00, 1.00, 1),
+        (LARGE - 1, 0.3, 1),
+        (LARGE, 0.3, 2),
+        (LARGE - 1, 0.1, 3),
+        (LARGE, 0.1, 4),
     ],
 )
-def test_case_goes_by_size_and_by_early_codes_against_late(images, early, late, case):
-    assert case_of(Evidence(images, 2, 50, early, late, 0.5, 0.1)) == case
+def test_case_goes_by_size_and_by_what_the_sources_classes_tell(images, information, case):
+    assert case_of(Evidence(images, 2, 50, 0.8, 0.8, 0.5, information)) == case
 
 
 # The advice

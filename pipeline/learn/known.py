@@ -45,8 +45,21 @@ PUBLISHED = (
     Known("Caltech-101", 3_060, 0.945, 0.933, 0.726),
     Known("Flowers", 2_040, 0.947, 0.976, 0.920),
 )
-# This pipeline's own runs, as params.yaml sets it: filled by runs/known.py.
-OURS: tuple[Known, ...] = ()
+# This pipeline's own runs with EfficientNet-Lite0, by runs/seeds.py and runs/known.py.
+CELLS = ("defective", "functional")
+DIGITS = tuple("0123456789")
+EMOJI = (
+    *("Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body"),
+    *("Smileys & Emotion", "Symbols", "Travel & Places"),
+)
+OURS = (
+    Known("digits", 1_146, 0.944, 0.978, classes=DIGITS),
+    Known("digits-few", 230, 0.832, 0.878, classes=DIGITS),
+    Known("elpv-few", 468, 0.730, 0.817, classes=CELLS),
+    Known("elpv-group", 1_670, 0.814, 0.852, classes=CELLS),  # five seeds
+    Known("emoji-few", 648, 0.693, 0.650, classes=EMOJI),
+    Known("hymenoptera", 207, 0.960, 0.956, classes=("ants", "bees")),  # five seeds
+)
 
 # Sets of fewer images gained little (median of the four smallest: 0.03), larger ones much (0.99).
 LARGE = 5_000
