@@ -1,7 +1,7 @@
 """How fast the arithmetic of the stages is, against the bare network and against the usual loop.
 
-    python bench/ratios.py                           # after `dvc repro probe`
-    python bench/ratios.py --rounds 1 --images 64    # a quick look
+    python -m bench.ratios                           # after `dvc repro probe`
+    python -m bench.ratios --rounds 1 --images 64    # a quick look
 
 All in one process, on the first training images of data/prepared: what is compared takes turns
 within a round, a ratio is taken within a round, and printed as the median over rounds with the

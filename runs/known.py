@@ -1,6 +1,6 @@
 """Show what is advised and what happened over the runs in results.csv, and what tells a gain.
 
-    python runs/known.py
+    python -m runs.known
 
 Prints the lines for OURS in pipeline/learn/known.py, a table for the README (the expectation is
 computed anew, without the runs on the same data), and how well each piece of evidence ranks the

@@ -1,8 +1,8 @@
 """Write small public data sets that come in packages as folders of images, for trials.
 
-    python runs/sets.py digits data/digits                   # scikit-learn's 1,797 of 8 x 8 pixels
-    python runs/sets.py emoji data/emoji --package A --package B
-    python runs/sets.py wafers data/wafers                   # the solar cells: mono or poly wafer
+    python -m runs.sets digits data/digits                   # scikit-learn's 1,797 of 8 x 8 pixels
+    python -m runs.sets emoji data/emoji --package A --package B
+    python -m runs.sets wafers data/wafers                   # the solar cells: mono or poly wafer
 
 Emoji are the 64-pixel pictures of the npm packages emoji-datasource-twitter and -google (16.0.0),
 unpacked at A and B, by category; the vendors' pictures of one emoji are a group. For few training
