@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from pipeline.images.augment import Augment, augment
 from pipeline.images.pack import read_facts, read_images, read_rows
 from pipeline.learn.fit import Recipe, fit
-from pipeline.learn.start import start_network
+from pipeline.learn.start import start_network, what_trains
 from pipeline.nets.backbone import again, set_head
-from pipeline.nets.blocks import depths, match, trained_with
+from pipeline.nets.blocks import depths
 from pipeline.nets.cut import cut_below
 from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import resolved
@@ -99,7 +99,7 @@ def first_stage(images: Images, top: list[str]) -> dict[str, float]:
     rows = read_rows(PREPARED, "train")
     labels, ids, ones = rows.labels[: len(images)], rows.ids, np.ones(len(images))
     ours = network(SMALL)
-    trained = trained_with(ours.model, match(ours.model, top, "stage1.unfreeze"))
+    trained = what_trains(ours, top)
     freeze_all_but(ours.model, trained, "frozen")
     cut = cut_below(ours.model, trained)
 
@@ -164,7 +164,7 @@ def steps(images: Images) -> dict[str, float]:
 
 def network(size: int) -> Network:
     """Build what stages 1 and 2 start from."""
-    found = start_network(PROBE, read_facts(PREPARED), size, "probe", resolved("auto"))
+    found, _ = start_network(PROBE, read_facts(PREPARED), size, "probe", resolved("auto"))
     found.model.eval()
     return found
 

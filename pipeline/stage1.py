@@ -16,12 +16,10 @@ from pipeline.images.pack import read_facts, read_images, read_rows
 from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best
 from pipeline.learn.metrics import validation
-from pipeline.learn.probes import read_probes
-from pipeline.learn.start import start_network
-from pipeline.nets.blocks import match, trained_with
+from pipeline.learn.start import start_network, what_trains
 from pipeline.nets.cut import cut_below
 from pipeline.nets.fold import Precision, resolved
-from pipeline.nets.freeze import everything, freeze_all_but
+from pipeline.nets.freeze import freeze_all_but
 from pipeline.nets.network import batches, refuse_larger, versions
 from pipeline.nets.stored import Batch, key_of, stored
 from pipeline.progress import say
@@ -60,11 +58,11 @@ def stage1(
     torch.manual_seed(seed)
     packed = read_facts(prepared)
     refuse_larger("stage1", image_size, packed.size)
-    network = start_network(probe, packed, image_size, head_init, resolved(precision))
-    trained = trained_with(network.model, match(network.model, unfreeze, "stage1.unfreeze"))
+    network, of_probe = start_network(probe, packed, image_size, head_init, resolved(precision))
+    trained = what_trains(network, unfreeze)
     if network.backbone.weights == "none":
         say("from scratch (backbone.weights: none): everything trains, by batch statistics")
-        trained, batchnorm = everything(network.model), "train"
+        batchnorm = "train"
     trainable = freeze_all_but(network.model, trained, batchnorm)
     cut = cut_below(network.model, trained)
     say(f"training {len(trainable)} tensors in {', '.join(trained)}; frozen below {cut.name}")
@@ -106,7 +104,7 @@ def stage1(
         seed,
     )
     before = validate()
-    say(f"epoch   0  {_at_the_start(before, read_probes(probe)[2], image_size, head_init)}")
+    say(f"epoch   0  {_at_the_start(before, of_probe, image_size, head_init)}")
     best = keep_best(
         *("stage1", out, network.model, epochs_run, validate, [before], patience),
         start_counts=True,  # a head from the probe may be the best there is

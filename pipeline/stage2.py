@@ -15,7 +15,7 @@ from pipeline.errors import CheckpointError
 from pipeline.images.augment import Augment, augment
 from pipeline.images.pack import read_facts, read_images, read_rows
 from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
-from pipeline.learn.keep_best import Validation, keep_best, write_metrics
+from pipeline.learn.keep_best import Validation, keep_best, state_of, write_metrics
 from pipeline.learn.metrics import validation
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import everything, freeze_all_but
@@ -73,7 +73,7 @@ def stage2(
         say(f"from {sizes}, before any step: {100 * gain:+.1f} points on validation")
     say(f"epoch   0  val loss {before[-1]['loss']:.4f} acc {before[-1]['accuracy']:.4f}")
 
-    start_state = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    start_state = state_of(network.model)
     freeze_all_but(network.model, everything(network.model), batchnorm)
 
     def batch(epoch: int, chosen: NDArray[np.int64]) -> Tensor:

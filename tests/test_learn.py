@@ -46,7 +46,9 @@ def test_linear_probe_scores_as_scikit_learn_does(n_classes):
     x, y = codes(n_classes)
     scaler = Scaler.fit(x)
     fitted = LogisticRegression(C=0.1, max_iter=2000).fit(scaler(x), y)
-    probe = linear_probe(fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last")
+    probe = linear_probe(
+        fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last", False
+    )
     expected = fitted.predict_log_proba(scaler(x))
     actual = torch.log_softmax(torch.from_numpy(probe.scores(x)), 1).numpy()
     np.testing.assert_allclose(actual, expected, atol=1e-5)
@@ -56,7 +58,9 @@ def test_linear_probe_scores_as_scikit_learn_does(n_classes):
 def test_the_heads_logits_are_the_probes_scores(n_classes):
     x, y = codes(n_classes)
     scaler = Scaler.fit(x)
-    probe = linear_probe(fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last")
+    probe = linear_probe(
+        fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last", False
+    )
     weight, bias = head_of(probe)
     np.testing.assert_allclose(x @ weight.T + bias, probe.scores(x), atol=1e-6)
 
@@ -70,10 +74,10 @@ def test_held_out_scores_are_the_probes_and_a_class_never_seen_comes_last(n_clas
     machine = fit_svm(kernel, y, ones, 1.0, None)
     linear = fit_linear(z, y, ones, 0.1, None)
     for found, probe in (
-        (class_scores(linear, z, n_classes + 1), linear_probe(linear, scaler, "last")),
+        (class_scores(linear, z, n_classes + 1), linear_probe(linear, scaler, "last", False)),
         (
             class_scores(machine, kernel, n_classes + 1),
-            svm_probe(machine, z, scaler, "last", "svm_rbf", 0.05),
+            svm_probe(machine, z, scaler, "last", "svm_rbf", 0.05, False),
         ),
     ):
         np.testing.assert_allclose(found[:, :n_classes], probe.scores(x), atol=1e-9)
@@ -88,7 +92,7 @@ def test_svm_probe_scores_as_scikit_learn_does(tmp_path, kind, n_classes):
     train, new = slice(0, 80), slice(80, None)
     z = scaler(x[train])
     machine = fit_svm(gram(z, z, kind, gamma), y[train], weights[train], 1.0, "balanced")
-    probe = svm_probe(machine, z, scaler, "last", kind, gamma)
+    probe = svm_probe(machine, z, scaler, "last", kind, gamma, False)
     save_probes(tmp_path / "p.safetensors", probe, probe, {})
     probe = read_probes(tmp_path / "p.safetensors")[0]
     sklearn_kernel = "linear" if kind == "svm_linear" else "rbf"

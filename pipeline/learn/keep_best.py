@@ -46,7 +46,7 @@ def keep_best(
     rows: list[tuple[object, ...]] = [COLUMNS, *(_row(0, None, val) for val in before)]
     best: Best | None = None
     if start_counts:
-        best = Best(0, None, before[-1], _state(model))
+        best = Best(0, None, before[-1], state_of(model))
     for epoch in epochs:
         val = validate()
         if not math.isfinite(val["loss"]):
@@ -55,7 +55,7 @@ def keep_best(
                 f"{epoch.lr:g}; lower {stage}.lr"
             )
         if best is None or better(val, best.val):
-            best = Best(epoch.epoch, epoch.accuracy, val, _state(model))
+            best = Best(epoch.epoch, epoch.accuracy, val, state_of(model))
         assert best is not None
         rows.append(_row(epoch.epoch, epoch, val))
         write_csv(out / "history.csv", rows)
@@ -73,7 +73,8 @@ def keep_best(
     return best
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy a network's parameters and buffers."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

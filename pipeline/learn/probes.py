@@ -110,7 +110,7 @@ def class_scores(fitted: LogisticRegression | SVC, x: Floats, n_classes: int) ->
     return np.asarray(scores)
 
 
-def linear_probe(fitted: LogisticRegression, scaler: Scaler, depth: str, l2: bool = False) -> Probe:
+def linear_probe(fitted: LogisticRegression, scaler: Scaler, depth: str, l2: bool) -> Probe:
     """Make a probe of a fitted logistic regression; two classes' one row w becomes ±w/2."""
     weight, bias = fitted.coef_, fitted.intercept_
     if len(weight) == 1:
@@ -126,7 +126,7 @@ def svm_probe(
     depth: str,
     kind: Kind,
     gamma: float,
-    l2: bool = False,
+    l2: bool,
 ) -> Probe:
     """Make a probe of a machine fitted on the kernel of standardised codes (N, D)."""
     arrays = {
