@@ -37,7 +37,7 @@ from pipeline.nets.network import Network, over
 from pipeline.nets.stored import key_of, stored
 from pipeline.nets.taps import Taps
 from pipeline.progress import say
-from pipeline.runtime import threads
+from pipeline.runtime import set_up_torch, threads
 from pipeline.viewing import Viewing, averaged
 
 Ints = NDArray[np.int64]
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=320, help="that each measurement sees")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
-    torch.set_num_threads(threads())
+    set_up_torch()
     images = read_images(PREPARED, "train")[: options.images]
     rounds = []
     for number in range(options.rounds):

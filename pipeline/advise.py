@@ -24,7 +24,7 @@ from pipeline.learn.start import start_network, what_trains
 from pipeline.nets.depths import SOURCE
 from pipeline.nets.fold import Precision, resolved
 from pipeline.progress import say
-from pipeline.runtime import threads
+from pipeline.runtime import set_up_torch
 from pipeline.stage import Key, Seed, main, write_csv, write_json, write_text
 
 Size = Interval(ge=16, le=2048)
@@ -75,7 +75,7 @@ def advise(
     Writes advice.json, advice.txt and profile.csv. What the stages to come are expected to take on
     this machine is returned, in seconds, for timing.json.
     """
-    torch.set_num_threads(threads())
+    set_up_torch()
     torch.manual_seed(seed)
     train = read_labels(features, "train")
     facts = read_feature_facts(features)

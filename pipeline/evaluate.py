@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 from scipy.special import softmax
@@ -31,7 +30,7 @@ from pipeline.nets.backbone import again, backbone_of
 from pipeline.nets.fold import fold
 from pipeline.nets.network import Network, load, refuse_other_classes
 from pipeline.progress import say
-from pipeline.runtime import threads
+from pipeline.runtime import set_up_torch
 from pipeline.stage import Seed, main, write_csv, write_json
 from pipeline.viewing import Viewing, logits
 
@@ -77,7 +76,7 @@ def evaluate(
     Writes metrics.json, advice.json (what was expected of stage 2 and what happened),
     confusion.csv, per_class.csv and predictions.csv into `out`, and model.safetensors into `final`.
     """
-    torch.set_num_threads(threads())
+    set_up_torch()
     val, test = read_rows(prepared, "val"), read_rows(prepared, "test")
     classes = read_facts(prepared).classes
     winner, linear, of_codes = read_probes(probe)

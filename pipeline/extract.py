@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 
@@ -22,7 +21,7 @@ from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
 from pipeline.nets.taps import Pooling, Taps
 from pipeline.progress import track
-from pipeline.runtime import threads
+from pipeline.runtime import set_up_torch
 from pipeline.stage import Key, Seed, main, whole_folder, write_json
 from pipeline.viewing import Run, Viewing, averaged
 
@@ -53,7 +52,7 @@ def extract(
 
     Raises ParamError for a wrong size, network or depth, WeightsError for wrong weights.
     """
-    torch.set_num_threads(threads())
+    set_up_torch()
     packed = read_facts(prepared)
     refuse_larger("extract", image_size, packed.size)
     model, backbone = pretrained(name, weights, sha256, seed)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.classifier import Classifier, load
 from pipeline.errors import DataError
 from pipeline.images.decode import decode
 from pipeline.progress import say
-from pipeline.runtime import threads
+from pipeline.runtime import set_up_torch
 from pipeline.stage import one_line_errors
 
 NOT_SURE = "not sure"
@@ -55,7 +54,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     with one_line_errors():
-        torch.set_num_threads(threads())
+        set_up_torch()
         for file in options.files:
             if not file.is_file():
                 raise DataError(f"{file}: no such file")

@@ -23,7 +23,7 @@ from pipeline.nets.freeze import freeze_all_but
 from pipeline.nets.network import batches, refuse_larger, versions
 from pipeline.nets.stored import Batch, key_of, stored
 from pipeline.progress import say
-from pipeline.runtime import threads
+from pipeline.runtime import set_up_torch
 from pipeline.stage import Key, Seed, main
 
 
@@ -54,7 +54,7 @@ def stage1(
 
     Writes model.safetensors, history.csv and metrics.json.
     """
-    torch.set_num_threads(threads())
+    set_up_torch()
     torch.manual_seed(seed)
     packed = read_facts(prepared)
     refuse_larger("stage1", image_size, packed.size)

@@ -21,7 +21,7 @@ from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import everything, freeze_all_but
 from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
 from pipeline.progress import say
-from pipeline.runtime import threads
+from pipeline.runtime import set_up_torch
 from pipeline.stage import Key, Seed, main, write_csv
 from pipeline.viewing import Viewing, logits
 
@@ -52,7 +52,7 @@ def stage2(
 
     Raises CheckpointError if the loaded network doesn't score what stage 1 said.
     """
-    torch.set_num_threads(threads())
+    set_up_torch()
     packed = read_facts(prepared)
     refuse_larger("stage2", image_size, packed.size)
     network, meta = load(stage1, resolved(precision))

@@ -1,15 +1,15 @@
-"""A convolution and the BatchNorm behind it as one, each kind in the number format it likes.
+"""A convolution with the BatchNorm and the ReLU behind it as one.
 
 With frozen statistics, BatchNorm is a scale and a shift a channel: scaling the convolution's
-weights instead of its output saves two passes over the activations. The rescaling is part of the
-graph, so that weight, scale and shift get the gradients they would get unfolded.
+weights instead of its output saves two passes over the activations, and the ReLU on the way out a
+third. The rescaling is part of the graph, so that weight, scale and shift get the gradients they
+would get unfolded.
 
-Pointwise and full convolutions run in bfloat16 where the processor has it. Depthwise ones do so
-only without gradients: their backward pass in bfloat16 is slow on such processors. Weights stay
-float32 throughout.
+Convolutions and linear layers run in bfloat16 where the processor has it. Weights stay float32.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,9 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nets.blocks import TRACE_SIZE
+from pipeline.nets.convolve import ACTS, Act, convolve, shape_of
 
 Precision = Literal["auto", "fp32", "bf16"]
-Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass
+class Follower:
+    """What a convolution's output goes straight into."""
+
+    bn: nn.BatchNorm2d
+    act: Act = "none"
+    act_module: nn.Module | None = None
 
 
 def resolved(precision: Precision) -> Literal["fp32", "bf16"]:
@@ -38,7 +47,7 @@ def fold(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
     float32 logits.
     """
     low = torch.bfloat16 if precision == "bf16" else torch.float32
-    followers = _batchnorm_behind(model)
+    followers = _followers(model)
     linear = None
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -52,26 +61,45 @@ def fold(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
     return model
 
 
-def _batchnorm_behind(model: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
-    """Find the convolutions whose output goes straight into a BatchNorm, by running the model."""
-    outputs: dict[int, tuple[nn.Module, Tensor]] = {}
-    found: dict[nn.Module, nn.BatchNorm2d] = {}
+def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
+    """Find the convolutions whose output goes straight into a BatchNorm, by running the model.
 
-    def after(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        outputs[id(output)] = (module, output)  # keeping the tensor keeps its id its own
+    And the ReLU after that, where it is that one's alone: inside it, as timm has it, or a module
+    that is called once.
+    """
+    convolutions: dict[int, tuple[nn.Module, Tensor]] = {}
+    normalised: dict[int, tuple[Follower, Tensor]] = {}
+    found: dict[nn.Module, Follower] = {}
+    calls: dict[nn.Module, int] = {}
 
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(inputs[0]) in outputs:
-            convolution = outputs[id(inputs[0])][0]
+    def after_convolution(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        convolutions[id(output)] = (module, output)  # keeping the tensor keeps its id its own
+
+    def after_batchnorm(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if id(inputs[0]) in convolutions:
             assert isinstance(module, nn.BatchNorm2d)
-            found[convolution] = module
+            follower = Follower(module)
+            inside = getattr(module, "act", None)
+            if inside is not None and type(inside) in ACTS:
+                follower.act, follower.act_module = ACTS[type(inside)], inside
+            found[convolutions[id(inputs[0])][0]] = follower
+            normalised[id(output)] = (follower, output)
+
+    def before_act(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if id(inputs[0]) in normalised:
+            follower = normalised[id(inputs[0])][0]
+            if follower.act_module is None:
+                follower.act, follower.act_module = ACTS[type(module)], module
 
     handles = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(after))
+            handles.append(module.register_forward_hook(after_convolution))
         elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after_batchnorm))
+        elif type(module) in ACTS:
+            handles.append(module.register_forward_pre_hook(before_act))
     training = [m for m in model.modules() if m.training]
     model.eval()
     with torch.inference_mode():
@@ -80,35 +108,60 @@ def _batchnorm_behind(model: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
         handle.remove()
     for module in training:
         module.training = True
+    for follower in found.values():
+        if follower.act_module is not None and calls[follower.act_module] > 1:
+            follower.act, follower.act_module = "none", None
     return found
 
 
-def _fold_convolution(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, low: torch.dtype) -> None:
-    convolve = _convolve(conv)
-    depthwise = conv.groups > 1
+def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dtype) -> None:
+    bn = follower.bn if follower else None
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+
+    sources = [conv.weight, conv.bias]
+    if bn is not None:
+        sources += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+    kept: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+
+    def folded(dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        if bn is None:
+            return conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
+        assert bn.running_var is not None
+        assert bn.running_mean is not None
+        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)  # (D,)
+        shift = bn.bias - bn.running_mean * scale
+        bias = shift if conv.bias is None else shift + conv.bias * scale
+        return (conv.weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
+
+    def folded_once() -> tuple[Tensor, Tensor | None]:
+        # Without a graph the last one will do, until one of its sources has been written to.
+        versions = tuple(t._version for t in sources if t is not None)
+        if versions not in kept:
+            kept.clear()
+            kept[versions] = folded(low)
+        return kept[versions]
 
     def forward(x: Tensor) -> Tensor:
-        dtype = torch.float32 if depthwise and torch.is_grad_enabled() else low
-        weight, bias = conv.weight, conv.bias
-        if bn is not None and not bn.training:
-            assert bn.running_var is not None
-            assert bn.running_mean is not None
-            scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)  # (D,)
-            shift = bn.bias - bn.running_mean * scale
-            weight = weight * scale[:, None, None, None]
-            bias = shift if bias is None else shift + bias * scale
-        elif bn is not None:
-            dtype = torch.float32  # batch statistics of rounded values would be poor ones
-        return convolve(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        shape = shape_of(conv, (x.shape[2], x.shape[3]))
+        if bn is not None and bn.training:
+            # Batch statistics of rounded values would be poor ones.
+            return convolve(x.float(), conv.weight, conv.bias, shape, "none")
+        if not torch.is_grad_enabled():
+            return convolve(x.to(low), *folded_once(), shape, act)
+        dtype = torch.float32 if conv.groups > 1 and not depthwise else low
+        return convolve(x.to(dtype), *folded(dtype), shape, act)
 
+    act: Act = follower.act if follower else "none"
     conv.forward = forward  # type: ignore[method-assign, assignment]
-    if bn is not None:
-        bn.forward = _after_folded(bn)  # type: ignore[method-assign, assignment]
+    if follower is not None:
+        _pass_on(follower)
 
 
-def _after_folded(bn: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
+def _pass_on(follower: Follower) -> None:
+    """Make BatchNorm and ReLU hand on what the convolution has done already."""
+    bn, act = follower.bn, follower.act_module
     unfolded = bn.forward
-    # timm's BatchNorm layers carry the activation inside.
+    # timm's BatchNorm layers carry dropout and activation inside.
     rest = [m for m in (getattr(bn, "drop", None), getattr(bn, "act", None)) if m is not None]
 
     def forward(x: Tensor) -> Tensor:
@@ -118,23 +171,10 @@ def _after_folded(bn: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
             x = module(x)
         return x
 
-    return forward
-
-
-def _convolve(conv: nn.Conv2d) -> Convolve:
-    if type(conv).__name__ == "Conv2dSame":  # timm's padding as TensorFlow does it
-        import timm.layers
-
-        conv2d_same: Any = timm.layers.conv2d_same  # type: ignore[attr-defined]  # not in __all__
-
-        def same(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            y: Tensor = conv2d_same(
-                x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups
-            )
-            return y
-
-        return same
-    return conv._conv_forward
+    bn.forward = forward  # type: ignore[method-assign, assignment]
+    if act is not None:
+        clip = act.forward
+        act.forward = lambda x: clip(x) if bn.training else x
 
 
 def _linear(linear: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,106 @@
+"""How long a whole run takes and what it reaches: ours, and each peer, as commands.
+
+    python -m bench.whole                            # in an environment made by `make bench`
+    python -m bench.whole --peers tutorial           # only some of them
+
+Ours is `dvc repro` of the last commit in a fresh clone with empty caches, start-up of every stage
+included; a model counts from the moment its stage has ended. A peer is its process from start to
+end. Test accuracy is that on the same images.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.peers import PEERS
+from pipeline.progress import say
+from pipeline.runtime import threads
+
+STAGES = {"probe": "probe", "stage1": "stage1", "stage2": "stage2"}  # by the model they make
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--peers", nargs="*", choices=sorted(PEERS), default=sorted(PEERS))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    options = parser.parse_args()
+    rounds = []
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            clone, env = cloned(Path(scratch))
+            found: dict[str, Any] = {"ours": ours(clone, env)}
+            found |= {peer: theirs(peer, clone, env) for peer in options.peers}
+        rounds.append(found)
+        for line in table(found):
+            say(line)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"threads": threads(), "rounds": rounds}, indent=2) + "\n"
+        )
+
+
+def cloned(scratch: Path) -> tuple[Path, dict[str, str]]:
+    """Clone the last commit beside an empty cache; gives the clone and the environment for it."""
+    root = Path(__file__).parent.parent
+    clone = scratch / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(root), str(clone)], check=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return clone, {**os.environ, "PATH": path, "PIPELINE_CACHE": str(scratch / "cache")}
+
+
+def ours(clone: Path, env: dict[str, str]) -> dict[str, Any]:
+    """Run the graph; gives each model's test accuracy and when its stage had ended, in seconds."""
+    started = time.time()
+    subprocess.run(["dvc", "repro", "--quiet"], cwd=clone, env=env, check=True)
+    seconds = time.time() - started
+    report = json.loads((clone / "models/report/metrics.json").read_text())
+    models = {
+        model: {
+            "accuracy": report["test"][model]["accuracy"],
+            "seconds": (clone / f"models/{stage}/timing.json").stat().st_mtime - started,
+        }
+        for model, stage in STAGES.items()
+    }
+    chosen = report["test"][report["chosen"]]["accuracy"]
+    return {"models": models, "chosen": {"accuracy": chosen, "seconds": seconds}}
+
+
+def theirs(peer: str, clone: Path, env: dict[str, str]) -> dict[str, float]:
+    """Run a peer on the clone's splits; gives its test accuracy and the seconds of its process."""
+    file = clone / f"{peer}.json"
+    started = time.time()
+    command = [sys.executable, "-m", "bench.peers", peer, "--json", str(file)]
+    subprocess.run(command, cwd=clone, env=env, check=True)
+    return {"accuracy": json.loads(file.read_text())["accuracy"], "seconds": time.time() - started}
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Lay a round out as lines: each peer beside our first model that is as good."""
+    own, chosen = found["ours"]["models"], found["ours"]["chosen"]
+    lines = [
+        f"{name:<10} test acc {model['accuracy']:.4f} after {model['seconds']:5.0f} s"
+        for name, model in {**own, "chosen": chosen}.items()
+    ]
+    for peer, result in found.items():
+        if peer == "ours":
+            continue
+        as_good = [m["seconds"] for m in own.values() if m["accuracy"] >= result["accuracy"]]
+        ratio = f"{result['seconds'] / min(as_good):.1f} times ours" if as_good else "never by ours"
+        ahead = 100 * (chosen["accuracy"] - result["accuracy"])
+        lines.append(
+            f"{peer:<10} test acc {result['accuracy']:.4f} after {result['seconds']:5.0f} s: "
+            f"{ratio} to reach that; our chosen model {ahead:+.1f} points"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The gradients of a depthwise convolution, put together from convolutions that are fast.
+
+oneDNN's own gradient by the weights takes ten to seventy times as long for kernels wider than three
+pixels as for narrower ones, and in bfloat16 that by the input as long for strides. Both can be had
+from the fast cases: wide kernels by columns, strides by positions of one residue.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WIDE = 3  # columns of a kernel that oneDNN is fast with
+Pair = tuple[int, int]
+
+
+def input_gradient(
+    dy: Tensor, weight: Tensor, size: Pair, stride: Sequence[int], before: Pair
+) -> Tensor:
+    """Compute the gradient by the input (B, D, H, W) from that by the output (B, D, h, w).
+
+    To input positions of one residue modulo the stride only the taps of one residue contribute: a
+    convolution of the output's gradient with those, flipped. `before` is the padding above and to
+    the left, `size` the input's H and W; the weight is (D, 1, k, k).
+    """
+    rows = list(_residues(weight.shape[2], stride[0], before[0], size[0], dy.shape[2]))
+    columns = list(_residues(weight.shape[3], stride[1], before[1], size[1], dy.shape[3]))
+    whole = len(rows) == len(columns) == 1
+    dx = dy.new_empty((*dy.shape[:2], *size)).contiguous(memory_format=torch.channels_last)
+    for row, (i, above, below) in enumerate(rows):
+        for column, (j, left, right) in enumerate(columns):
+            taps = weight[:, :, i :: stride[0], j :: stride[1]].flip(2, 3)
+            if 0 in taps.shape:  # a stride wider than the kernel passes some pixels over
+                part = dy.new_zeros(())
+            elif above == below and left == right and min(above, left) >= 0:
+                part = F.conv2d(dy, taps, padding=(above, left), groups=len(weight))
+            else:
+                part = F.conv2d(padded(dy, (left, right, above, below)), taps, groups=len(weight))
+            if whole:
+                return part
+            dx[:, :, row :: stride[0], column :: stride[1]] = part
+    return dx
+
+
+def _residues(
+    kernel: int, stride: int, before: int, size: int, outputs: int
+) -> Iterator[tuple[int, int, int]]:
+    """Give, for each residue of the input's position, its first tap and the padding it needs.
+
+    Output o reads input stride * o + j - before by tap j; so input stride * m + residue gets tap
+    j = first + stride * q from output m - q - shift.
+    """
+    for residue in range(stride):
+        first = (residue + before) % stride
+        shift = (first - residue - before) // stride
+        taps = len(range(first, kernel, stride))
+        positions = len(range(residue, size, stride))
+        yield first, shift + taps - 1, positions - outputs - shift
+
+
+def padded(x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
+    """Pad (B, D, H, W) with zeros, or crop it, by so much left, right, above and below.
+
+    As `F.pad` does, which fills the whole before it copies: that takes twice as long.
+    """
+    left, right, above, below = pads
+    x = x[:, :, max(-above, 0) : x.shape[2] - max(-below, 0)]
+    x = x[:, :, :, max(-left, 0) : x.shape[3] - max(-right, 0)]
+    left, right, above, below = (max(pad, 0) for pad in pads)
+    n, d, height, width = x.shape
+    size = (n, d, above + height + below, left + width + right)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y[:, :, above : above + height, left : left + width] = x
+    y[:, :, :above] = 0
+    y[:, :, above + height :] = 0
+    y[:, :, :, :left] = 0
+    y[:, :, :, left + width :] = 0
+    return y
+
+
+def weight_gradient(
+    x: Tensor, dy: Tensor, kernel: Pair, stride: Sequence[int], before: Pair, after: Pair
+) -> Tensor:
+    """Compute the gradient by the weight (D, 1, k, k) from input and the output's gradient.
+
+    A few columns at a time, for which the input is shifted.
+    """
+    (top, left), (bottom, right) = before, after
+    down = top if top == bottom else 0
+    parts = []
+    for first in range(0, kernel[1], WIDE):
+        columns = min(WIDE, kernel[1] - first)
+        ends = left - first, right - (kernel[1] - first - columns)
+        across = ends[0] if ends[0] == ends[1] >= 0 else 0
+        pads = (ends[0] - across, ends[1] - across, top - down, bottom - down)
+        weight = dy.new_empty((x.shape[1], 1, kernel[0], columns))  # only its shape is looked at
+        shifted = padded(x, pads) if any(pads) else x
+        parts.append(
+            torch.ops.aten.convolution_backward(
+                *(dy, shifted, weight, None, stride, (down, across), (1, 1)),
+                *(False, (0, 0), x.shape[1], (False, True, False)),
+            )[1]
+        )
+    return torch.cat(parts, 3)
