@@ -65,7 +65,7 @@ class Network:
             x = F.interpolate(x, size, mode="bicubic", antialias=True)
         mean = torch.tensor(self.backbone.mean).view(1, 3, 1, 1) * 255
         std = torch.tensor(self.backbone.std).view(1, 3, 1, 1) * 255
-        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        return (x - mean).div_(std).contiguous(memory_format=torch.channels_last)
 
     def load_state(self, tensors: dict[str, NDArray[Any]], where: Path) -> None:
         """Load weights strictly.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nets.backbone import head_name
@@ -28,7 +29,7 @@ class Taps:
 
     def _hook(self, depth: str) -> Any:
         def pooled(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._codes[depth] = pool(output.float(), self.pooling)
+            self._codes[depth] = pool(output, self.pooling)
 
         def head_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._codes[depth] = inputs[0].float()  # (B, D)
@@ -58,10 +59,11 @@ class Taps:
 
 
 def pool(maps: Tensor, pooling: Pooling) -> Tensor:
-    """Pool feature maps (B, D, h, w) to (B, D), or for `both` to (B, 2 D)."""
+    """Pool feature maps (B, D, h, w) to float32 (B, D), or for `both` to (B, 2 D)."""
     parts = []
     if pooling != "max":
-        parts.append(maps.mean((2, 3)))
+        parts.append(maps.float().mean((2, 3)))
     if pooling != "average":
-        parts.append(maps.amax((2, 3)))
+        # Many times as fast as `amax`, and as exact.
+        parts.append(F.adaptive_max_pool2d(maps, 1).flatten(1).float())
     return torch.cat(parts, 1)
