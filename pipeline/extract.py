@@ -64,7 +64,7 @@ def extract(
         if len(shapes.get(depth, ())) != 4:
             raise ParamError(f"extract.depths: {depth} gives no feature maps; choose a block")
     network = Network(
-        fold(model.eval(), resolved(precision)),
+        fold(model.eval().requires_grad_(False), resolved(precision)),
         backbone,
         packed.classes,
         image_size,

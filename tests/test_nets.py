@@ -12,6 +12,7 @@ from pipeline.layers import as_table, layers
 from pipeline.learn.fit import Recipe, fit, make_optimizer
 from pipeline.nets.backbone import build, head_name, pretrained
 from pipeline.nets.blocks import chain, depths, is_inside, match, trained_with
+from pipeline.nets.convolve import ACTS, Shape, convolve, shape_of
 from pipeline.nets.cut import cut_below
 from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import fold
@@ -90,6 +91,60 @@ def test_a_batchnorm_in_train_mode_is_not_folded_away():
     folded = fold(copy.deepcopy(plain).eval(), "fp32").train()
     torch.testing.assert_close(folded(x), plain(x), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(folded.bn1.running_mean, plain.bn1.running_mean)
+
+
+def test_a_folded_network_answers_by_its_weights_after_a_step_of_a_fused_optimiser():
+    plain, x = drawn("torchvision/resnet18"), images()
+    folded = fold(copy.deepcopy(plain), "fp32")
+    freeze_all_but(folded, ["layer4", "fc"], "frozen")
+    with torch.no_grad():
+        folded(x)  # keeps what is folded, where that is kept
+    optimizer = torch.optim.AdamW([p for p in folded.parameters() if p.requires_grad], fused=True)
+    folded(x).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        plain.load_state_dict(folded.state_dict())
+        torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
+        other = {name: t * 1.1 for name, t in plain.state_dict().items() if t.is_floating_point()}
+        for model in (plain, folded):
+            model.load_state_dict(other, strict=False)
+        torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("pads", [(0, 0), (1, 1), (0, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_a_convolutions_gradients_are_those_of_autograd(kernel, stride, pads, depthwise):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 13, 14, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 1 if depthwise else 4, kernel, kernel, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    weight.requires_grad_()
+    shape = Shape((stride, stride), (pads[0],) * 2, (pads[1],) * 2, (1, 1), 4 if depthwise else 1)
+    padded = nn.functional.pad(x, pads * 2)
+    plain = nn.functional.conv2d(padded, weight, bias, stride, groups=shape.groups)
+    direction = torch.randn_like(plain)
+    expected = torch.autograd.grad((plain.clamp(0, 6) * direction).sum(), (x, weight, bias))
+    low = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
+    y = convolve(low[0].contiguous(memory_format=torch.channels_last), *low[1:], shape, "relu6")
+    actual = torch.autograd.grad((y * direction).sum(), low)
+    torch.testing.assert_close(y.double(), plain.clamp(0, 6), rtol=1e-4, atol=1e-4)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.Identity()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolution_and_activation_at_once_are_the_two_to_the_bit(act, dtype):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 16, 3, padding=1, stride=2, groups=16).to(dtype)
+    x = (torch.randn(8, 16, 20, 20) * 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    shape = shape_of(conv, (20, 20))
+    with torch.no_grad():
+        expected = act(conv(x))
+        actual = convolve(x, conv.weight, conv.bias, shape, ACTS.get(type(act), "none"))
+    assert torch.equal(actual, expected)
 
 
 def test_the_chain_of_a_network_ends_in_its_head():

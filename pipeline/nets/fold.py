@@ -134,7 +134,10 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
         return (conv.weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
 
     def folded_once() -> tuple[Tensor, Tensor | None]:
-        # Without a graph the last one will do, until one of its sources has been written to.
+        # What doesn't train changes by loading alone, which its tensors count; fused optimisers
+        # write without counting.
+        if any(t.requires_grad for t in sources if t is not None):
+            return folded(low)
         versions = tuple(t._version for t in sources if t is not None)
         if versions not in kept:
             kept.clear()

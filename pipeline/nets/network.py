@@ -116,7 +116,7 @@ def from_checkpoint(
     model = build(facts["backbone"].name, n_outputs or len(facts["classes"]))
     network = Network(fold(model, facts["precision"]), **facts)
     network.load_state(tensors, file)
-    network.model.eval()
+    network.model.eval().requires_grad_(False)
     return network
 
 
