@@ -6,6 +6,7 @@ judge of the two, and on some hundred images many cells score alike.
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +38,7 @@ from pipeline.learn.probes import (
 )
 from pipeline.nets.depths import JOIN, LAST, SOURCE
 from pipeline.progress import say, track
+from pipeline.runtime import threads
 from pipeline.stage import Key, Seed, main, write_csv, write_json
 
 Positive = Annotated[float, Gt(0)]
@@ -100,8 +102,15 @@ def probe(
         depths = [*facts["depths"], *_joined(facts["depths"], join)]
         tasks = [(kind, depth) for depth in depths for kind in ("linear", *kinds)]
         tasks = [(k, d) for k, d in dict.fromkeys(tasks) if k in kinds or d == LAST]
-        for kind, depth in track(tasks, len(tasks), "probe"):
-            cells += search.cells(kind, depth, read_codes(features, "train", depth))
+
+        def searched(task: tuple[Kind, str]) -> list[Cell]:
+            kind, depth = task
+            return list(search.cells(kind, depth, read_codes(features, "train", depth)))
+
+        # In threads: what takes the time, BLAS and libsvm, lets go of the interpreter.
+        with ThreadPoolExecutor(threads()) as pool:
+            for found in track(pool.map(searched, tasks), len(tasks), "probe"):
+                cells += found
         best = best_cell([cell for cell in cells if cell.kind in kinds])
         best_linear = best_cell([c for c in cells if c.kind == "linear" and c.depth == LAST])
         linear = search.fit(best_linear, read_codes(features, "train", LAST))
@@ -164,24 +173,31 @@ class _Search:
     def cells(self, kind: Kind, depth: str, codes: Any) -> Iterator[Cell]:
         """Cross-validate one kind at one depth over all its C.
 
-        The scaling is measured on all of train: it sees no labels.
+        The scaling is measured on all of train: it sees no labels. Machines of all C share one
+        kernel; a linear probe starts from that of the next smaller C, in single precision.
         """
         x, y, weights, groups = self._data(kind, self._scaled(kind, depth, codes))
         kernel = None if kind == "linear" else gram(x, x, kind, 1 / x.shape[1])
+        x = x if kernel is not None else x.astype(np.float32)
         cuts = list(self._folds(y, groups))
-        for c in self.grid[kind]:
-            scores = np.empty((len(y), self.n_classes))
-            for fit_on, held_out in cuts:
-                if kernel is None:
-                    fitted = fit_linear(x[fit_on], y[fit_on], weights[fit_on], c, self.balance)
-                    found = class_scores(fitted, x[held_out], self.n_classes)
-                else:
-                    square = kernel[np.ix_(fit_on, fit_on)]
-                    machine = fit_svm(square, y[fit_on], weights[fit_on], c, self.balance)
-                    found = class_scores(machine, kernel[np.ix_(held_out, fit_on)], self.n_classes)
-                scores[held_out] = found
-            loss = cross_entropy(scores, y, fit_temperature(scores, y))
-            right = scores.argmax(1) == y
+        grid = sorted(self.grid[kind])
+        scores = {c: np.empty((len(y), self.n_classes)) for c in grid}
+        for fit_on, held_out in cuts:
+            of_fold = y[fit_on], weights[fit_on]
+            if kernel is None:
+                seen, unseen = x[fit_on], x[held_out]
+                fitted = None
+                for c in grid:
+                    fitted = fit_linear(seen, *of_fold, c, self.balance, fitted)
+                    scores[c][held_out] = class_scores(fitted, unseen, self.n_classes)
+            else:
+                seen, unseen = kernel[np.ix_(fit_on, fit_on)], kernel[np.ix_(held_out, fit_on)]
+                for c in grid:
+                    machine = fit_svm(seen, *of_fold, c, self.balance)
+                    scores[c][held_out] = class_scores(machine, unseen, self.n_classes)
+        for c in grid:
+            loss = cross_entropy(scores[c], y, fit_temperature(scores[c], y))
+            right = scores[c].argmax(1) == y
             yield Cell(kind, depth, c, loss, tuple(right[held].mean() for _, held in cuts))
 
     def fit(self, cell: Cell, codes: Any) -> Probe:

@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.svm import SVC
 
 from pipeline.errors import CheckpointError
 from pipeline.nets import checkpoint
+
+if TYPE_CHECKING:
+    # A second to import, which who only reads a probe need not wait for.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import SVC
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -87,18 +90,28 @@ def gram(x: Floats, vectors: Floats, kind: Kind, gamma: float) -> Floats:
 
 
 def fit_linear(
-    x: Floats, y: Ints, weights: Floats, c: float, class_weight: str | None
-) -> LogisticRegression:
-    """Fit a logistic regression on standardised codes (N, D)."""
-    return LogisticRegression(C=c, class_weight=class_weight, max_iter=2000).fit(x, y, weights)
+    x: NDArray[np.floating[Any]],
+    y: Ints,
+    weights: Floats,
+    c: float,
+    class_weight: str | None,
+    start: "LogisticRegression | None" = None,
+) -> "LogisticRegression":
+    """Fit a logistic regression on standardised codes (N, D), from scratch or from another one."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = start or LogisticRegression(class_weight=class_weight, max_iter=2000, warm_start=True)
+    return model.set_params(C=c).fit(x, y, weights)
 
 
-def fit_svm(kernel: Floats, y: Ints, weights: Floats, c: float, class_weight: str | None) -> SVC:
+def fit_svm(kernel: Floats, y: Ints, weights: Floats, c: float, class_weight: str | None) -> "SVC":
     """Fit a support vector machine on a kernel (N, N) that all C and folds share."""
+    from sklearn.svm import SVC
+
     return SVC(C=c, kernel="precomputed", class_weight=class_weight).fit(kernel, y, weights)
 
 
-def class_scores(fitted: LogisticRegression | SVC, x: Floats, n_classes: int) -> Floats:
+def class_scores(fitted: "LogisticRegression | SVC", x: Floats, n_classes: int) -> Floats:
     """Score codes (N, D), or for an SVC a kernel (N, S): (N, C), as `Probe.scores` would.
 
     A class that the fit never saw gets the lowest score of each row.
@@ -110,7 +123,7 @@ def class_scores(fitted: LogisticRegression | SVC, x: Floats, n_classes: int) ->
     return np.asarray(scores)
 
 
-def linear_probe(fitted: LogisticRegression, scaler: Scaler, depth: str, l2: bool) -> Probe:
+def linear_probe(fitted: "LogisticRegression", scaler: Scaler, depth: str, l2: bool) -> Probe:
     """Make a probe of a fitted logistic regression; two classes' one row w becomes ±w/2."""
     weight, bias = fitted.coef_, fitted.intercept_
     if len(weight) == 1:
@@ -120,7 +133,7 @@ def linear_probe(fitted: LogisticRegression, scaler: Scaler, depth: str, l2: boo
 
 
 def svm_probe(
-    fitted: SVC,
+    fitted: "SVC",
     x: Floats,
     scaler: Scaler,
     depth: str,
