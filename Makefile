@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Stages are started as `python`: the environment's own.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: repro advise test test-long lint install
+.PHONY: repro advise test test-long bench lint install
 
 repro: install  ## run what isn't up to date, from the images to the final model
 	@$(RUN) dvc repro
@@ -19,6 +19,11 @@ test: lint  ## lint, types and all tests that don't take minutes
 test-long: install  ## the tests that take minutes
 	@$(RUN) pytest -m long
 
+bench: .venv/.peers  ## our speed beside the bare network's and the peers' (some forty minutes, alone)
+	@$(RUN) dvc repro --quiet probe
+	@$(RUN) python -m bench.ratios --json bench/ratios.json
+	@$(RUN) python -m bench.whole --json bench/whole.json
+
 lint: install
 	@$(RUN) ruff format --check --quiet .
 	@$(RUN) ruff check --quiet .
@@ -32,4 +37,10 @@ install: .venv/.installed  ## the environment, once
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.venv/.peers: .venv/.installed
+	@echo "installing the peers into .venv"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[peers]"
 	@touch $@

@@ -39,10 +39,11 @@ from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import resolved
 from pipeline.nets.freeze import everything, freeze_all_but
 from pipeline.nets.network import Network, over
+from pipeline.nets.processor import set_up_torch
 from pipeline.nets.stored import key_of, stored
 from pipeline.nets.taps import Taps
 from pipeline.progress import say
-from pipeline.runtime import set_up_torch, threads
+from pipeline.runtime import threads
 from pipeline.viewing import Viewing, averaged
 
 Ints = NDArray[np.int64]

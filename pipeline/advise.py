@@ -23,8 +23,8 @@ from pipeline.learn.pace import Pace, measured
 from pipeline.learn.start import start_network, what_trains
 from pipeline.nets.depths import SOURCE
 from pipeline.nets.fold import Precision, resolved
+from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
-from pipeline.runtime import set_up_torch
 from pipeline.stage import Key, Seed, main, write_csv, write_json, write_text
 
 Size = Interval(ge=16, le=2048)

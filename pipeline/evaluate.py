@@ -29,8 +29,8 @@ from pipeline.learn.verdict import (
 from pipeline.nets.backbone import again, backbone_of
 from pipeline.nets.fold import fold
 from pipeline.nets.network import Network, load, refuse_other_classes
+from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
-from pipeline.runtime import set_up_torch
 from pipeline.stage import Seed, main, write_csv, write_json
 from pipeline.viewing import Viewing, logits
 

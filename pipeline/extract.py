@@ -19,9 +19,9 @@ from pipeline.nets.backbone import pretrained
 from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
+from pipeline.nets.processor import set_up_torch
 from pipeline.nets.taps import Pooling, Taps
 from pipeline.progress import track
-from pipeline.runtime import set_up_torch
 from pipeline.stage import Key, Seed, main, whole_folder, write_json
 from pipeline.viewing import Run, Viewing, averaged
 

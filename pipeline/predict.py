@@ -11,8 +11,8 @@ import numpy as np
 from pipeline.classifier import Classifier, load
 from pipeline.errors import DataError
 from pipeline.images.decode import decode
+from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
-from pipeline.runtime import set_up_torch
 from pipeline.stage import one_line_errors
 
 NOT_SURE = "not sure"

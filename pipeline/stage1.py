@@ -21,9 +21,9 @@ from pipeline.nets.cut import cut_below
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import freeze_all_but
 from pipeline.nets.network import batches, refuse_larger, versions
+from pipeline.nets.processor import set_up_torch
 from pipeline.nets.stored import Batch, key_of, stored
 from pipeline.progress import say
-from pipeline.runtime import set_up_torch
 from pipeline.stage import Key, Seed, main
 
 

@@ -20,8 +20,8 @@ from pipeline.learn.metrics import validation
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import everything, freeze_all_but
 from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
+from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
-from pipeline.runtime import set_up_torch
 from pipeline.stage import Key, Seed, main, write_csv
 from pipeline.viewing import Viewing, logits
 

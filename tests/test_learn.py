@@ -4,13 +4,13 @@ import torch
 from scipy.stats import binomtest
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.svm import SVC
 from sklearn.utils.class_weight import compute_sample_weight
 
 from pipeline.images.augment import Augment, augment, dihedral
 from pipeline.learn.fit import DivergedError, Recipe, Weighing, fit, training_weights
-from pipeline.learn.metrics import cross_entropy, fit_temperature
+from pipeline.learn.metrics import balanced_accuracy, cross_entropy, fit_temperature
 from pipeline.learn.probes import (
     Scaler,
     class_scores,
@@ -203,6 +203,14 @@ def test_temperature_undoes_a_known_one():
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = (p.cumsum(1) > random.random((20_000, 1))).argmax(1)
     assert fit_temperature(logits * 2.5, labels) == pytest.approx(2.5, rel=0.03)
+
+
+def test_balanced_accuracy_is_scikit_learns_over_the_classes_that_occur():
+    random = np.random.default_rng(0)
+    labels, predicted = random.choice([0, 1, 3], 60), random.integers(0, 5, 60)
+    with pytest.warns(UserWarning, match="not in y_true"):
+        expected = balanced_accuracy_score(labels, predicted)
+    assert balanced_accuracy(labels, predicted) == pytest.approx(expected)
 
 
 def test_cross_entropy_is_torchs():
