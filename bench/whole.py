@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bench.peers import PEERS
 from pipeline.progress import say
 from pipeline.runtime import threads
@@ -70,7 +72,21 @@ def ours(clone: Path, env: dict[str, str]) -> dict[str, Any]:
         for model, stage in STAGES.items()
     }
     chosen = report["test"][report["chosen"]]["accuracy"]
-    return {"models": models, "chosen": {"accuracy": chosen, "seconds": seconds}}
+    extract = json.loads((clone / "models/extract/timing.json").read_text())["extract"]["seconds"]
+    search = linear_search(clone, env) / extract
+    return {"models": models, "chosen": {"accuracy": chosen, "seconds": seconds}, "search": search}
+
+
+def linear_search(clone: Path, env: dict[str, str]) -> float:
+    """Run the probe with linear probes alone, on all depths and C; gives the seconds."""
+    params = yaml.safe_load((clone / "params.yaml").read_text())
+    params["probe"]["kinds"] = ["linear"]
+    (clone / "linear.yaml").write_text(yaml.safe_dump(params))
+    command = [sys.executable, "-m", "pipeline.probe", "--params", "linear.yaml"]
+    command += ["--features", "data/features", "--out", "linear", "--timing", "linear/timing.json"]
+    subprocess.run(command, cwd=clone, env=env, check=True)
+    found: float = json.loads((clone / "linear/timing.json").read_text())["probe"]["seconds"]
+    return found
 
 
 def theirs(peer: str, clone: Path, env: dict[str, str]) -> dict[str, float]:
@@ -89,9 +105,9 @@ def table(found: dict[str, Any]) -> list[str]:
         f"{name:<10} test acc {model['accuracy']:.4f} after {model['seconds']:5.0f} s"
         for name, model in {**own, "chosen": chosen}.items()
     ]
-    for peer, result in found.items():
-        if peer == "ours":
-            continue
+    lines.append(f"linear search / extraction: {found['ours']['search']:.2f}")
+    for peer in (p for p in PEERS if p in found):
+        result = found[peer]
         as_good = [m["seconds"] for m in own.values() if m["accuracy"] >= result["accuracy"]]
         ratio = f"{result['seconds'] / min(as_good):.1f} times ours" if as_good else "never by ours"
         ahead = 100 * (chosen["accuracy"] - result["accuracy"])

@@ -131,6 +131,15 @@ def test_code_deps_hold_every_module_that_importing_a_stage_loads():
         assert set() == loads - set(listed(stage, "deps"))
 
 
+@pytest.mark.parametrize(
+    ("stage", "unused"),
+    [("prepare", "torch"), ("probe", "torch"), ("stage1", "sklearn"), ("stage2", "sklearn")],
+)
+def test_a_stage_starts_without_a_library_that_it_does_not_use(stage, unused):
+    code = f"import sys, pipeline.{stage}; sys.exit({unused!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 @each_stage
 def test_stages_do_not_import_each_other(stage):
     assert {f"pipeline/{stage}.py"} == closure(stage) & {f"pipeline/{name}.py" for name in STAGES}

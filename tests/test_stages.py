@@ -283,6 +283,16 @@ def test_the_probes_cross_validation_is_scikit_learns(finished, tmp_path):
     assert float(found["loss"]) == pytest.approx(loss, abs=1e-4)
 
 
+def test_a_probe_is_the_same_whatever_the_number_of_threads(finished, tmp_path, monkeypatch):
+    folder, found = copied(finished, tmp_path, "features"), []
+    for number in ("1", "3"):
+        monkeypatch.setenv("PIPELINE_THREADS", number)
+        run(folder, read_params(), "probe")
+        out = paths(folder)["probe"]["out"]
+        found.append([(out / name).read_bytes() for name in ("probe.safetensors", "grid.csv")])
+    assert found[0] == found[1]
+
+
 def test_codes_of_unit_length_are_scikit_learns_and_the_heads_probe_keeps_its_own(
     finished, tmp_path
 ):
