@@ -134,6 +134,20 @@ def test_a_convolutions_gradients_are_those_of_autograd(kernel, stride, pads, de
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 1), (7, 4)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_kernel_may_be_larger_than_the_map(size, stride):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 1, 7, 7, dtype=torch.float64, requires_grad=True)
+    plain = nn.functional.conv2d(x, weight, None, stride, 3, groups=4)
+    expected = torch.autograd.grad(plain.sum(), (x, weight))
+    low = [t.detach().float().requires_grad_() for t in (x, weight)]
+    y = convolve(*low, None, Shape((stride, stride), (3, 3), (3, 3), (1, 1), 4), "none")
+    for one, other in zip(torch.autograd.grad(y.sum(), low), expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.Identity()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_convolution_and_activation_at_once_are_the_two_to_the_bit(act, dtype):

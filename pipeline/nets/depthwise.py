@@ -51,7 +51,7 @@ def _residues(
     Output o reads input stride * o + j - before by tap j; so input stride * m + residue gets tap
     j = first + stride * q from output m - q - shift.
     """
-    for residue in range(stride):
+    for residue in range(min(stride, size)):
         first = (residue + before) % stride
         shift = (first - residue - before) // stride
         taps = len(range(first, kernel, stride))
@@ -65,17 +65,19 @@ def padded(x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
     As `F.pad` does, which fills the whole before it copies: that takes twice as long.
     """
     left, right, above, below = pads
-    x = x[:, :, max(-above, 0) : x.shape[2] - max(-below, 0)]
-    x = x[:, :, :, max(-left, 0) : x.shape[3] - max(-right, 0)]
-    left, right, above, below = (max(pad, 0) for pad in pads)
     n, d, height, width = x.shape
     size = (n, d, above + height + below, left + width + right)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    y[:, :, above : above + height, left : left + width] = x
-    y[:, :, :above] = 0
-    y[:, :, above + height :] = 0
-    y[:, :, :, :left] = 0
-    y[:, :, :, left + width :] = 0
+    # What is left of the input; nothing, where more is cropped than there is.
+    top, first = max(above, 0), max(left, 0)
+    bottom, last = max(min(size[2], above + height), top), max(min(size[3], left + width), first)
+    y[:, :, top:bottom, first:last] = x[
+        :, :, top - above : bottom - above, first - left : last - left
+    ]
+    y[:, :, :top] = 0
+    y[:, :, bottom:] = 0
+    y[:, :, :, :first] = 0
+    y[:, :, :, last:] = 0
     return y
 
 
