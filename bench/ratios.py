@@ -34,6 +34,7 @@ from pipeline.learn.fit import Recipe, fit
 from pipeline.learn.start import start_network, what_trains
 from pipeline.nets.backbone import again, set_head
 from pipeline.nets.blocks import depths
+from pipeline.nets.convolve import convolve, shape_of
 from pipeline.nets.cut import cut_below
 from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import resolved
@@ -69,7 +70,7 @@ def main() -> None:
     bare = Bare()
     for number in range(options.rounds):
         say(f"round {number + 1} of {options.rounds}")
-        found = {**forwards(images, bare), **steps(images, bare)}
+        found = {**forwards(images, bare), **steps(images, bare), **depthwise_gradients()}
         for top in TOPS:
             found |= first_stage(images, top, bare)
         rounds.append(found)
@@ -106,7 +107,12 @@ class Bare:
 def serve(connection: Connection) -> None:
     """Time what is asked for, in a process as PyTorch comes."""
     torch.set_num_threads(threads())
-    known = {"forward": bare_forward, "step": bare_step, "epoch": usual_epoch}
+    known = {
+        "forward": bare_forward,
+        "folded": folded_forward,
+        "step": bare_step,
+        "epoch": usual_epoch,
+    }
     while True:
         name, arguments = connection.recv()
         if not name:
@@ -119,6 +125,15 @@ def bare_forward() -> float:
     plain, x = unfolded(), torch.rand(BATCH, 3, WHOLE, WHOLE)
     with torch.inference_mode():
         return seconds(lambda: plain(x))
+
+
+def folded_forward() -> float:
+    """Time the folded network's forward pass of a batch."""
+    ours = network(WHOLE)
+    ours.model.requires_grad_(False)
+    x = torch.rand(BATCH, 3, WHOLE, WHOLE).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        return seconds(lambda: ours.model(x))
 
 
 def bare_step() -> float:
@@ -164,11 +179,8 @@ def usual_epoch(n: int, trained: list[str]) -> float:
 def forwards(images: Images, bare: Bare) -> dict[str, float]:
     """Compare extract's loop, the bare folded network, and the network as PyTorch runs it."""
     ours = network(WHOLE)
-    ours.model.requires_grad_(False)
-    x = torch.rand(BATCH, 3, WHOLE, WHOLE).contiguous(memory_format=torch.channels_last)
-    eager = bare("forward") / BATCH
-    with torch.inference_mode():
-        folded = seconds(lambda: ours.model(x)) / BATCH
+    eager, unkept = bare("forward") / BATCH, bare("folded") / BATCH
+    folded = folded_forward() / BATCH
     with Taps(ours.model, [*depths(ours.model), LAST, SOURCE], "both") as taps:
         run = averaged(ours, taps, Viewing("none", 1))
         start = time.perf_counter()
@@ -178,6 +190,7 @@ def forwards(images: Images, bare: Bare) -> dict[str, float]:
     return {
         "bare folded forward / extract's loop, 224 px": folded / extracted,
         "eager fp32 forward / bare folded forward, 224 px": eager / folded,
+        "folded forward, memory given back / kept, 224 px": unkept / folded,
     }
 
 
@@ -231,6 +244,28 @@ def steps(images: Images, bare: Bare) -> dict[str, float]:
 
     own = step(ours.model, from_pixels, torch.empty(0), y)
     return {"the best bare eager step / stage 2's step, 160 px": bare("step") / own}
+
+
+def depthwise_gradients() -> dict[str, float]:
+    """Compare oneDNN's gradients of a depthwise convolution with ours, in bfloat16."""
+    ratios = {}
+    for kernel, stride, size, channels in ((5, 1, 10, 672), (3, 2, 80, 96)):
+        conv = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels)
+        x = torch.randn(BATCH, channels, size, size).to(torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        weight = conv.weight.detach().to(torch.bfloat16).requires_grad_()
+        shape = shape_of(conv, (size, size))
+        y = F.conv2d(x, weight, None, stride, kernel // 2, groups=channels)
+        dy, own = torch.randn_like(y), convolve(x, weight, None, shape, "none")
+
+        def gradients(y: Tensor, dy: Tensor = dy, of: tuple[Tensor, ...] = (x, weight)) -> object:
+            return torch.autograd.grad(y, of, dy, retain_graph=True)
+
+        theirs = seconds(lambda y=y, run=gradients: run(y))
+        ours = seconds(lambda y=own, run=gradients: run(y))
+        name = f"{kernel} x {kernel} on {size} x {size} x {channels}, stride {stride}"
+        ratios[f"oneDNN's depthwise gradients / ours, {name}, bf16"] = theirs / ours
+    return ratios
 
 
 def network(size: int) -> Network:
