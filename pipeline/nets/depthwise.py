@@ -1,8 +1,9 @@
 """The gradients of a depthwise convolution, put together from convolutions that are fast.
 
-oneDNN's own gradient by the weights takes ten to seventy times as long for kernels wider than three
-pixels as for narrower ones, and in bfloat16 that by the input as long for strides. Both can be had
-from the fast cases: wide kernels by columns, strides by positions of one residue.
+oneDNN is slow with the gradient by the weights of kernels wider than three pixels, and in bfloat16
+with that by the input where there is a stride. Both can be had from the fast cases: wide kernels by
+columns, strides by positions of one residue (together three to eight times as fast:
+bench/ratios.py).
 """
 
 from collections.abc import Iterator, Sequence

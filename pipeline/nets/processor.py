@@ -14,7 +14,7 @@ def set_up_torch() -> None:
     """Give torch the processors of this process, and let freed memory be used again.
 
     glibc gives large buffers back to the system at once, which zeroes them anew for the next
-    convolution; a third of a forward pass went there.
+    convolution: a tenth of a forward pass (bench/ratios.py).
     """
     torch.set_num_threads(threads())
     libc = ctypes.CDLL(None)
