@@ -131,7 +131,7 @@ def folded_forward() -> float:
     """Time the folded network's forward pass of a batch."""
     ours = network(WHOLE)
     ours.model.requires_grad_(False)
-    x = torch.rand(BATCH, 3, WHOLE, WHOLE).contiguous(memory_format=torch.channels_last)
+    x = ours.normalise(255 * torch.rand(BATCH, WHOLE, WHOLE))
     with torch.inference_mode():
         return seconds(lambda: ours.model(x))
 
@@ -179,6 +179,7 @@ def usual_epoch(n: int, trained: list[str]) -> float:
 def forwards(images: Images, bare: Bare) -> dict[str, float]:
     """Compare extract's loop, the bare folded network, and the network as PyTorch runs it."""
     ours = network(WHOLE)
+    ours.model.requires_grad_(False)  # as extract does
     eager, unkept = bare("forward") / BATCH, bare("folded") / BATCH
     folded = folded_forward() / BATCH
     with Taps(ours.model, [*depths(ours.model), LAST, SOURCE], "both") as taps:
@@ -198,7 +199,7 @@ def first_stage(images: Images, top: list[str], bare: Bare) -> dict[str, float]:
     """Compare stage 1 with the usual loop, and with its passes and steps without the rest."""
     rows = read_rows(PREPARED, "train")
     labels, ids, ones = rows.labels[: len(images)], rows.ids, np.ones(len(images))
-    ours = network(SMALL)
+    ours = network(WHOLE)
     trained = what_trains(ours, top)
     freeze_all_but(ours.model, trained, "frozen")
     cut = cut_below(ours.model, trained)

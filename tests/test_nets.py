@@ -284,6 +284,41 @@ def test_codes_hold_average_and_maximum_of_each_map():
     assert pool(maps, "both").tolist() == [[3.0, -1.0, 6.0, 0.0]]
 
 
+@pytest.mark.parametrize(
+    "shape", [(4, 16, 112, 112), (3, 40, 13, 29), (2, 320, 7, 7), (2, 5, 1, 1)]
+)
+def test_averages_of_low_precision_maps_are_those_in_double_precision(shape):
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(shape, generator=generator).mul_(6).to(torch.bfloat16)
+    maps = maps.contiguous(memory_format=torch.channels_last)
+    found = pool(maps, "average")
+    assert found.dtype == torch.float32
+    # Each row's average is rounded once, by half of the last of bfloat16's eight digits.
+    torch.testing.assert_close(found.double(), maps.double().mean((2, 3)), rtol=2**-9, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_normalised_by_the_weights_mean_and_deviation(precision, channels):
+    model, backbone = pretrained(LITE0, "none", "", 0)
+    backbone = replace(backbone, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    facts = (backbone, ["a"], 32, 32, "squash", channels, precision)
+    network = Network(fold(model.eval(), precision), *facts)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, channels), np.uint8)
+    found = network.normalise(torch.from_numpy(pixels if channels == 3 else pixels[..., 0]))
+    expected = (pixels / 255 - backbone.mean) / backbone.std
+    assert found.shape == (2, 3, 32, 32)
+    tolerance = 2**-8 if precision == "bf16" else 1e-5
+    np.testing.assert_allclose(
+        found.float().permute(0, 2, 3, 1).numpy(), expected, rtol=tolerance, atol=1e-5
+    )
+    # The first convolution would round the input itself: so rounded before, nothing changes.
+    network.precision = "fp32"
+    with torch.no_grad():
+        unrounded = network.normalise(torch.from_numpy(pixels if channels == 3 else pixels[..., 0]))
+        assert torch.equal(network.model(found), network.model(unrounded))
+
+
 def test_an_image_gives_the_same_bits_at_any_place_of_a_batch():
     model, _ = pretrained(LITE0, "imagenet", "", 0)
     model = fold(model.eval(), "bf16")

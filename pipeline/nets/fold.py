@@ -20,6 +20,7 @@ from pipeline.nets.blocks import TRACE_SIZE
 from pipeline.nets.convolve import ACTS, Act, convolve, shape_of
 
 Precision = Literal["auto", "fp32", "bf16"]
+NUMBER_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -46,7 +47,7 @@ def fold(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
     A BatchNorm in train mode runs as it is, by batch statistics. The last linear layer gives
     float32 logits.
     """
-    low = torch.bfloat16 if precision == "bf16" else torch.float32
+    low = NUMBER_FORMATS[precision]
     followers = _followers(model)
     linear = None
     for module in model.modules():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import CheckpointError, ParamError
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
-from pipeline.nets.fold import fold
+from pipeline.nets.fold import NUMBER_FORMATS, fold
 
 # The size of a batch may change an image's last bits, its place in the batch doesn't: so one size.
 EVAL_BATCH = 32
@@ -56,7 +56,8 @@ class Network:
     def normalise(self, pixels: Tensor) -> Tensor:
         """Turn uint8 or 0..255 pixels (B, H, W) or (B, H, W, 3) into the input (B, 3, h, w).
 
-        Resized to `image_size` where they are larger, with antialiasing.
+        Resized to `image_size` where they are larger, with antialiasing, and in the number format
+        that the first convolution takes: half the bytes where that is bfloat16.
         """
         x = pixels.to(torch.float32)
         x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
@@ -65,7 +66,7 @@ class Network:
             x = F.interpolate(x, size, mode="bicubic", antialias=True)
         mean = torch.tensor(self.backbone.mean).view(1, 3, 1, 1) * 255
         std = torch.tensor(self.backbone.std).view(1, 3, 1, 1) * 255
-        return (x - mean).div_(std).contiguous(memory_format=torch.channels_last)
+        return (x - mean).div_(std).to(NUMBER_FORMATS[self.precision])
 
     def load_state(self, tensors: dict[str, NDArray[Any]], where: Path) -> None:
         """Load weights strictly.
