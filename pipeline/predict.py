@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.classifier import Classifier, load
+from pipeline import classifier, portable
 from pipeline.errors import DataError
 from pipeline.images.decode import decode
 from pipeline.nets.processor import set_up_torch
@@ -18,21 +18,32 @@ from pipeline.stage import one_line_errors
 NOT_SURE = "not sure"
 
 
-def predict(classifier: Classifier, files: list[Path]) -> list[dict[str, Any]]:
+Model = classifier.Classifier | portable.Portable
+
+
+def load(file: Path) -> Model:
+    """Read a final model, or what export made of it.
+
+    Raises CheckpointError if the file is neither.
+    """
+    return portable.Portable(file) if file.suffix == ".onnx" else classifier.load(file)
+
+
+def predict(model: Model, files: list[Path]) -> list[dict[str, Any]]:
     """Classify image files: a row each with its label, probability and whether that is sure.
 
     Raises DataError naming a file that isn't an image.
     """
-    network = classifier.network
+    network = model.network
     pixels = [decode(f, network.packed_size, network.fit, network.channels) for f in files]
     rows = []
-    for file, p in zip(files, classifier.probabilities(np.stack(pixels)), strict=True):
+    for file, p in zip(files, model.probabilities(np.stack(pixels)), strict=True):
         rows.append(
             {
                 "file": str(file),
                 "label": network.classes[int(p.argmax())],
                 "probability": round(float(p.max()), 4),
-                "sure": bool(p.max() >= classifier.sure_above),
+                "sure": bool(p.max() >= model.sure_above),
             }
         )
     return rows
@@ -50,7 +61,7 @@ def main() -> None:
         "--model",
         type=Path,
         default=Path("models/final/model.safetensors"),
-        help="a final model (default: %(default)s)",
+        help="a final model, or an export of it as ONNX (default: %(default)s)",
     )
     options = parser.parse_args()
     with one_line_errors():

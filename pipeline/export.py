@@ -1,0 +1,226 @@
+"""Export: the final model as safetensors and ONNX, checked on real images, with a model card.
+
+python -m pipeline.export                  # after `dvc repro` or `dvc pull`
+python -m pipeline.predict --model export/model.onnx new/*.jpg
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from pipeline import portable
+from pipeline.classifier import Classifier, load
+from pipeline.errors import CheckpointError, DataError
+from pipeline.images.pack import read_images
+from pipeline.nets.network import versions
+from pipeline.nets.processor import set_up_torch
+from pipeline.progress import say
+from pipeline.stage import one_line_errors, whole_folder, write_text
+
+FINAL, REPORT = Path("models/final/model.safetensors"), Path("models/report/metrics.json")
+PREPARED, LOCK = Path("data/prepared"), Path("dvc.lock")
+CLOSE = 1e-4  # how far a probability may be off
+CHECKED = 64  # images that it is checked on
+WRITTEN = {"model.safetensors", "model.onnx", "README.md"}
+HOW = {
+    "squash": "squashed to a square",
+    "crop": "cropped to a square from the middle",
+    "pad": "padded to a square",
+}
+
+
+def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) -> float:
+    """Write model.safetensors, model.onnx and README.md, a model card, into `out`.
+
+    Gives the largest difference between the ONNX graph's probabilities and PyTorch's on images of
+    the test split, or of validation where there is none.
+
+    Raises CheckpointError if that is more than 1e-4, DataError if the model, its figures and its
+    images aren't all there or don't belong together, or if `out` holds something else.
+    """
+    if out.exists() and (not out.is_dir() or {f.name for f in out.iterdir()} - WRITTEN):
+        raise DataError(f"{out}: holds other things than an export; choose another --out")
+    classifier = load(final)
+    metrics = read_metrics(report, classifier)
+    images = some_images(prepared, classifier)
+    graph = portable.Graph(classifier).eval()
+    with whole_folder(out) as folder:
+        shutil.copy(final, folder / "model.safetensors")
+        portable.write(classifier, graph, folder / "model.onnx")
+        with torch.no_grad():
+            expected = graph(torch.from_numpy(images)).numpy()
+        found = portable.Portable(folder / "model.onnx").probabilities(images)
+        off = float(np.abs(found - expected).max())
+        if not off <= CLOSE:
+            raise CheckpointError(
+                f"{final}: its ONNX graph is off by {off:.2g} on {len(images)} images, more than "
+                f"{CLOSE:g}; use model.safetensors"
+            )
+        as_run = classifier.probabilities(images)
+        same = int((as_run.argmax(1) == expected.argmax(1)).sum())
+        checked = (
+            f"On {len(images)} images the graph's probabilities are within {off:.1g} of PyTorch's "
+            f"in float32. Those of `model.safetensors`, run in {classifier.network.precision}, are "
+            f"within {np.abs(as_run - expected).max():.1g}, with the same answer on {same} of them."
+        )
+        told = card(classifier, metrics, provenance(lock), checked)
+        write_text(folder / "README.md", told)
+    return off
+
+
+def read_metrics(report: Path, classifier: Classifier) -> dict[str, Any]:
+    """Read what evaluate found, and refuse that of another run."""
+    try:
+        metrics: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{report}: not there; run `dvc repro`") from None
+    if metrics["chosen"] != classifier.chosen:
+        raise DataError(
+            f"{report}: chose {metrics['chosen']}, the final model is {classifier.chosen}; "
+            "run `dvc repro`"
+        )
+    return metrics
+
+
+def some_images(prepared: Path, classifier: Classifier) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Take images that the model wasn't trained on, packed as it takes them."""
+    for split in ("test", "val"):
+        if not (prepared / f"{split}.npy").exists():
+            raise DataError(f"{prepared}/{split}.npy: not there; run `dvc pull` or `dvc repro`")
+        images = read_images(prepared, split)
+        if len(images):
+            break
+    network = classifier.network
+    size = network.packed_size
+    if images.shape[1:] != ((size, size) if network.channels == 1 else (size, size, 3)):
+        raise DataError(
+            f"{prepared}: images of {images.shape[1:]}, the final model takes {size} px and "
+            f"{network.channels} channels; run `dvc repro`"
+        )
+    return np.array(images[np.linspace(0, len(images) - 1, min(CHECKED, len(images))).astype(int)])
+
+
+def provenance(lock: Path) -> dict[str, Any]:
+    """Gather the Git revision, and what DVC recorded of data and params."""
+    try:
+        stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        raise DataError(f"{lock}: not there; run `dvc repro`") from None
+    params: dict[str, Any] = {}
+    for stage in stages.values():
+        params |= stage.get("params", {}).get("params.yaml", {})
+    return {
+        "revision": _git("rev-parse", "HEAD") or "none",
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "data": next(out["md5"] for out in stages["prepare"]["outs"] if "prepared" in out["path"]),
+        "params": dict(sorted(params.items())),
+    }
+
+
+def _git(*arguments: str) -> str:
+    try:
+        ended = subprocess.run(  # noqa: S603
+            ["git", *arguments],  # noqa: S607  # whichever Git the user has
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return ended.stdout.strip()
+
+
+def card(
+    classifier: Classifier, metrics: dict[str, Any], origin: dict[str, Any], checked: str
+) -> str:
+    """Write the model card: what it is, takes, answers, how good it is, where it is from."""
+    network = classifier.network
+    size, colours = network.packed_size, "grey" if network.channels == 1 else "RGB"
+    shape = f"(N, {size}, {size})" if network.channels == 1 else f"(N, {size}, {size}, 3)"
+    probe = classifier.probe
+    what = f"{probe.kind} on the codes of {probe.depth}" if probe else "the network's own head"
+    changed = " with changes that aren't committed" if origin["changed"] else ""
+    lines = [
+        f"# {network.backbone.name}, {len(network.classes)} classes",
+        "",
+        f"The model of {classifier.chosen}: {what}, averaged over "
+        f"{classifier.viewing.most} views at most (flips: {classifier.viewing.flips}), its "
+        "probabilities calibrated on validation images.",
+        "",
+        "| label | class |",
+        "|---|---|",
+        *(f"| {i} | {_cell(name)} |" for i, name in enumerate(network.classes)),
+        "",
+        "## Use",
+        "",
+        f"`model.onnx` takes `pixels`, uint8 {shape}: the image turned as its EXIF data say, "
+        f"{colours}, {HOW[network.fit]}, resized to {size} x {size} (Pillow's bicubic). All the "
+        "rest is in the graph. It gives `probabilities`, float32 "
+        f'(N, {len(network.classes)}). Below {classifier.sure_above:.4f} the answer is "not '
+        'sure".',
+        "",
+        "`model.safetensors` is the same for this project: `python -m pipeline.predict --model "
+        "FILE IMAGE...` runs either.",
+        "",
+        checked,
+        "",
+        "## How good it is",
+        "",
+        *_figures(metrics),
+        "",
+        "## Where it comes from",
+        "",
+        f"- Git revision: {origin['revision']}{changed}",
+        f"- packed images (DVC): {origin['data']}",
+        f"- weights it started from: {network.backbone.weights} of {network.backbone.name}, "
+        f"SHA-256 {network.backbone.sha256 or 'none'}",
+        "- libraries: " + ", ".join(f"{name} {v}" for name, v in versions().items()),
+        "",
+        "Data and starting weights keep their licences, which may bind what is made of them.",
+        "",
+        "| param | value |",
+        "|---|---|",
+        *(f"| {key} | {_cell(json.dumps(value))} |" for key, value in origin["params"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _figures(metrics: dict[str, Any]) -> list[str]:
+    if not metrics["test"]:
+        return ["There was no labelled test split: nothing is known."]
+    found = metrics["test"][metrics["chosen"]]
+    interval = f"{found['accuracy_low']:.4f} to {found['accuracy_high']:.4f}"
+    lines = ["On the test split, which nothing was chosen by:", "", "| metric | |", "|---|---|"]
+    lines.append(f"| accuracy (95 % interval) | {found['accuracy']:.4f} ({interval}) |")
+    rest = ("accuracy_weighted", "balanced_accuracy", "f1_macro", "auroc")
+    return lines + [f"| {k} | {found[k]:.4f} |" for k in rest if found[k] is not None]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main() -> None:
+    """Run from the command line, in the project's folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.export",
+        description="Write the final model as safetensors and ONNX, with a model card.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("export"), help="(default: %(default)s)")
+    out = parser.parse_args().out
+    with one_line_errors():
+        set_up_torch()
+        off = export(final=FINAL, report=REPORT, prepared=PREPARED, lock=LOCK, out=out)
+    say(f"{out}: model.safetensors, model.onnx (within {off:.1g} of PyTorch), README.md")
+
+
+if __name__ == "__main__":
+    main()

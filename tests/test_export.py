@@ -1,0 +1,179 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, paths
+from onnxruntime import InferenceSession
+
+from pipeline import classifier, portable
+from pipeline.classifier import Classifier
+from pipeline.errors import CheckpointError, DataError
+from pipeline.export import export
+from pipeline.images.pack import read_images, read_rows
+from pipeline.learn.probes import (
+    Scaler,
+    fit_linear,
+    fit_svm,
+    gram,
+    linear_probe,
+    svm_probe,
+)
+from pipeline.nets.backbone import pretrained
+from pipeline.nets.fold import fold
+from pipeline.nets.network import Network
+from pipeline.portable import Graph, Machine, Portable
+from pipeline.predict import load, predict
+from pipeline.viewing import Viewing
+
+
+def fitted_probe(kind, classes, codes, l2=False, depth="last"):
+    """A probe of scikit-learn's on codes (N, D) with drawn labels."""
+    labels = np.random.default_rng(classes).permutation(np.arange(len(codes)) % classes)
+    scaler, ones = Scaler.fit(codes), np.ones(len(codes))
+    x, gamma = scaler(codes), 1 / codes.shape[1]
+    if kind == "linear":
+        return linear_probe(fit_linear(x, labels, ones, 0.1, None), scaler, depth, l2)
+    machine = fit_svm(gram(x, x, kind, gamma), labels, ones, 3.0, None)
+    return svm_probe(machine, x, scaler, depth, kind, gamma, l2)
+
+
+def drawn_classifier(probe, classes, channels, size):
+    """A classifier in fp32 whose network is the tiny one with drawn weights."""
+    model, backbone = pretrained(TINY, "none", "", 0)
+    names = [f"class {i}" for i in range(classes)]
+    facts = (backbone, names, size, 64, "crop", channels, "fp32")
+    network = Network(fold(model.eval().requires_grad_(False), "fp32"), *facts)
+    return Classifier(network, probe, "both", Viewing("dihedral", 8), 1.7, 0.6, "probe")
+
+
+def pixels(channels, n=33):
+    shape = (n, 64, 64) if channels == 1 else (n, 64, 64, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["linear", "svm_linear", "svm_rbf"])
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("l2", [False, True])
+def test_a_probes_scores_in_pytorch_are_those_in_numpy(kind, classes, l2):
+    seen, codes = np.random.default_rng(1).normal(size=(2, 90, 12)).astype(np.float32)
+    probe = fitted_probe(kind, classes, seen, l2)
+    found = Machine(probe)(torch.from_numpy(codes)).numpy()
+    np.testing.assert_allclose(found, probe.scores(codes), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "kind", "classes"), [(1, 48, "svm_rbf", 3), (3, 64, "linear", 2)]
+)
+def test_onnx_of_a_probe_answers_as_the_classifier_does(tmp_path, channels, size, kind, classes):
+    depth, network = "blocks.2+blocks.3", drawn_classifier(None, classes, channels, size).network
+    seen = classifier.codes(network, depth, "both", pixels(channels), Viewing("dihedral", 8))
+    model = drawn_classifier(
+        fitted_probe(kind, classes, seen, depth=depth), classes, channels, size
+    )
+    portable.write(model, Graph(model), tmp_path / "m.onnx")
+    read = Portable(tmp_path / "m.onnx")
+    for n in (1, 33):
+        images = pixels(channels, n)
+        expected = model.probabilities(images)
+        assert n == 1 or expected.std(0).min() > 0.05  # else all images would look alike
+        np.testing.assert_allclose(read.probabilities(images), expected, atol=1e-4)
+    assert read.network.classes == [f"class {i}" for i in range(classes)]
+    assert (read.network.packed_size, read.network.fit, read.sure_above) == (64, "crop", 0.6)
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "export"
+    export(**where(finished), out=out)
+    return out
+
+
+def where(finished: Path) -> dict[str, Path]:
+    at = paths(finished)
+    return {
+        "final": at["evaluate"]["final"] / "model.safetensors",
+        "report": at["evaluate"]["out"] / "metrics.json",
+        "prepared": at["prepare"]["out"],
+        "lock": ROOT / "dvc.lock",
+    }
+
+
+def test_an_export_answers_alike_as_onnx_and_as_safetensors(finished, exported):
+    rows = read_rows(paths(finished)["prepare"]["out"], "test")
+    files = [finished / "photos" / path for path in rows.paths]
+    tables = [predict(load(exported / f"model.{kind}"), files) for kind in ("safetensors", "onnx")]
+    assert len(tables[0]) == len(rows.paths)
+    labels = [[row["label"] for row in table] for table in tables]
+    sure = [row["probability"] > 0.6 for row in tables[0]]
+    assert sum(sure) > len(sure) / 2
+    assert all(a == b for a, b, is_sure in zip(*labels, sure, strict=True) if is_sure)
+
+
+def test_the_graph_needs_nothing_of_ours(finished, exported):
+    onnx.checker.check_model(exported / "model.onnx", full_check=True)
+    images = read_images(paths(finished)["prepare"]["out"], "test")
+    session = InferenceSession(exported / "model.onnx")
+    (answer,) = session.run(["probabilities"], {"pixels": np.array(images)})
+    final = classifier.load(where(finished)["final"])
+    network = replace(final.network, precision="fp32", model=Graph(final).model)
+    expected = replace(final, network=network).probabilities(images)
+    np.testing.assert_allclose(answer, expected, atol=1e-4)
+    np.testing.assert_allclose(answer.sum(1), 1, atol=1e-5)
+
+
+def test_the_model_card_says_what_dvc_and_evaluate_recorded(finished, exported):
+    card = (exported / "README.md").read_text()
+    metrics = json.loads(where(finished)["report"].read_text())
+    found = metrics["test"][metrics["chosen"]]
+    assert f"{found['accuracy']:.4f} ({found['accuracy_low']:.4f} to" in card
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    for out in lock["prepare"]["outs"]:
+        assert out["path"] != "data/prepared" or out["md5"] in card
+    for key, value in lock["stage2"]["params"]["params.yaml"].items():
+        assert f"| {key} | {json.dumps(value)} |" in card
+    assert "| 0 | class0 |\n| 1 | class1 |" in card
+
+
+def test_export_refuses_what_does_not_belong_together(finished, tmp_path):
+    given = where(finished)
+    other = json.loads(given["report"].read_text())
+    other["chosen"] = "stage1" if other["chosen"] != "stage1" else "stage2"
+    (tmp_path / "metrics.json").write_text(json.dumps(other))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for changes, line in (
+        ({"report": tmp_path / "metrics.json"}, "metrics.json: chose"),
+        ({"report": tmp_path / "none.json"}, "none.json: not there; run `dvc repro`"),
+        ({"prepared": tmp_path}, "test.npy: not there; run `dvc pull`"),
+        ({"lock": tmp_path / "dvc.lock"}, "dvc.lock: not there; run `dvc repro`"),
+        ({"out": tmp_path / "mine"}, "mine: holds other things than an export"),
+    ):
+        with pytest.raises(DataError, match=line):
+            export(**{**given, "out": tmp_path / "export", **changes})
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    assert not (tmp_path / "export").exists()
+
+
+def test_what_is_no_export_is_refused_as_one(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    foreign = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "foreign", [value], [out]),
+        ir_version=10,
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
+    )
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    for name, line in (
+        ("missing.onnx", "missing.onnx: can't be read as ONNX"),
+        ("broken.onnx", "broken.onnx: can't be read as ONNX"),
+        ("foreign.onnx", "foreign.onnx: not written by `python -m pipeline.export`"),
+    ):
+        with pytest.raises(CheckpointError, match=line):
+            Portable(tmp_path / name)
