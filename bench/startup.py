@@ -1,0 +1,83 @@
+"""How long each stage takes to start, against the bare import of the libraries it uses.
+
+    python -m bench.startup
+    python -m bench.startup --rounds 3
+
+Each start is a process of its own: `import pipeline.STAGE` beside the import, in the same order, of
+every module of other packages that this brings along. The two take turns; a ratio is taken within a
+round. The last line is the pipeline with nothing to do: `dvc repro` of an up-to-date graph.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+from bench.memory import STAGES
+from pipeline.progress import say
+from pipeline.runtime import threads
+
+LIST = """
+import sys
+before = set(sys.modules)
+import pipeline.{stage}
+for name, module in list(sys.modules.items()):
+    file = getattr(module, "__file__", None) or ""
+    if name not in before and "site-packages" in file:
+        print(name)
+"""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    say(f"{threads()} threads, {rounds} rounds: seconds to start, and over the bare imports")
+    for stage in STAGES:
+        names = python(LIST.format(stage=stage)).split()
+        bare = importing(names)
+        taken = []
+        for _ in range(rounds + 1):  # the first one warms the disk's cache
+            of_stage = seconds([sys.executable, "-c", f"import pipeline.{stage}"])
+            taken.append((of_stage, seconds([sys.executable, "-c", bare])))
+        ratios = [ours / theirs for ours, theirs in taken[1:]]
+        start = median(ours for ours, _ in taken[1:])
+        say(
+            f"{stage:<9} {start:5.2f} s  {median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    dvc = [str(Path(sys.executable).parent / "dvc"), "repro", "--quiet"]
+    nothing = [seconds(dvc) for _ in range(rounds + 1)][1:]
+    say(f"dvc repro {median(nothing):5.2f} s  ({min(nothing):.2f} to {max(nothing):.2f})")
+
+
+def importing(names: list[str]) -> str:
+    """Write the program that imports modules by name, of which some are no module's own."""
+    # torchvision needs two operators declared first, beside a CPU build of PyTorch.
+    first = "import pipeline.vision\n" if "torchvision" in names else ""
+    return (
+        f"import importlib\n{first}"
+        f"for name in {names!r}:\n"
+        "    try:\n        importlib.import_module(name)\n"
+        "    except ImportError:\n        pass\n"
+    )
+
+
+def python(program: str) -> str:
+    """Run a program and give what it prints."""
+    words = [sys.executable, "-c", program]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def seconds(words: list[str]) -> float:
+    """Time a process from its start to its end."""
+    start = time.perf_counter()
+    subprocess.run(words, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
