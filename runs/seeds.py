@@ -23,7 +23,10 @@ from typing import Any
 
 import dvc.api
 
-DIGITS = ["prepare.source=folder", "prepare.split_by=image", "flips=none"]
+DIGITS = [
+    *("prepare.source=folder", "prepare.split_by=image", "flips=none"),
+    *("stage1.image_size=224", "stage2.image_size=224"),
+]
 SETTINGS = {
     "elpv-image": ["prepare.split_by=image"],
     "elpv-group": ["prepare.split_by=group"],
@@ -55,6 +58,7 @@ SETTINGS = {
         "augment.crop=0.08",
         "stage1.unfreeze=['*']",
         "stage1.head_init=random",
+        "stage1.image_size=224",
         "stage1.views=0",
         "stage1.batchnorm=train",
         "stage1.epochs=25",
@@ -67,6 +71,7 @@ SETTINGS = {
         "stage1.warmup_epochs=0.0",
         "evaluate.views=1",
     ],
+    # Pictures of 8 pixels a side: codes at 160 pixels are quite others than at 224.
     "digits": DIGITS,
     "emoji": ["prepare.source=folder", "flips=horizontal"],
     "wafers": ["prepare.source=folder"],
