@@ -25,6 +25,8 @@ LITE0 = "timm/tf_efficientnet_lite0"
 NETWORKS = [
     "timm/test_efficientnet",
     LITE0,
+    "timm/test_resnet",  # adds its residuals in place
+    "timm/test_nfnet",  # standardises the weights of its convolutions
     "torchvision/resnet18",
     "torchvision/mobilenet_v3_small",
     "torchvision/densenet121",
@@ -52,13 +54,69 @@ def images(n: int = 8, size: int = 64) -> torch.Tensor:
     return torch.randn(n, 3, size, size).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_folded_fp32_network_gives_the_outputs_of_the_unfolded_one(name):
-    model, x = drawn(name), images()
+def assert_folds_alike(name, size):
+    model, x = drawn(name), images(size=size)
     with torch.no_grad():
         expected = model(x)
         actual = fold(copy.deepcopy(model), "fp32")(x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folded_fp32_network_gives_the_outputs_of_the_unfolded_one(name):
+    assert_folds_alike(name, 64)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cs3darknet_s", "darknet17", "selecsls42", "ese_vovnet19b_slim_dw", "hardcorenas_a"),
+        *("mnasnet_050", "fbnetc_100", "rexnet_100", "lcnet_035", "tinynet_e", "mobilenetv2_050"),
+        *("mobilenetv4_conv_small_035", "edgenext_xx_small", "inception_v3", "xception41"),
+        *(
+            "resnet18",
+            "resnet18d",
+            "legacy_seresnet18",
+            "resnext26ts",
+            "ecaresnet26t",
+            "skresnet18",
+        ),
+        *("resnest14d", "gernet_s", "res2next50", "hrnet_w18_small", "regnety_002", "regnetz_005"),
+        *("repghostnet_050", "ghostnetv2_100", "mobileone_s0", "fastvit_t8", "starnet_s1"),
+        *("inception_next_atto", "tresnet_m", "tf_mixnet_s", "nf_resnet26", "convmixer_768_32"),
+        *("gcresnet33ts", "hgnetv2_b0", "densenetblur121d", "resnetaa34d", "rdnet_tiny"),
+    ],
+)
+def test_networks_of_many_families_fold_to_the_same_outputs(name):
+    assert_folds_alike(f"timm/{name}", 96)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"padding": "same", "kernel_size": 4},
+        {"padding": "same", "kernel_size": 3, "dilation": 2},
+        {"padding": "valid", "kernel_size": (3, 2), "stride": 2},
+        {"padding": (2, 1), "kernel_size": 3},
+        {"padding": 1, "kernel_size": 3, "padding_mode": "reflect"},
+    ],
+)
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_convolutions_padded_in_any_way_fold_to_the_same_outputs(how, groups, precision):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, groups=groups, **how)),
+        *(nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)),
+    ).eval()
+    model[3].running_mean.normal_(0, 0.1)
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+        actual = fold(copy.deepcopy(model), precision)(x)
+    tolerance = 1e-5 if precision == "fp32" else 0.02
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -34,7 +34,12 @@ class Shape:
 
 def shape_of(conv: nn.Conv2d, size: tuple[int, int]) -> Shape:
     """Describe a convolution for an input of H x W; timm's `Conv2dSame` pads as TensorFlow does."""
-    pads = [(pad, pad) for pad in conv.padding if not isinstance(pad, str)]
+    if conv.padding == "same":
+        pads = [divided(d * (k - 1)) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    elif conv.padding == "valid":
+        pads = [(0, 0), (0, 0)]
+    else:
+        pads = [(int(pad), int(pad)) for pad in conv.padding]
     if type(conv).__name__ == "Conv2dSame":
         pads = [
             divided(max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0))

@@ -10,7 +10,7 @@ Convolutions and linear layers run in bfloat16 where the processor has it. Weigh
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +51,10 @@ def fold(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
     followers = _followers(model)
     linear = None
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if is_plain(module):
             _fold_convolution(module, followers.get(module), low)
+        elif isinstance(module, nn.Conv2d):
+            _widen(module)
         elif isinstance(module, nn.Linear):
             module.forward = _linear(module, low)  # type: ignore[method-assign, assignment]
             linear = module
@@ -62,40 +64,60 @@ def fold(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
     return model
 
 
+def is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Tell whether a module is a convolution of its weights as they are, over zeros at the edges.
+
+    There are others, such as those that standardise their weights first.
+    """
+    plain = type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
+    return plain and getattr(module, "padding_mode", "") == "zeros"
+
+
+def _widen(conv: nn.Conv2d) -> None:
+    """Let a convolution that runs as it is take what others give in bfloat16."""
+    unfolded = conv.forward
+    conv.forward = lambda x: unfolded(x.float())  # type: ignore[method-assign, assignment]
+
+
 def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
     """Find the convolutions whose output goes straight into a BatchNorm, by running the model.
 
     And the ReLU after that, where it is that one's alone: inside it, as timm has it, or a module
     that is called once.
     """
-    convolutions: dict[int, tuple[nn.Module, Tensor]] = {}
-    normalised: dict[int, tuple[Follower, Tensor]] = {}
+    convolutions: dict[tuple[int, int], tuple[nn.Module, Tensor]] = {}
+    normalised: dict[tuple[int, int], tuple[Follower, Tensor]] = {}
     found: dict[nn.Module, Follower] = {}
     calls: dict[nn.Module, int] = {}
 
+    def which(x: Tensor) -> tuple[int, int]:
+        # A tensor that a residual was added to in place is no longer what the layer gave. Keeping
+        # the tensor keeps its id its own.
+        return id(x), x._version
+
     def after_convolution(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        convolutions[id(output)] = (module, output)  # keeping the tensor keeps its id its own
+        convolutions[which(output)] = (module, output)
 
     def after_batchnorm(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if id(inputs[0]) in convolutions:
+        if which(inputs[0]) in convolutions:
             assert isinstance(module, nn.BatchNorm2d)
             follower = Follower(module)
             inside = getattr(module, "act", None)
             if inside is not None and type(inside) in ACTS:
                 follower.act, follower.act_module = ACTS[type(inside)], inside
-            found[convolutions[id(inputs[0])][0]] = follower
-            normalised[id(output)] = (follower, output)
+            found[convolutions[which(inputs[0])][0]] = follower
+            normalised[which(output)] = (follower, output)
 
     def before_act(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         calls[module] = calls.get(module, 0) + 1
-        if id(inputs[0]) in normalised:
-            follower = normalised[id(inputs[0])][0]
+        if which(inputs[0]) in normalised:
+            follower = normalised[which(inputs[0])][0]
             if follower.act_module is None:
                 follower.act, follower.act_module = ACTS[type(module)], module
 
     handles = []
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if is_plain(module):
             handles.append(module.register_forward_hook(after_convolution))
         elif isinstance(module, nn.BatchNorm2d):
             handles.append(module.register_forward_hook(after_batchnorm))
@@ -103,7 +125,7 @@ def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
             handles.append(module.register_forward_pre_hook(before_act))
     training = [m for m in model.modules() if m.training]
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # inference mode counts no versions
         model(torch.zeros(1, 3, TRACE_SIZE, TRACE_SIZE))
     for handle in handles:
         handle.remove()
