@@ -78,6 +78,10 @@ SETTINGS = {
     # The same with few images to train on, and many to test.
     "elpv-few": ["prepare.test_fraction=0.8"],
     "digits-few": [*DIGITS, "prepare.test_fraction=0.85"],
+    # By image: all of mono come from three modules, too few for three splits.
+    "wafers-few": [
+        *("prepare.source=folder", "prepare.split_by=image", "prepare.test_fraction=0.8"),
+    ],
     "emoji-few": ["prepare.source=folder", "flips=horizontal", "prepare.test_fraction=0.8"],
 }
 EVIDENCE = ("images", "early", "late", "source_confidence", "source_information")
