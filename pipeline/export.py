@@ -1,7 +1,9 @@
 """Export: the final model as safetensors and ONNX, checked on real images, with a model card.
 
-python -m pipeline.export                  # after `dvc repro` or `dvc pull`
-python -m pipeline.predict --model export/model.onnx new/*.jpg
+    python -m pipeline.export                  # after `dvc repro` or `dvc pull`
+    python -m pipeline.predict --model export/model.onnx new/*.jpg
+
+The card says what DVC recorded of data and params, and what evaluate found.
 """
 
 import argparse
@@ -49,8 +51,9 @@ def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) 
         raise DataError(f"{out}: holds other things than an export; choose another --out")
     classifier = load(final)
     metrics = read_metrics(report, classifier)
-    images = some_images(prepared, classifier)
-    graph = portable.Graph(classifier).eval()
+    origin = provenance(lock)
+    graph = portable.Graph(classifier)
+    images = some_images(prepared, graph.inputs.shape)
     with whole_folder(out) as folder:
         shutil.copy(final, folder / "model.safetensors")
         portable.write(classifier, graph, folder / "model.onnx")
@@ -61,7 +64,7 @@ def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) 
         if not off <= CLOSE:
             raise CheckpointError(
                 f"{final}: its ONNX graph is off by {off:.2g} on {len(images)} images, more than "
-                f"{CLOSE:g}; use model.safetensors"
+                f"{CLOSE:g}; use that file as it is"
             )
         as_run = classifier.probabilities(images)
         same = int((as_run.argmax(1) == expected.argmax(1)).sum())
@@ -70,7 +73,7 @@ def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) 
             f"in float32. Those of `model.safetensors`, run in {classifier.network.precision}, are "
             f"within {np.abs(as_run - expected).max():.1g}, with the same answer on {same} of them."
         )
-        told = card(classifier, metrics, provenance(lock), checked)
+        told = card(classifier, metrics, origin, checked)
         write_text(folder / "README.md", told)
     return off
 
@@ -89,7 +92,7 @@ def read_metrics(report: Path, classifier: Classifier) -> dict[str, Any]:
     return metrics
 
 
-def some_images(prepared: Path, classifier: Classifier) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def some_images(prepared: Path, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Take images that the model wasn't trained on, packed as it takes them."""
     for split in ("test", "val"):
         if not (prepared / f"{split}.npy").exists():
@@ -97,12 +100,10 @@ def some_images(prepared: Path, classifier: Classifier) -> np.ndarray[Any, np.dt
         images = read_images(prepared, split)
         if len(images):
             break
-    network = classifier.network
-    size = network.packed_size
-    if images.shape[1:] != ((size, size) if network.channels == 1 else (size, size, 3)):
+    if images.shape[1:] != shape:
         raise DataError(
-            f"{prepared}: images of {images.shape[1:]}, the final model takes {size} px and "
-            f"{network.channels} channels; run `dvc repro`"
+            f"{prepared}: images of {images.shape[1:]}, the final model takes {shape}; "
+            "run `dvc repro`"
         )
     return np.array(images[np.linspace(0, len(images) - 1, min(CHECKED, len(images))).astype(int)])
 

@@ -21,6 +21,7 @@ from pipeline.images.augment import dihedral, views
 from pipeline.learn.probes import Probe
 from pipeline.nets.backbone import build
 from pipeline.nets.depths import JOIN
+from pipeline.nets.network import EVAL_BATCH
 from pipeline.nets.taps import Taps
 
 KEY = "pipeline"  # of the graph's metadata
@@ -28,12 +29,18 @@ KEY = "pipeline"  # of the graph's metadata
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the graph takes and answers."""
+    """What the graph takes, and the classes it answers with."""
 
     classes: list[str]
     packed_size: int  # pixels a side
     fit: Literal["squash", "crop", "pad"]  # how an image becomes a square
     channels: int  # 1 for grey, else 3
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Give the shape of one packed image."""
+        sides = (self.packed_size, self.packed_size)
+        return sides if self.channels == 1 else (*sides, self.channels)
 
 
 class Graph(nn.Module):
@@ -44,8 +51,9 @@ class Graph(nn.Module):
         trained = classifier.network
         self.model = build(trained.backbone.name, trained.n_outputs)
         self.model.load_state_dict(trained.model.state_dict())
-        self.model.eval().requires_grad_(False)
+        self.model.requires_grad_(False)
         self.network = replace(trained, model=self.model, precision="fp32")
+        self.inputs = Inputs(trained.classes, trained.packed_size, trained.fit, trained.channels)
         self.kinds = views(classifier.viewing.flips, classifier.viewing.most)
         self.temperature = classifier.temperature
         self.taps: Taps | None = None
@@ -53,6 +61,7 @@ class Graph(nn.Module):
         if classifier.probe is not None:
             self.taps = Taps(self.model, classifier.probe.depth.split(JOIN), classifier.pooling)
             self.machine = Machine(classifier.probe)
+        self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Give probabilities (N, C) of packed uint8 pixels (N, H, W) or (N, H, W, 3)."""
@@ -107,15 +116,12 @@ class Machine:
 
 
 def write(classifier: Classifier, graph: Graph, file: Path) -> None:
-    """Write the graph, with what `read` needs of the classifier as metadata."""
-    network = graph.network
-    size, grey = network.packed_size, network.channels == 1
-    shape = (2, size, size) if grey else (2, size, size, 3)
+    """Write the graph, with what `Portable` needs of the classifier as metadata."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter's own deprecations
         program = torch.onnx.export(
             graph,
-            (torch.zeros(shape, dtype=torch.uint8),),
+            (torch.zeros((2, *graph.inputs.shape), dtype=torch.uint8),),
             input_names=["pixels"],
             output_names=["probabilities"],
             dynamic_shapes={"pixels": {0: torch.export.Dim("n", min=1, max=65536)}},
@@ -123,8 +129,8 @@ def write(classifier: Classifier, graph: Graph, file: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    inputs = Inputs(network.classes, size, network.fit, network.channels)
-    facts = {**asdict(inputs), "sure_above": classifier.sure_above, "chosen": classifier.chosen}
+    more = {"sure_above": classifier.sure_above, "chosen": classifier.chosen}
+    facts = {**asdict(graph.inputs), **more}
     program.model.metadata_props[KEY] = json.dumps(facts, sort_keys=True, ensure_ascii=False)
     program.save(str(file), external_data=False)
 
@@ -150,6 +156,6 @@ class Portable:
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Give calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
-        batches = np.array_split(images, max(1, -(-len(images) // 32)))
+        batches = np.array_split(images, max(1, -(-len(images) // EVAL_BATCH)))
         parts = [self.session.run(None, {"pixels": np.ascontiguousarray(b)})[0] for b in batches]
         return np.concatenate(parts).astype(np.float64)

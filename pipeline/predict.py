@@ -16,8 +16,6 @@ from pipeline.progress import say
 from pipeline.stage import one_line_errors
 
 NOT_SURE = "not sure"
-
-
 Model = classifier.Classifier | portable.Portable
 
 
