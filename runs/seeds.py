@@ -3,7 +3,7 @@
     python runs/seeds.py elpv-image
     python runs/seeds.py elpv-group
     python runs/seeds.py hymenoptera --path FOLDER    # the one with train/ and val/
-    python runs/seeds.py digits --path data/digits    # from runs/sets.py; emoji, wafers too
+    python runs/seeds.py digits --path data/digits    # from runs/sets.py; others too
     python runs/seeds.py digits --path data/digits --set backbone.weights=none
     python runs/seeds.py mine --set prepare.source=folder --set prepare.path=data/mine
 
@@ -26,6 +26,11 @@ import dvc.api
 DIGITS = [
     *("prepare.source=folder", "prepare.split_by=image", "flips=none"),
     *("stage1.image_size=224", "stage2.image_size=224"),
+]
+# Pictures of 28 pixels a side, thousands of them.
+SMALL = [
+    *("prepare.source=folder", "prepare.split_by=image", "prepare.size=64"),
+    *("extract.image_size=64", "stage1.image_size=64", "stage2.image_size=64"),
 ]
 SETTINGS = {
     "elpv-image": ["prepare.split_by=image"],
@@ -75,6 +80,8 @@ SETTINGS = {
     "digits": DIGITS,
     "emoji": ["prepare.source=folder", "flips=horizontal"],
     "wafers": ["prepare.source=folder"],
+    "fashion": [*SMALL, "flips=horizontal"],
+    "mnist": [*SMALL, "flips=none"],
     # The same with few images to train on, and many to test.
     "elpv-few": ["prepare.test_fraction=0.8"],
     "digits-few": [*DIGITS, "prepare.test_fraction=0.85"],

