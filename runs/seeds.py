@@ -114,23 +114,29 @@ def main() -> None:
         experiment = f"{options.name}-{seed}"
         run(experiment, [*changes, f"seed={seed}"])
         metrics = dvc.api.metrics_show(rev=experiment)
-        test, chosen = metrics["test"], metrics["chosen"]
-        row = {m: test[m]["accuracy"] for m in MODELS} | {"chosen": test[chosen]["accuracy"]}
-        row["chosen, weighted"] = test[chosen]["accuracy_weighted"]
-        row["probe, weighted"] = test["probe"]["accuracy_weighted"]
+        said, row = accuracies(metrics)
         for name, value in row.items():
             found.setdefault(name, []).append(value)
         cells = (f"{k} {v:.4f}" for k, v in row.items())
-        print(f"seed {seed}: {chosen:>7} chosen", *cells, sep="  ", flush=True)
-        keep(
-            record(
-                "".join((options.name, *(f" {change}" for change in options.set))), seed, metrics
-            )
-        )
-    print(f"\n{options.name}, {len(options.seeds)} seeds: test accuracy")
+        print(f"seed {seed}: {metrics['chosen']:>7} chosen", *cells, sep="  ", flush=True)
+        if said == "test":
+            keep(record(" ".join((options.name, *options.set)), seed, metrics))
+    print(f"\n{options.name}, {len(options.seeds)} seeds: {said} accuracy")
     for name, values in found.items():
         spread = stdev(values) if len(values) > 1 else 0.0
         print(f"{name:<18} {mean(values):.4f} ± {spread:.4f}")
+
+
+def accuracies(metrics: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Give the models' accuracies: of test, or of validation where no images are kept for one."""
+    test, chosen = metrics.get("test"), metrics["chosen"]  # DVC shows no empty metrics
+    if not test:
+        return "validation", {m: metrics[m]["val"]["accuracy"] for m in MODELS if m in metrics}
+    row = {model: test[model]["accuracy"] for model in MODELS}
+    row["chosen"] = test[chosen]["accuracy"]
+    row["chosen, weighted"] = test[chosen]["accuracy_weighted"]
+    row["probe, weighted"] = test["probe"]["accuracy_weighted"]
+    return "test", row
 
 
 def record(name: str, seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
