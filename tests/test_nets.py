@@ -357,9 +357,13 @@ def test_averages_of_low_precision_maps_are_those_in_double_precision(shape):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_are_normalised_by_the_weights_mean_and_deviation(precision, channels):
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [((0.4, 0.5, 0.6), (0.1, 0.2, 0.3)), ((0.5,) * 3, (0.2,) * 3), ((0.5,) * 3, (0.1, 0.2, 0.3))],
+)
+def test_pixels_are_normalised_by_the_weights_mean_and_deviation(precision, channels, mean, std):
     model, backbone = pretrained(LITE0, "none", "", 0)
-    backbone = replace(backbone, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    backbone = replace(backbone, mean=mean, std=std)
     facts = (backbone, ["a"], 32, 32, "squash", channels, precision)
     network = Network(fold(model.eval(), precision), *facts)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, channels), np.uint8)

@@ -51,7 +51,8 @@ class Cut:
         self.block = model.get_submodule(block)
         self._passing = False
         # The head needs no more of the network's forward than itself.
-        self._below = [] if block == head_name(model) else self._done_before(block)
+        self._is_head = block == head_name(model)
+        self._below = [] if self._is_head else self._done_before(block)
         for module in self._below:
             module.forward = self._passed(module.forward)
 
@@ -87,7 +88,7 @@ class Cut:
 
     def top(self, z: Tensor) -> Tensor:
         """Compute the logits (B, C) from the block's input."""
-        if self.name == head_name(self.model):
+        if self._is_head:
             head: Tensor = self.block(z)
             return head
         self._passing = True

@@ -64,9 +64,12 @@ class Network:
         if x.shape[-1] != self.image_size:
             size = [self.image_size, self.image_size]
             x = F.interpolate(x, size, mode="bicubic", antialias=True)
-        mean = torch.tensor(self.backbone.mean).view(1, 3, 1, 1) * 255
-        std = torch.tensor(self.backbone.std).view(1, 3, 1, 1) * 255
-        return (x - mean).div_(std).to(NUMBER_FORMATS[self.precision])
+        means, stds = self.backbone.mean, self.backbone.std
+        if x.shape[1] == len(set(means)) == len(set(stds)) == 1:  # grey: one plane, thrice
+            means, stds = means[:1], stds[:1]
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) * 255 for v in (means, stds))
+        x = (x - mean).div_(std).to(NUMBER_FORMATS[self.precision])
+        return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1).contiguous()
 
     def load_state(self, tensors: dict[str, NDArray[Any]], where: Path) -> None:
         """Load weights strictly.
