@@ -131,7 +131,8 @@ def accuracies(metrics: dict[str, Any]) -> tuple[str, dict[str, float]]:
     """Give the models' accuracies: of test, or of validation where no images are kept for one."""
     test, chosen = metrics.get("test"), metrics["chosen"]  # DVC shows no empty metrics
     if not test:
-        return "validation", {m: metrics[m]["val"]["accuracy"] for m in MODELS if m in metrics}
+        of = {m: metrics[f"models/{m}/metrics.json:{m}"] for m in ("probe", "stage1", "stage2")}
+        return "validation", {model: found["val"]["accuracy"] for model, found in of.items()}
     row = {model: test[model]["accuracy"] for model in MODELS}
     row["chosen"] = test[chosen]["accuracy"]
     row["chosen, weighted"] = test[chosen]["accuracy_weighted"]
