@@ -1,5 +1,6 @@
 """The scripts behind the figures: what they write is what they were given."""
 
+import gzip
 import importlib.util
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.images.sources import elpv, folder
 from pipeline.learn.known import Known
+from pipeline.vision import torchvision
 
 
 def script(name):
@@ -59,6 +61,37 @@ def test_emoji_are_those_that_every_vendor_has(tmp_path):
         ("Flags/1/a.png", "Flags", "Flags/1"),
         ("Flags/1/b.png", "Flags", "Flags/1"),
     ]
+
+
+@pytest.mark.parametrize("gzipped", [True, False])
+def test_mnist_is_read_as_torchvision_reads_it(tmp_path, gzipped):
+    generator = np.random.default_rng(0)
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, n in (("train", 30), ("t10k", 20)):
+        pixels = generator.integers(0, 256, (n, 5, 7), np.uint8)
+        for name, kind, array in (
+            ("images-idx3", 3, pixels),
+            ("labels-idx1", 1, np.arange(n, dtype=np.uint8) % 3),
+        ):
+            sizes = b"".join(size.to_bytes(4) for size in array.shape)
+            data = bytes((0, 0, 8, kind)) + sizes + array.tobytes()
+            (raw / f"{prefix}-{name}-ubyte").write_bytes(data)
+            if gzipped:
+                (raw / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(data))
+    theirs = {
+        s: torchvision.datasets.MNIST(tmp_path, train=s == "train") for s in ("train", "test")
+    }
+    if gzipped:
+        for file in raw.glob("*-ubyte"):
+            file.unlink()
+    script("sets").fashion_or_mnist(tmp_path / "out", raw, train=4, test=2)
+    items = folder(tmp_path / "out").items
+    assert len(items) == 3 * 4 + 3 * 2
+    for item in items:
+        image, label = theirs[item.split][int(Path(item.path).stem)]
+        assert item.label == str(label)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / item.path)), image)
 
 
 def line(name, seed, gain):
