@@ -16,6 +16,7 @@ import argparse
 import gzip
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.images.sources import elpv
+from pipeline.vision import torchvision
 
 
 def main() -> None:
@@ -42,7 +44,9 @@ def main() -> None:
     elif options.name == "wafers":
         wafers(options.out)
     else:
-        fashion_or_mnist(options.out, options.package[0])
+        clothes = torchvision.datasets.FashionMNIST.classes
+        names = clothes if options.name == "fashion" else "0123456789"
+        fashion_or_mnist(options.out, options.package[0], names)
 
 
 def digits(out: Path) -> None:
@@ -76,14 +80,16 @@ def wafers(out: Path) -> None:
         shutil.copy(found.folder / item.path, file)
 
 
-def fashion_or_mnist(out: Path, package: Path, train: int = 600, test: int = 200) -> None:
+def fashion_or_mnist(
+    out: Path, package: Path, names: Sequence[str], train: int = 600, test: int = 200
+) -> None:
     """Write the first images of each class as OUT/SPLIT/CLASS/NUMBER.png."""
     for split, prefix, most in (("train", "train", train), ("test", "t10k", test)):
         images = idx(package / f"{prefix}-images-idx3-ubyte")
         labels = idx(package / f"{prefix}-labels-idx1-ubyte")
         for label in np.unique(labels):
             for number in np.flatnonzero(labels == label)[:most]:
-                file = out / split / str(label) / f"{number:05d}.png"
+                file = out / split / names[label].replace("/", "-") / f"{number:05d}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(images[number]).save(file)
 
