@@ -25,7 +25,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.images.sources import elpv
-from pipeline.vision import torchvision
 
 
 def main() -> None:
@@ -37,16 +36,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"{options.out} is there already")
+    if options.name in ("emoji", "fashion", "mnist") and not options.package:
+        parser.error(f"{options.name} lies in a package: say where with --package")
     if options.name == "digits":
         digits(options.out)
     elif options.name == "emoji":
         emoji(options.out, options.package)
     elif options.name == "wafers":
         wafers(options.out)
+    elif options.name == "mnist":
+        first_of_each(options.out, options.package[0], "0123456789")
     else:
-        clothes = torchvision.datasets.FashionMNIST.classes
-        names = clothes if options.name == "fashion" else "0123456789"
-        fashion_or_mnist(options.out, options.package[0], names)
+        from pipeline.vision import torchvision  # only this set needs what takes seconds to import
+
+        first_of_each(options.out, options.package[0], torchvision.datasets.FashionMNIST.classes)
 
 
 def digits(out: Path) -> None:
@@ -80,7 +83,7 @@ def wafers(out: Path) -> None:
         shutil.copy(found.folder / item.path, file)
 
 
-def fashion_or_mnist(
+def first_of_each(
     out: Path, package: Path, names: Sequence[str], train: int = 600, test: int = 200
 ) -> None:
     """Write the first images of each class as OUT/SPLIT/CLASS/NUMBER.png."""

@@ -85,7 +85,7 @@ def test_mnist_is_read_as_torchvision_reads_it(tmp_path, gzipped):
     if gzipped:
         for file in raw.glob("*-ubyte"):
             file.unlink()
-    script("sets").fashion_or_mnist(tmp_path / "out", raw, "abc", train=4, test=2)
+    script("sets").first_of_each(tmp_path / "out", raw, "abc", train=4, test=2)
     items = folder(tmp_path / "out").items
     assert len(items) == 3 * 4 + 3 * 2
     for item in items:
