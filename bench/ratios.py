@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -221,10 +221,11 @@ def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
     freeze_all_but(ours.model, trained, "frozen")
     cut = cut_below(ours.model, trained)
 
-    def trunk_of(epoch: int, chosen: Ints) -> Tensor:
-        with torch.no_grad():
-            pixels = augment(torch.from_numpy(images[chosen]), ids[chosen], epoch, 0, FLIPS)
-            return cut.trunk(ours.normalise(pixels))
+    @torch.no_grad()
+    def trunk_of(epochs: Sequence[int], chosen: Ints) -> list[Tensor]:
+        pixels = ours.shrink(torch.from_numpy(images[chosen]))
+        augmented = (augment(pixels, ids[chosen], epoch, 0, FLIPS) for epoch in epochs)
+        return [cut.trunk(ours.normalise(x)) for x in augmented]
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PIPELINE_CACHE"] = folder  # an empty one: nothing is paid already

@@ -66,7 +66,8 @@ class Graph(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Give probabilities (N, C) of packed uint8 pixels (N, H, W) or (N, H, W, 3)."""
         # The views side by side as one batch: a graph of one network, not of eight.
-        x = self.network.normalise(torch.cat([dihedral(pixels, kind) for kind in self.kinds]))
+        x = self.network.normalise(pixels)
+        x = torch.cat([dihedral(x, kind, rows=2) for kind in self.kinds])
         found = torch.cat(self.taps(x), 1) if self.taps else self.model(x)
         mean = found.view(len(self.kinds), -1, found.shape[1]).mean(0)  # (N, D) or (N, C)
         scores = self.machine(mean) if self.machine else mean

@@ -1,6 +1,7 @@
 """Stage 1: a new head, from the probe, and the top layers; everything below stays frozen."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,17 +71,24 @@ def stage1(
     rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
     images, val_images = read_images(prepared, "train"), read_images(prepared, "val")
 
-    def trunk_of(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
-        with torch.no_grad():
-            pixels = torch.from_numpy(images[chosen])
-            return cut.trunk(network.normalise(augment(pixels, rows.ids[chosen], epoch, seed, how)))
+    @torch.no_grad()
+    def trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
+        pixels = torch.from_numpy(images[chosen])
+        if how.crop == 1:  # once for all: without crops, it is the same before and after
+            pixels = network.shrink(pixels)
+        augmented = (augment(pixels, rows.ids[chosen], epoch, seed, how) for epoch in epochs)
+        return [cut.trunk(network.normalise(x)) for x in augmented]
 
-    def val_trunk_of(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
-        with torch.no_grad():
-            return cut.trunk(network.normalise(torch.from_numpy(val_images[chosen])))
+    @torch.no_grad()
+    def val_trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
+        return [cut.trunk(network.normalise(torch.from_numpy(val_images[chosen])))]
 
     start = time.perf_counter()
-    batch: Batch = trunk_of
+
+    def live(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
+        return trunk_of([epoch], chosen)[0]
+
+    batch: Batch = live
     if views:
         key = key_of(network, cut.name, images, how=asdict(how), seed=seed, ids=rows.ids.tolist())
         batch = stored(trunk_of, len(images), views, key, "trunk train")

@@ -30,7 +30,8 @@ def averaged(network: Network, compute: Run, viewing: Viewing) -> Run:
     kinds = views(viewing.flips, viewing.most)
 
     def run(pixels: Tensor) -> Sequence[Tensor]:
-        runs = [compute(network.normalise(dihedral(pixels, kind))) for kind in kinds]
+        x = network.normalise(pixels)
+        runs = [compute(dihedral(x, kind, rows=2)) for kind in kinds]
         return [torch.stack([t.float() for t in same]).mean(0) for same in zip(*runs, strict=True)]
 
     return run

@@ -8,6 +8,7 @@ import torch
 from conftest import TINY
 from torch import nn
 
+from pipeline.images.augment import dihedral
 from pipeline.layers import as_table, layers
 from pipeline.learn.fit import Recipe, fit, make_optimizer
 from pipeline.nets.backbone import build, head_name, pretrained
@@ -381,6 +382,22 @@ def test_pixels_are_normalised_by_the_weights_mean_and_deviation(precision, chan
         assert torch.equal(network.model(found), network.model(network.normalise(packed)))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_flips_and_turns_may_come_before_shrinking_or_after(channels):
+    model, backbone = pretrained(TINY, "none", "", 0)
+    network = Network(fold(model, "fp32"), backbone, ["a"], 32, 50, "squash", channels, "fp32")
+    shape = (2, 50, 50) if channels == 1 else (2, 50, 50, 3)
+    pixels = torch.randint(
+        256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    shrunk = network.shrink(pixels)
+    assert shrunk.shape == (2, 32, 32, *shape[3:])
+    for kind in range(8):
+        turned = network.normalise(dihedral(pixels, kind))
+        torch.testing.assert_close(network.normalise(dihedral(shrunk, kind)), turned)
+        torch.testing.assert_close(dihedral(network.normalise(pixels), kind, rows=2), turned)
+
+
 def test_an_image_gives_the_same_bits_at_any_place_of_a_batch():
     model, _ = pretrained(LITE0, "imagenet", "", 0)
     model = fold(model.eval(), "bf16")
@@ -392,9 +409,10 @@ def test_an_image_gives_the_same_bits_at_any_place_of_a_batch():
 def numbered(asked):
     """A function of (view, row) that notes for which views it was asked."""
 
-    def compute(view, rows):
-        asked.append(view)
-        return torch.from_numpy(rows * 10 + view).float().view(-1, 1, 1, 1).expand(-1, 2, 3, 3)
+    def compute(views, rows):
+        asked.extend(views)
+        numbers = [torch.from_numpy(rows * 10 + view).float() for view in views]
+        return [of.view(-1, 1, 1, 1).expand(-1, 2, 3, 3) for of in numbers]
 
     return compute
 
@@ -408,8 +426,8 @@ def test_stored_outputs_are_the_computed_ones_in_every_epoch(tmp_path, monkeypat
     anew = stored(compute, 45, 2, "key", "test")
     rows = np.array([44, 0, 31, 32])
     for epoch, view in ((1, 1), (2, 2), (3, 1)):
-        assert torch.equal(kept(epoch, rows), compute(view, rows))
-        assert torch.equal(anew(epoch, rows), compute(view, rows))
+        assert torch.equal(kept(epoch, rows), compute([view], rows)[0])
+        assert torch.equal(anew(epoch, rows), compute([view], rows)[0])
     assert not (tmp_path / "none").exists()
 
 
@@ -418,11 +436,11 @@ def test_a_later_run_computes_only_the_views_that_are_not_there(tmp_path):
     stored(numbered([]), 45, 2, "key", "test")
     (tmp_path / "cache" / "trunk" / "key-2").write_bytes(b"cut off")
     kept = stored(numbered(asked), 45, 3, "key", "test")
-    assert asked[1:] == [2, 2, 3, 3]  # the first is a look at the shape
+    assert asked[1:] == [2, 3, 2, 3]  # the first is a look at the shape
     assert kept(3, np.array([7])).unique().item() == 73
     asked.clear()
     stored(numbered(asked), 45, 3, "other", "test")
-    assert asked[1:] == [1, 1, 2, 2, 3, 3]
+    assert asked[1:] == [1, 2, 3, 1, 2, 3]
 
 
 def test_the_cache_keeps_to_its_size_by_what_was_used_last(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ class Augment:
 
 
 def augment(pixels: Tensor, ids: NDArray[np.int64], epoch: int, seed: int, how: Augment) -> Tensor:
-    """Augment uint8 images (B, H, W) or (B, H, W, 3); returns the same shape, 0..255 in float32.
+    """Augment images (B, H, W) or (B, H, W, 3) of 0..255; returns the same shape, in float32.
 
     Crops follow Inception's (area and an aspect ratio of 3/4 to 4/3), resized back to H x W.
     """
@@ -55,15 +55,18 @@ def augment(pixels: Tensor, ids: NDArray[np.int64], epoch: int, seed: int, how: 
     return x
 
 
-def dihedral(pixels: Tensor, kind: int) -> Tensor:
-    """Flip and turn square images (B, H, W[, 3]): kind 0 is none, 1 a horizontal flip, up to 7."""
+def dihedral(images: Tensor, kind: int, rows: int = 1) -> Tensor:
+    """Flip and turn square images (B, H, W[, 3]): kind 0 is none, 1 a horizontal flip, up to 7.
+
+    `rows` is the dimension of the height, before that of the width: 2 for planes (B, 3, H, W).
+    """
     if kind & 1:
-        pixels = pixels.flip(2)
+        images = images.flip(rows + 1)
     if kind & 2:
-        pixels = pixels.flip(1)
+        images = images.flip(rows)
     if kind & 4:
-        pixels = pixels.transpose(1, 2)
-    return pixels
+        images = images.transpose(rows, rows + 1)
+    return images
 
 
 def views(flips: Flips, n: int) -> Sequence[int]:

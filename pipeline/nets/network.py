@@ -53,17 +53,24 @@ class Network:
         }
         checkpoint.write(file, tensors, {**self.facts(), **more})
 
+    def shrink(self, pixels: Tensor) -> Tensor:
+        """Resize pixels (B, H, W) or (B, H, W, 3) that are larger to `image_size`, in float32.
+
+        With antialiasing. Flips and quarter turns may come before or after.
+        """
+        if pixels.shape[2] == self.image_size:
+            return pixels
+        size = [self.image_size, self.image_size]
+        x = F.interpolate(_planes(pixels), size, mode="bicubic", antialias=True)
+        return x[:, 0] if pixels.ndim == 3 else x.permute(0, 2, 3, 1)
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """Turn uint8 or 0..255 pixels (B, H, W) or (B, H, W, 3) into the input (B, 3, h, w).
 
-        Resized to `image_size` where they are larger, with antialiasing, and in the number format
-        that the first convolution takes: half the bytes where that is bfloat16.
+        Shrunk to `image_size`, and in the number format that the first convolution takes: half the
+        bytes where that is bfloat16.
         """
-        x = pixels.to(torch.float32)
-        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
-        if x.shape[-1] != self.image_size:
-            size = [self.image_size, self.image_size]
-            x = F.interpolate(x, size, mode="bicubic", antialias=True)
+        x = _planes(self.shrink(pixels))
         means, stds = self.backbone.mean, self.backbone.std
         if x.shape[1] == len(set(means)) == len(set(stds)) == 1:  # grey: one plane, thrice
             means, stds = means[:1], stds[:1]
@@ -85,6 +92,11 @@ class Network:
                 f"{self.n_outputs} outputs ({len(wrong)} tensors differ, such as {wrong[0]})"
             )
         self.model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
+
+
+def _planes(pixels: Tensor) -> Tensor:
+    x = pixels.to(torch.float32)
+    return x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
 
 
 def load(

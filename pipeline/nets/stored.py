@@ -22,6 +22,7 @@ from pipeline.progress import say, track
 from pipeline.runtime import cache_bytes, cache_folder
 
 Rows = NDArray[np.int64]
+Compute = Callable[[Sequence[int], Rows], Sequence[Tensor]]  # (views, rows) -> (B, ...) a view
 Batch = Callable[[int, Rows], Tensor]  # (epoch from 1, rows) -> (B, ...)
 CODE = (*Path(__file__).parent.glob("*.py"), Path(__file__).parents[1] / "images/augment.py")
 
@@ -47,7 +48,7 @@ def key_of(network: Network, block: str, images: NDArray[np.uint8], **augmentati
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
-def stored(compute: Batch, n: int, views: int, key: str, name: str) -> Batch:
+def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     """Compute a function of (view, row) once for all rows and views, and read it from disk after.
 
     Epochs take turns with the views. What doesn't fit into the cache is computed when it is asked
@@ -55,9 +56,9 @@ def stored(compute: Batch, n: int, views: int, key: str, name: str) -> Batch:
     """
 
     def view_of(epoch: int) -> int:
-        return (epoch - 1) % views
+        return (epoch - 1) % views + 1
 
-    sample = compute(1, np.zeros(EVAL_BATCH, np.int64))
+    [sample] = compute([1], np.zeros(EVAL_BATCH, np.int64))
     # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it.
     channels_last = sample.ndim == 4
     shape = sample.permute(0, 2, 3, 1).shape[1:] if channels_last else sample.shape[1:]
@@ -67,47 +68,48 @@ def stored(compute: Batch, n: int, views: int, key: str, name: str) -> Batch:
         say(f"{name}: {needed / 1e9:.1f} GB don't fit into the cache")
         return lambda epoch, rows: torch.cat(
             [
-                compute(view_of(epoch) + 1, rows[np.minimum(part, len(rows) - 1)])
+                compute([view_of(epoch)], rows[np.minimum(part, len(rows) - 1)])[0]
                 for part in batches(len(rows))
             ]
         )[: len(rows)]
 
     folder = cache_folder() / "trunk"
     folder.mkdir(exist_ok=True)
-    files = [folder / f"{key}-{view}" for view in range(1, views + 1)]
+    files = {view: folder / f"{key}-{view}" for view in range(1, views + 1)}
     whole = size * sample.element_size()
     missing = [
-        (view, file)
-        for view, file in enumerate(files, 1)
-        if not file.exists() or file.stat().st_size != whole
+        view for view, file in files.items() if not file.exists() or file.stat().st_size != whole
     ]
-    _make_room(folder, needed, files)
+    _make_room(folder, needed, list(files.values()))
 
     def opened(file: Path, writable: bool = False) -> Tensor:
         numbers = torch.from_file(str(file), shared=writable, size=size, dtype=sample.dtype)
         return numbers.view(n, *shape)
 
     def computed() -> None:
-        tasks = [(view, file, rows) for view, file in missing for rows in batches(n)]
-        for view, file, rows in track(
-            tasks, n * len(missing), name, width=lambda task: len(set(task[2]))
-        ):
-            part = file.with_name(f"{file.name}.{os.getpid()}.part")
-            if rows[0] == 0:
-                kept = opened(part, writable=True)
-            z = compute(view, rows)
-            real = min(EVAL_BATCH, n - int(rows[0]))
-            z = z.permute(0, 2, 3, 1) if channels_last else z
-            kept[rows[0] : rows[0] + real] = z[:real]
-            if rows[0] + real == n:
-                part.replace(file)
+        parts = {
+            view: files[view].with_name(f"{files[view].name}.{os.getpid()}.part")
+            for view in missing
+        }
+        kept = [opened(part, writable=True) for part in parts.values()]
+
+        def width(rows: Rows) -> int:
+            return len(set(rows)) * len(missing)
+
+        for rows in track(batches(n), n * len(missing), name, width):
+            end = min(int(rows[0]) + EVAL_BATCH, n)
+            for of_view, z in zip(kept, compute(missing, rows), strict=True):
+                laid_out = z.permute(0, 2, 3, 1) if channels_last else z
+                of_view[rows[0] : end] = laid_out[: end - rows[0]]
+        for view, part in parts.items():
+            part.replace(files[view])
 
     if missing:
         computed()
     else:
         say(f"{name}: kept from an earlier run")
-    by_view = [opened(file) for file in files]
-    for file in files:
+    by_view = {view: opened(file) for view, file in files.items()}
+    for file in files.values():
         os.utime(file)  # used now: the last to make room
 
     def read(epoch: int, rows: Rows) -> Tensor:
