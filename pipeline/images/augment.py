@@ -38,11 +38,8 @@ def augment(pixels: Tensor, ids: NDArray[np.int64], epoch: int, seed: int, how: 
     u = _uniform(ids, epoch, seed)  # (B, 7)
     x = pixels
     if how.flips != "none":
-        kinds = torch.from_numpy((u[:, 0] * KINDS[how.flips]).astype(np.int64))
-        x = torch.empty_like(pixels)
-        for kind in range(KINDS[how.flips]):
-            chosen = kinds == kind
-            x[chosen] = dihedral(pixels[chosen], kind)
+        kinds = (u[:, 0] * KINDS[how.flips]).astype(np.int64)
+        x = torch.cat([dihedral(pixels[i : i + 1], int(kind)) for i, kind in enumerate(kinds)])
     x = x.to(torch.float32)
     if how.crop < 1:
         x = _cropped(x, u[:, 1:5], how.crop)

@@ -97,11 +97,16 @@ def _directly_in(calls: Sequence[Call], outer: Call | None) -> list[Call]:
 def depths(model: nn.Module, most: int = 8) -> list[str]:
     """Choose the blocks whose pooled output is worth a probe: spread evenly, at most `most`.
 
-    Of the chain, those that hold convolutions and give feature maps (B, D, H, W), without lone
-    layers where there are real blocks; the last codes, the head's input, come on top.
+    Of the chain, those that hold convolutions and give feature maps (B, D, H, W) of at most a
+    quarter of the image's side, without lone layers where there are real blocks; the last codes,
+    the head's input, come on top. Larger maps say little, and take longest to pool.
     """
     shapes = {call.name: call.shape for call in trace(model)}
-    maps = [name for name in chain(model) if len(shapes[name]) == 4 and shapes[name][-1] > 1]
+    maps = [
+        name
+        for name in chain(model)
+        if len(shapes[name]) == 4 and 1 < shapes[name][-1] <= TRACE_SIZE // 4
+    ]
     blocks = [
         name
         for name in maps

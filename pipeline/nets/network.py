@@ -60,23 +60,31 @@ class Network:
         """
         if pixels.shape[2] == self.image_size:
             return pixels
+        x = pixels.to(torch.float32)
+        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
         size = [self.image_size, self.image_size]
-        x = F.interpolate(_planes(pixels), size, mode="bicubic", antialias=True)
+        x = F.interpolate(x, size, mode="bicubic", antialias=True)
         return x[:, 0] if pixels.ndim == 3 else x.permute(0, 2, 3, 1)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Turn uint8 or 0..255 pixels (B, H, W) or (B, H, W, 3) into the input (B, 3, h, w).
 
-        Shrunk to `image_size`, and in the number format that the first convolution takes: half the
-        bytes where that is bfloat16.
+        Shrunk to `image_size`, in the layout and number format that the first convolution likes:
+        channels last, and half the bytes where that is bfloat16.
         """
-        x = _planes(self.shrink(pixels))
+        x, dtype = self.shrink(pixels), NUMBER_FORMATS[self.precision]
+        # Whole numbers up to 255 are exact in either, resized pixels are none.
+        x = x.to(dtype if x.dtype == torch.uint8 else torch.float32)
         means, stds = self.backbone.mean, self.backbone.std
-        if x.shape[1] == len(set(means)) == len(set(stds)) == 1:  # grey: one plane, thrice
-            means, stds = means[:1], stds[:1]
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1) * 255 for v in (means, stds))
-        x = (x - mean).div_(std).to(NUMBER_FORMATS[self.precision])
-        return x if x.shape[1] == 3 else x.expand(-1, 3, -1, -1).contiguous()
+        if x.ndim == 4:
+            return _standardised(x, means, stds).to(dtype).permute(0, 3, 1, 2)
+        # Grey: one plane for all channels that are normalised alike.
+        kinds = list(zip(means, stds, strict=True))
+        planes = {(m, s): _standardised(x, [m], [s]).to(dtype) for m, s in set(kinds)}
+        y = torch.empty(*x.shape, len(kinds), dtype=dtype)
+        for channel, kind in enumerate(kinds):
+            y[..., channel] = planes[kind]
+        return y.permute(0, 3, 1, 2)
 
     def load_state(self, tensors: dict[str, NDArray[Any]], where: Path) -> None:
         """Load weights strictly.
@@ -94,9 +102,14 @@ class Network:
         self.model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
 
 
-def _planes(pixels: Tensor) -> Tensor:
-    x = pixels.to(torch.float32)
-    return x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
+def _standardised(pixels: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
+    """Subtract and divide by each channel's 255-fold mean and deviation: (B, H, W[, D]).
+
+    In float32 inside, whatever the input's format, in one pass over whole rows.
+    """
+    rows = pixels.flatten(2).flatten(0, 1)  # (B * H, W * D)
+    mean, std = (255 * torch.tensor(values).repeat(pixels.shape[2]) for values in (means, stds))
+    return F.batch_norm(rows, mean, std**2, eps=0).view(pixels.shape)
 
 
 def load(
