@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+
+# What learn/probes.py imports late: threads that import a module at once may see half of it.
+import sklearn.linear_model
+import sklearn.svm  # noqa: F401
 from annotated_types import Ge, Gt, Interval, MinLen
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold

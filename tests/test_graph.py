@@ -140,6 +140,13 @@ def test_a_stage_starts_without_a_library_that_it_does_not_use(stage, unused):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_the_probes_threads_find_loaded_what_they_fit_with():
+    """Two threads that import a module at once may see half of it."""
+    wanted = {"sklearn.linear_model", "sklearn.svm"}
+    code = f"import sys, pipeline.probe; sys.exit(not {wanted} <= set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 @each_stage
 def test_stages_do_not_import_each_other(stage):
     assert {f"pipeline/{stage}.py"} == closure(stage) & {f"pipeline/{name}.py" for name in STAGES}
