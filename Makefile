@@ -22,6 +22,7 @@ test-long: install  ## the tests that take minutes
 bench: .venv/.peers  ## our speed beside the bare network's and the peers' (some forty minutes, alone)
 	@$(RUN) dvc repro --quiet probe
 	@$(RUN) python -m bench.startup
+	@$(RUN) python -m bench.equal
 	@$(RUN) python -m bench.ratios --json bench/ratios.json
 	@$(RUN) python -m bench.whole --json bench/whole.json
 
