@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from bench.ratios import PREPARED, WHOLE, network, unfolded
+from bench.ratios import BATCH, PREPARED, WHOLE, network, unfolded
 from pipeline.images.pack import SPLITS, read_images, read_rows
 from pipeline.nets.backbone import head_name
 from pipeline.nets.depths import LAST
@@ -36,8 +36,9 @@ def main() -> None:
     """Compute, compare, print."""
     set_up_torch()
     ours = network(WHOLE)
-    theirs, labels = {}, {}
-    own = {}
+    own: dict[str, Codes] = {}
+    theirs: dict[str, Codes] = {}
+    labels: dict[str, NDArray[np.int64]] = {}
     for split in SPLITS:
         images = read_images(PREPARED, split)
         labels[split] = read_rows(PREPARED, split).labels
@@ -65,8 +66,9 @@ def plain_codes(ours: Network, images: NDArray[np.uint8]) -> Iterator[Codes]:
     head = plain.get_submodule(head_name(plain))
     head.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (ours.backbone.mean, ours.backbone.std))
-    for start in range(0, len(images), 32):
-        pixels = torch.tensor(images[start : start + 32]).float() / 255
+    for start in range(0, len(images), BATCH):
+        # Grey, as the default images are: one plane, thrice.
+        pixels = torch.tensor(images[start : start + BATCH]).float() / 255
         with torch.inference_mode():
             plain((pixels[:, None].expand(-1, 3, -1, -1) - mean) / std)
         yield kept.pop().numpy()

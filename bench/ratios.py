@@ -39,7 +39,7 @@ from pipeline.nets.cut import cut_below
 from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import resolved
 from pipeline.nets.freeze import everything, freeze_all_but
-from pipeline.nets.network import Network, over
+from pipeline.nets.network import Network, batches, over
 from pipeline.nets.processor import set_up_torch
 from pipeline.nets.stored import key_of, stored
 from pipeline.nets.taps import Taps
@@ -189,16 +189,16 @@ def forwards(images: Images, bare: Bare) -> dict[str, float]:
         run = averaged(tapped, taps, Viewing("none", 1))
         # In turns of some batches, so that both have the same share of what else the machine does;
         # the first two turns only warm up.
-        starts = range(0, len(images) - TURN + 1, TURN)
-        for number, first in enumerate([*starts[:2], *starts]):
+        parts = [images[start : start + TURN] for start in range(0, len(images), TURN)]
+        for number, part in enumerate([*parts[:2], *parts]):
             start = time.perf_counter()
             with torch.inference_mode():
-                for _ in range(TURN // BATCH):
+                for _ in batches(len(part)):
                     plain.model(x)
             middle = time.perf_counter()
-            for _ in over(images[first : first + TURN], run):
+            for _ in over(part, run):
                 pass
-            if number > 1:
+            if number >= len(parts[:2]):
                 passes += middle - start
                 extracted += time.perf_counter() - middle
     return {
