@@ -2,11 +2,11 @@
 
 import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from annotated_types import Ge, Interval
@@ -28,6 +28,9 @@ from pipeline.stage import Seed, main, whole_folder, write_json
 TORCHVISION = "torchvision/"
 DECODED = "decoded.npy"  # every image in the order listed, until the splits are known
 
+AT_ONCE = 512  # images that threads are given to work on
+
+T = TypeVar("T")
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 
 
@@ -123,8 +126,7 @@ def _headers(found: Source) -> tuple[list[Header], dict[str, str]]:
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(threads()) as pool:
-        seen = list(pool.map(look, found.items))
+    seen = list(_in_threads(look, found.items))
     headers = [one for one in seen if isinstance(one, Header)]
     pairs = zip(found.items, seen, strict=True)
     return headers, {item.path: str(one) for item, one in pairs if isinstance(one, DataError)}
@@ -153,15 +155,21 @@ def _decode_all(
             return digest, error
 
     digests = []
-    with ThreadPoolExecutor(threads()) as pool:
-        decoded = track(pool.map(one, found.items), len(found.items), "decode")
-        for i, (item, (digest, result)) in enumerate(zip(found.items, decoded, strict=True)):
-            digests.append(digest)
-            if isinstance(result, DataError):
-                unreadable[item.path] = str(result)
-            else:
-                pixels[i] = result
+    decoded = track(_in_threads(one, found.items), len(found.items), "decode")
+    for i, (item, (digest, result)) in enumerate(zip(found.items, decoded, strict=True)):
+        digests.append(digest)
+        if isinstance(result, DataError):
+            unreadable[item.path] = str(result)
+        else:
+            pixels[i] = result
     return pixels, digests
+
+
+def _in_threads(work: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
+    """Work on items in threads, in their order; some at a time, as each waits in memory."""
+    with ThreadPoolExecutor(threads()) as pool:
+        for start in range(0, len(items), AT_ONCE):
+            yield from pool.map(work, items[start : start + AT_ONCE])
 
 
 def _ties(

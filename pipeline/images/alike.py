@@ -13,7 +13,7 @@ SIDE = 32  # pixels a side of the thumbnails that are compared
 BANDS = 8  # 8 bits each: hashes that differ in at most 7 bits agree in one of them
 MOST_BITS = 7
 LEAST_CORRELATION = 0.99  # between thumbnails, once the hashes are as close as that
-BATCH = 1024
+BATCH = 128
 
 Pairs = NDArray[np.int64]
 

@@ -1,7 +1,7 @@
 """How large a data set is, and how like the one that the weights were made for."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from scipy.special import softmax
 from pipeline.learn.known import LARGE
 from pipeline.nets.depths import LAST, SOURCE
 
+AT_ONCE = 256  # images whose answers are in memory
 SIMILAR = 0.2  # source_information from which data count as like the source's
 
 Codes = NDArray[np.floating[Any]]
@@ -37,7 +38,7 @@ def source_confidence(logits: Codes) -> float:
 
     `logits` are (N, S), of S source classes.
     """
-    return float(softmax(np.asarray(logits, np.float64), axis=1).max(1).mean())
+    return sum(float(p.max(1).sum()) for p in _probabilities(logits)) / len(logits)
 
 
 def source_information(logits: Codes, labels: Ints) -> float:
@@ -48,14 +49,29 @@ def source_information(logits: Codes, labels: Ints) -> float:
 
     `logits` are (N, S), `labels` (N,).
     """
-    p = softmax(np.asarray(logits, np.float64), axis=1)  # (N, S)
     shares = np.bincount(labels) / len(labels)
-    joint = np.stack([p[labels == y].sum(0) for y in range(len(shares))])  # (C, S)
+    joint = np.zeros((len(shares), logits.shape[1]))  # (C, S)
+    for y, p in zip(_parts(labels), _probabilities(logits), strict=True):
+        np.add.at(joint, y, p)
     of_source = joint / np.maximum(joint.sum(0), np.finfo(float).tiny)  # a class may go unseen
-    leep = np.log(np.einsum("ns,sn->n", p, of_source[labels].T)).mean()
+    of_labels = (
+        np.log(np.einsum("ns,ns->n", p, of_source[y])).sum()
+        for y, p in zip(_parts(labels), _probabilities(logits), strict=True)
+    )
+    leep = sum(of_labels) / len(labels)
     shares = shares[shares > 0]
     entropy = -(shares * np.log(shares)).sum()
     return float(1 + leep / entropy) if entropy else 0.0
+
+
+def _parts(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Cut rows into parts that keep what is computed of them small."""
+    return (rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE))
+
+
+def _probabilities(logits: Codes) -> Iterator[NDArray[np.float64]]:
+    """Give the softmax of logits (N, S), some rows at a time."""
+    return (softmax(np.asarray(part, np.float64), axis=1) for part in _parts(logits))
 
 
 def profile(grid: Path, depths: Sequence[str]) -> dict[str, float]:

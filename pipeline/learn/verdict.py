@@ -15,6 +15,7 @@ Scores = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 RESAMPLES = 5000
+AT_ONCE = 1_000_000  # drawn numbers held in memory
 
 
 def model_scores(scores: Scores, labels: Ints, weights: NDArray[np.float64]) -> dict[str, Any]:
@@ -106,12 +107,14 @@ def difference(a: Bools, b: Bools, groups: Ints, seed: int) -> dict[str, float]:
     change = a.astype(float) - b.astype(float)
     low, high = _by_groups(change, groups, seed)
     sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=change)
-    random = np.random.default_rng(seed)
-    signs = random.choice((-1.0, 1.0), (2 * RESAMPLES, len(sums)))
-    # A hair below the observed sum, so that equal sums count as such despite rounding.
-    extreme = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9
-    p_value = (1 + extreme.sum()) / (1 + len(signs))
-    return {"accuracy": float(change.mean()), "low": low, "high": high, "p_value": float(p_value)}
+    random, swaps, extreme = np.random.default_rng(seed), 2 * RESAMPLES, 0
+    each = max(1, AT_ONCE // len(sums))
+    for start in range(0, swaps, each):
+        signs = random.choice((-1.0, 1.0), (min(each, swaps - start), len(sums)))
+        # A hair below the observed sum, so that equal sums count as such despite rounding.
+        extreme += int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).sum())
+    p_value = (1 + extreme) / (1 + swaps)
+    return {"accuracy": float(change.mean()), "low": low, "high": high, "p_value": p_value}
 
 
 def _by_groups(values: NDArray[np.float64], groups: Ints, seed: int) -> tuple[float, float]:
@@ -129,6 +132,7 @@ def _by_groups(values: NDArray[np.float64], groups: Ints, seed: int) -> tuple[fl
         paired=True,
         vectorized=True,
         n_resamples=RESAMPLES,
+        batch=max(1, AT_ONCE // len(sums)),
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
