@@ -19,9 +19,10 @@ test: lint  ## lint, types and all tests that don't take minutes
 test-long: install  ## the tests that take minutes
 	@$(RUN) pytest -m long
 
-bench: .venv/.peers  ## our speed beside the bare network's and the peers' (some forty minutes, alone)
+bench: .venv/.peers  ## our speed beside the bare network's and the peers' (three quarters of an hour, alone)
 	@$(RUN) dvc repro --quiet probe
 	@$(RUN) python -m bench.startup
+	@$(RUN) python -m bench.memory
 	@$(RUN) python -m bench.equal
 	@$(RUN) python -m bench.ratios --json bench/ratios.json
 	@$(RUN) python -m bench.whole --json bench/whole.json
