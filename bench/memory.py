@@ -11,6 +11,7 @@ once, (N, D), and its machines a kernel of at most `probe.svm_max_images` square
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -92,13 +93,16 @@ def peak(command: list[str], folder: Path) -> int:
     env = {**os.environ, "PIPELINE_CACHE": str(folder / "cache")}
     process = subprocess.Popen([sys.executable, *command], cwd=folder, env=env)
     highest = 0
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None:
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except FileNotFoundError:
-            break
-        found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
-        highest = max(highest, *(1024 * int(kilobytes) for kilobytes in found), 0)
+            # A stage works in a child of the process that was started.
+            for worker in (process.pid, *children.read_text().split()):
+                status = Path(f"/proc/{worker}/status").read_text()
+                found = re.findall(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+                highest = max(highest, *(1024 * int(kilobytes) for kilobytes in found), 0)
+        except (FileNotFoundError, ProcessLookupError):
+            pass
         time.sleep(0.02)
     if process.wait():
         sys.exit(f"error: {' '.join(command)} ended with {process.returncode}")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from annotated_types import Ge, Interval
 
+from pipeline.files import write_csv, write_json, write_text
 from pipeline.images.augment import Augment, views
 from pipeline.images.pack import SPLITS, read_facts, read_images
 from pipeline.learn.codes import read_codes, read_feature_facts, read_labels
@@ -25,7 +26,7 @@ from pipeline.nets.depths import SOURCE
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
-from pipeline.stage import Key, Seed, main, write_csv, write_json, write_text
+from pipeline.stage import Key, Out, Seed, main
 
 Size = Interval(ge=16, le=2048)
 MOST = 10_000  # images that the source's answers are looked at for, evenly spaced
@@ -64,7 +65,7 @@ def advise(
     probe: Path,
     grid: Path,
     scores: Path,
-    out: Path,
+    out: Out,
     lengths: Lengths,
     how: Augment,
     precision: Annotated[Precision, Key("precision")],

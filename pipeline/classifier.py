@@ -81,14 +81,15 @@ def load(file: Path) -> Classifier:
     def part(prefix: str) -> dict[str, NDArray[Any]]:
         return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
-    network = from_checkpoint(part("network."), meta, file, n_outputs=meta["n_outputs"])
-    probe = Probe(**meta["probe"], arrays=part("probe.")) if meta["probe"] else None
-    return Classifier(
-        network,
-        probe,
-        meta["pooling"],
-        Viewing(**meta["viewing"]),
-        meta["temperature"],
-        meta["sure_above"],
-        meta["chosen"],
-    )
+    with checkpoint.sound(file):
+        network = from_checkpoint(part("network."), meta, file, n_outputs=meta["n_outputs"])
+        probe = Probe(**meta["probe"], arrays=part("probe.")) if meta["probe"] else None
+        return Classifier(
+            network,
+            probe,
+            meta["pooling"],
+            Viewing(**meta["viewing"]),
+            meta["temperature"],
+            meta["sure_above"],
+            meta["chosen"],
+        )

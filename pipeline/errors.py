@@ -12,6 +12,11 @@ Each message is one line: what is wrong, where, and what to do.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+RECOVER = (
+    "the same command goes on where it was; `git checkout models; dvc checkout` brings the earlier "
+    "outputs back"
+)
+
 
 class PipelineError(Exception):
     """A user's error; the command line prints it as one line and exits with 1."""

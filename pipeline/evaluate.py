@@ -13,6 +13,7 @@ from scipy.special import softmax
 
 from pipeline.classifier import Classifier, Scores
 from pipeline.errors import CheckpointError
+from pipeline.files import write_csv, write_json
 from pipeline.images.augment import Flips
 from pipeline.images.pack import Rows, read_facts, read_images, read_rows
 from pipeline.learn.codes import read_codes
@@ -31,8 +32,9 @@ from pipeline.nets.fold import fold
 from pipeline.nets.network import Network, load, refuse_other_classes
 from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
-from pipeline.stage import Seed, main, write_csv, write_json
-from pipeline.viewing import Viewing, logits
+from pipeline.resume import Resume
+from pipeline.stage import Out, Seed, main
+from pipeline.viewing import Viewing, logits_from
 
 Images = NDArray[np.uint8]
 
@@ -60,12 +62,13 @@ def evaluate(
     advice: Path,
     stage1: Path,
     stage2: Path,
-    out: Path,
-    final: Path,
+    out: Out,
+    final: Out,
     views: Annotated[int, Interval(ge=1, le=8)],
     tie: Annotated[float, Interval(ge=0, le=5)],
     sure_accuracy: Annotated[float, Interval(ge=0, le=1)],
     seed: Seed,
+    resume: Resume,
 ) -> dict[str, float]:
     """Score probe, linear probe, stage 1 and stage 2 on test, and write the final model.
 
@@ -83,7 +86,7 @@ def evaluate(
     viewing = Viewing(**of_codes["viewing"])
     models = [
         *_probes(prepared, features, {"probe": winner, "probe_linear": linear}, viewing),
-        *_networks(prepared, {"stage1": stage1, "stage2": stage2}, views),
+        *_networks(prepared, {"stage1": stage1, "stage2": stage2}, views, resume),
     ]
     right = {m.name: m.val.argmax(1) == val.labels for m in models}
     val_accuracy = {name: float(r.mean()) for name, r in right.items()}
@@ -131,7 +134,9 @@ def _probes(
         yield Model(name, None, probe, viewing, *_on_both(prepared, score))
 
 
-def _networks(prepared: Path, files: dict[str, Path], views: int) -> Iterator[Model]:
+def _networks(
+    prepared: Path, files: dict[str, Path], views: int, resume: Resume
+) -> Iterator[Model]:
     """Score stages 1 and 2, averaged over the flips that stage 1 trained with."""
     classes = read_facts(prepared).classes
     loaded = {name: load(file) for name, file in files.items()}
@@ -139,8 +144,14 @@ def _networks(prepared: Path, files: dict[str, Path], views: int) -> Iterator[Mo
     for name, (network, _) in loaded.items():
         refuse_other_classes(name, files[name], network.classes, classes)
 
-        def score(split: str, images: Images, network: Network = network) -> Scores:
-            return logits(network, images, viewing)
+        def score(
+            split: str, images: Images, name: str = name, network: Network = network
+        ) -> Scores:
+            def scored(first: int) -> Iterator[Sequence[Scores]]:
+                return logits_from(network, images[first:], viewing)
+
+            (scores,) = resume.filled([f"{name}-{split}"], len(images), scored)
+            return scores
 
         yield Model(name, network, None, viewing, *_on_both(prepared, score))
 

@@ -20,11 +20,12 @@ import yaml
 from pipeline import portable
 from pipeline.classifier import Classifier, load
 from pipeline.errors import CheckpointError, DataError
+from pipeline.files import whole_folder, write_text
 from pipeline.images.pack import read_images
 from pipeline.nets.network import versions
 from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
-from pipeline.stage import one_line_errors, whole_folder, write_text
+from pipeline.stage import one_line_errors
 
 FINAL, REPORT = Path("models/final/model.safetensors"), Path("models/report/metrics.json")
 PREPARED, LOCK = Path("data/prepared"), Path("dvc.lock")

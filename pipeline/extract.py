@@ -1,7 +1,7 @@
 """Extract: CNN codes of all images at several depths of the frozen, pretrained network."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,9 +11,10 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 
 from pipeline.errors import ParamError
+from pipeline.files import link, whole_folder, write_json
 from pipeline.images.augment import Flips
 from pipeline.images.pack import SPLITS, read_facts, read_images, read_rows
-from pipeline.learn.codes import Labelled, new_codes, write_labels
+from pipeline.learn.codes import Labelled, codes_name, write_labels
 from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.depths import LAST, SOURCE
@@ -22,14 +23,15 @@ from pipeline.nets.network import Network, over, refuse_larger
 from pipeline.nets.processor import set_up_torch
 from pipeline.nets.taps import Pooling, Taps
 from pipeline.progress import track
-from pipeline.stage import Key, Seed, main, whole_folder, write_json
+from pipeline.resume import Resume
+from pipeline.stage import Key, Out, Seed, main
 from pipeline.viewing import Run, Viewing, averaged
 
 
 def extract(
     *,
     prepared: Path,
-    out: Path,
+    out: Out,
     image_size: Annotated[int, Interval(ge=16, le=2048)],
     views: Annotated[int, Interval(ge=1, le=8)],
     depths: Literal["auto"] | list[str],
@@ -40,6 +42,7 @@ def extract(
     sha256: Annotated[str, Key("backbone.sha256")],
     precision: Annotated[Precision, Key("precision")],
     seed: Seed,
+    resume: Resume,
 ) -> dict[str, float]:
     """Run every image through the frozen network and keep its pooled activations.
 
@@ -79,9 +82,8 @@ def extract(
             images = read_images(prepared, split)
             start = time.perf_counter()
             run = averaged(network, taps, Viewing(flips, views))
-            _extract(run, taps.depths, images, split, folder)
+            n_images += _extract(run, taps.depths, images, split, resume, folder)
             seconds += time.perf_counter() - start
-            n_images += len(images)
         of_codes = {"depths": taps.depths, "pooling": pooling}
         viewing = {"viewing": asdict(Viewing(flips, views))}
         write_json(folder / "facts.json", {**network.facts(), **of_codes, **viewing})
@@ -90,24 +92,31 @@ def extract(
             rows = read_rows(prepared, split)
             labelled[split] = Labelled(rows.labels, rows.groups, rows.weights)
         write_labels(folder / "labels.csv", labelled)
-    return {"images_per_second": n_images / seconds}
+    return {"images_per_second": n_images / seconds} if n_images else {}
 
 
 def _extract(
-    run: Run, depths: Sequence[str], images: NDArray[np.uint8], split: str, out: Path
-) -> None:
-    arrays: list[NDArray[np.float32]] = []
-    done = 0
-    outputs = over(images, run)
-    for codes in track(outputs, len(images), f"codes {split}", width=lambda codes: len(codes[0])):
-        if not arrays:
-            arrays = [
-                new_codes(out, split, depth, len(images), code.shape[1])
-                for depth, code in zip(depths, codes, strict=True)
-            ]
-        for array, code in zip(arrays, codes, strict=True):
-            array[done : done + len(code)] = code
-        done += len(codes[0])
+    run: Run,
+    depths: Sequence[str],
+    images: NDArray[np.uint8],
+    split: str,
+    resume: Resume,
+    out: Path,
+) -> int:
+    """Compute a split's codes at all depths into `out`; gives how many images it did."""
+    names = [codes_name(split, depth) for depth in depths]
+    n, begun = len(images), 0
+
+    def codes(first: int) -> Iterable[Sequence[NDArray[np.float32]]]:
+        nonlocal begun
+        begun = first
+        outputs = over(images[first:], run)
+        return track(outputs, n - first, f"codes {split}", width=lambda part: len(part[0]))
+
+    resume.filled(names, n, codes)
+    for name in names if n else []:
+        link(resume.file(name), out / f"{name}.npy")
+    return n - begun
 
 
 if __name__ == "__main__":

@@ -2,33 +2,35 @@
 
 import csv
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, ParamError, near
+from pipeline.files import link, new_array, whole_folder, write_json
 from pipeline.images import audit, sources
 from pipeline.images.alike import clusters_alike
-from pipeline.images.decode import Header, decode, header
+from pipeline.images.decode import Header, Pixels, decode, header
 from pipeline.images.fetch import hash_of, images_at
-from pipeline.images.pack import SPLITS, Facts, Fit, new_images
+from pipeline.images.pack import SPLITS, Facts, Fit
 from pipeline.images.published import published
 from pipeline.images.sources import Item, Source
 from pipeline.images.split import draw, together
 from pipeline.progress import say, track
+from pipeline.resume import Resume
 from pipeline.runtime import threads
-from pipeline.stage import Seed, main, whole_folder, write_json
+from pipeline.stage import READS, Out, Seed, main
 
 TORCHVISION = "torchvision/"
-DECODED = "decoded.npy"  # every image in the order listed, until the splits are known
-
 AT_ONCE = 512  # images that threads are given to work on
+PACKED = 64  # images copied into a split's array
 
 T = TypeVar("T")
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
@@ -36,9 +38,9 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 
 def prepare(
     *,
-    out: Path,
+    out: Out,
     source: str,
-    path: str,
+    path: Annotated[str, READS],
     url: str,
     sha256: str,
     not_images: Literal["refuse", "skip"],
@@ -50,6 +52,7 @@ def prepare(
     val_as: Literal["val", "test"],
     least_per_class: Annotated[int, Ge(2)],
     seed: Seed,
+    resume: Resume,
 ) -> dict[str, float]:
     """Decode every image once, audit and split the set, and pack it as square uint8 arrays.
 
@@ -63,12 +66,13 @@ def prepare(
             f"{found.folder / found.not_images[0]}: not an image ({len(found.not_images)} such "
             "files); move it away, or set prepare.not_images: skip"
         )
+    _refuse_names(found)
     with whole_folder(out) as folder:
-        start = time.perf_counter()
         headers, unreadable = _headers(found)
         channels = 1 if all(one.grey for one in headers) else 3
-        pixels, digests = _decode_all(folder, found, size, fit, channels, unreadable)
-        rate = len(found.items) / (time.perf_counter() - start)
+        start = time.perf_counter()
+        pixels, digests, decoded = _decode_all(resume, found, size, fit, channels, unreadable)
+        rate = decoded / (time.perf_counter() - start)
         if unreadable and not_images == "refuse":
             raise DataError(
                 f"{next(iter(unreadable.values()))}; move it away, or set prepare.not_images: skip"
@@ -82,6 +86,7 @@ def prepare(
         alike = [alike[i] for i in kept]
         ties = _ties(items, digests, alike, split_by)
         splits = _splits(items, ties, test_fraction, val_fraction, val_as, seed)
+        splits = _without_copies(splits, digests)
         labels = np.array([classes.index(item.label) for item in items])
         _refuse_small(labels[np.array(splits) == "train"], classes, least_per_class)
 
@@ -91,14 +96,11 @@ def prepare(
         write_json(folder / "facts.json", asdict(Facts(classes, size, fit, channels)))
         _write_index(folder / "index.csv", items, splits, ties, digests)
         for split in SPLITS:
-            rows = [row for row, s in zip(kept, splits, strict=True) if s == split]
-            images = new_images(folder / f"{split}.npy", len(rows), size, channels)
-            for i, row in enumerate(rows):
-                images[i] = pixels[row]
-        (folder / DECODED).unlink()
+            of_split = [row for row, s in zip(kept, splits, strict=True) if s == split]
+            _pack(resume, pixels, np.array(of_split, np.int64), folder / f"{split}.npy")
     for line in audit.summary(report):
         say(line)
-    return {"images_per_second": rate}
+    return {"images_per_second": rate} if decoded else {}
 
 
 def _source(name: str, path: Path, url: str, sha256: str) -> Source:
@@ -117,6 +119,27 @@ def _source(name: str, path: Path, url: str, sha256: str) -> Source:
     return known[name]()
 
 
+def _refuse_names(found: Source) -> None:
+    """Refuse names that would do harm where index.csv and predictions.csv are read."""
+    classes = sorted({item.label for item in found.items})
+    named = [("class", name) for name in classes] + [("path", item.path) for item in found.items]
+    for what, name in named:
+        if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
+            raise DataError(f"{what} {name!r} has control characters in it; rename it")
+        if name[0] in "=+-@" and not _is_number(name.partition("/")[0]):
+            raise DataError(
+                f"{what} {name!r} begins with {name[0]!r}, as spreadsheets' formulas do; rename it"
+            )
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _headers(found: Source) -> tuple[list[Header], dict[str, str]]:
     """Read every header that can be read, and list the files where it can't."""
 
@@ -133,36 +156,43 @@ def _headers(found: Source) -> tuple[list[Header], dict[str, str]]:
 
 
 def _decode_all(
-    folder: Path, found: Source, size: int, fit: Fit, channels: int, unreadable: dict[str, str]
-) -> tuple[NDArray[np.uint8], list[str]]:
+    resume: Resume,
+    found: Source,
+    size: int,
+    fit: Fit,
+    channels: int,
+    unreadable: dict[str, str],
+) -> tuple[Pixels, list[str], int]:
     """Read, hash and decode every file, in threads (Pillow lets go of the interpreter).
 
-    Returns the pixels on disk, a row an item, and the hashes; adds to `unreadable`.
+    Returns the pixels on disk, a row an item, the hashes, and how many it did, beside those that an
+    earlier run had done; adds to `unreadable`.
     """
-    pixels = new_images(folder / DECODED, len(found.items), size, channels)
+    n, begun = len(found.items), 0
+    none = np.zeros((size, size) if channels == 1 else (size, size, channels), np.uint8)
 
-    def one(item: Item) -> tuple[str, NDArray[np.uint8] | DataError]:
-        file = found.folder / item.path
+    def one(item: Item) -> Sequence[NDArray[Any]]:
+        file, digest = found.folder / item.path, bytes(32)
         try:
-            digest = hash_of(file)
+            digest = bytes.fromhex(hash_of(file))
+            if item.path not in unreadable:
+                return _row(decode(file, size, fit, channels), digest, True)
         except OSError as error:
-            return "", DataError(f"{file}: can't be read ({error.strerror})")
-        if item.path in unreadable:
-            return digest, DataError(unreadable[item.path])
-        try:
-            return digest, decode(file, size, fit, channels)
+            unreadable[item.path] = f"{file}: can't be read ({error.strerror})"
         except DataError as error:
-            return digest, error
+            unreadable[item.path] = str(error)
+        return _row(none, digest, False)
 
-    digests = []
-    decoded = track(_in_threads(one, found.items), len(found.items), "decode")
-    for i, (item, (digest, result)) in enumerate(zip(found.items, decoded, strict=True)):
-        digests.append(digest)
-        if isinstance(result, DataError):
-            unreadable[item.path] = str(result)
-        else:
-            pixels[i] = result
-    return pixels, digests
+    def rows(first: int) -> Iterator[Sequence[NDArray[Any]]]:
+        nonlocal begun
+        begun = first
+        return track(_in_threads(one, found.items[first:]), n - first, "decode")
+
+    pixels, digests, read = resume.filled(["pixels", "digests", "read"], n, rows)
+    for i in np.flatnonzero(~read):
+        if found.items[i].path not in unreadable:
+            one(found.items[i])  # an earlier run's: once more for the reason
+    return pixels, [row.tobytes().hex() for row in digests], n - begun
 
 
 def _in_threads(work: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
@@ -170,6 +200,22 @@ def _in_threads(work: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]
     with ThreadPoolExecutor(threads()) as pool:
         for start in range(0, len(items), AT_ONCE):
             yield from pool.map(work, items[start : start + AT_ONCE])
+
+
+def _row(pixels: Pixels, digest: bytes, read: bool) -> Sequence[NDArray[Any]]:
+    return pixels[None], np.frombuffer(digest, np.uint8)[None], np.array([read])
+
+
+def _pack(resume: Resume, pixels: Pixels, rows: NDArray[np.int64], file: Path) -> None:
+    """Write some rows of the pixels as an array of their own."""
+
+    def packed(first: int) -> Iterator[Sequence[Pixels]]:
+        return ([pixels[rows[i : i + PACKED]]] for i in range(first, len(rows), PACKED))
+
+    if resume.filled([file.stem], len(rows), packed):
+        link(resume.file(file.stem), file)
+    else:
+        new_array(file, np.uint8, (0, *pixels.shape[1:]))
 
 
 def _ties(
@@ -215,6 +261,20 @@ def _splits(
     return [str(split) for split in splits]
 
 
+def _without_copies(splits: Sequence[str], digests: Sequence[str]) -> list[str]:
+    """Take from given splits the files that a later one has too: "" in place of their split.
+
+    Drawn splits have none. Else train would hold the answers to validation and test.
+    """
+    last: dict[str, int] = {}
+    for split, digest in zip(splits, digests, strict=True):
+        last[digest] = max(last.get(digest, 0), SPLITS.index(split))
+    return [
+        split if SPLITS.index(split) == last[digest] else ""
+        for split, digest in zip(splits, digests, strict=True)
+    ]
+
+
 def _refuse_small(train: NDArray[np.int64], classes: Sequence[str], least: int) -> None:
     for name, n in zip(classes, np.bincount(train, minlength=len(classes)), strict=True):
         if n < least:
@@ -237,7 +297,8 @@ def _write_index(
         writer.writerow(("id", "path", "label", "split", "group", "weight", "sha256"))
         columns = zip(items, splits, groups, digests, strict=True)
         for i, (item, split, group, digest) in enumerate(columns):
-            writer.writerow((i, item.path, item.label, split, group, item.weight, digest))
+            if split:
+                writer.writerow((i, item.path, item.label, split, group, item.weight, digest))
 
 
 if __name__ == "__main__":

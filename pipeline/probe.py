@@ -7,7 +7,7 @@ judge of the two, and on some hundred images many cells score alike.
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import DataError
+from pipeline.files import write_csv, write_json
 from pipeline.learn.codes import Labelled, read_codes, read_feature_facts, read_labels
 from pipeline.learn.metrics import cross_entropy, fit_temperature, validation
 from pipeline.learn.probes import (
@@ -42,8 +43,9 @@ from pipeline.learn.probes import (
 )
 from pipeline.nets.depths import JOIN, LAST, SOURCE
 from pipeline.progress import say, track
+from pipeline.resume import Resume
 from pipeline.runtime import threads
-from pipeline.stage import Key, Seed, main, write_csv, write_json
+from pipeline.stage import Key, Out, Seed, main
 
 Positive = Annotated[float, Gt(0)]
 
@@ -56,7 +58,7 @@ class Cell:
     depth: str
     c: float
     loss: float  # cross-entropy of the held-out images, calibrated by one temperature
-    accuracies: tuple[float, ...]  # one a fold
+    accuracies: list[float]  # one a fold
 
     @property
     def accuracy(self) -> float:
@@ -67,7 +69,7 @@ class Cell:
 def probe(
     *,
     features: Path,
-    out: Path,
+    out: Out,
     kinds: Annotated[list[Literal["linear", "svm_linear", "svm_rbf"]], MinLen(1)],
     linear_c: Annotated[list[Positive], MinLen(1)],
     svm_linear_c: Annotated[list[Positive], MinLen(1)],
@@ -79,6 +81,7 @@ def probe(
     sample_weight: Annotated[bool, Key("sample_weight")],
     class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")],
     seed: Seed,
+    resume: Resume,
 ) -> dict[str, float]:
     """Search depth x C x kind by cross-validation on train, fit the best one and the linear one.
 
@@ -109,7 +112,12 @@ def probe(
 
         def searched(task: tuple[Kind, str]) -> list[Cell]:
             kind, depth = task
-            return list(search.cells(kind, depth, read_codes(features, "train", depth)))
+
+            def searched_anew() -> list[dict[str, Any]]:
+                codes = read_codes(features, "train", depth)
+                return [asdict(cell) for cell in search.cells(kind, depth, codes)]
+
+            return [Cell(**c) for c in resume.remember(f"{kind} on {depth}", searched_anew)]
 
         # In threads: what takes the time, BLAS and libsvm, lets go of the interpreter.
         with ThreadPoolExecutor(threads()) as pool:
@@ -202,7 +210,7 @@ class _Search:
         for c in grid:
             loss = cross_entropy(scores[c], y, fit_temperature(scores[c], y))
             right = scores[c].argmax(1) == y
-            yield Cell(kind, depth, c, loss, tuple(right[held].mean() for _, held in cuts))
+            yield Cell(kind, depth, c, loss, [float(right[held].mean()) for _, held in cuts])
 
     def fit(self, cell: Cell, codes: Any) -> Probe:
         """Fit a cell's probe on all of train."""

@@ -19,3 +19,8 @@ def cache_folder() -> Path:
 def cache_bytes() -> float:
     """Give how much may be put there; PIPELINE_CACHE_GB overrides 16."""
     return float(os.environ.get("PIPELINE_CACHE_GB", "16")) * 1e9
+
+
+def save_seconds() -> float:
+    """Give how often what a long task has done is saved; PIPELINE_SAVE_SECONDS overrides 60."""
+    return float(os.environ.get("PIPELINE_SAVE_SECONDS", "60"))

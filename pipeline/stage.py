@@ -3,20 +3,18 @@
 A stage is a function with keyword-only, typed arguments. Those of type `Path` come from the
 command line, and so from dvc.yaml; all others come from params.yaml, from the section with the
 stage's name, or from where `Key` says. An argument whose type is a dataclass takes each of its
-fields so. There are no defaults: params.yaml is the only place that holds a value.
+fields so. There are no defaults: params.yaml is the only place that holds a value. An argument of
+type `Resume` is how far an earlier run got.
 """
 
 import argparse
-import csv
 import inspect
-import io
-import json
 import os
 import re
-import shutil
+import reprlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -26,10 +24,17 @@ import yaml
 from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.errors import ParamError, PipelineError, near
+from pipeline.alone import INTERRUPTED, alone, in_a_child
+from pipeline.errors import RECOVER, ParamError, PipelineError, near
+from pipeline.files import write_json
+from pipeline.progress import say
+from pipeline.resume import Resume, resume_of
 
+Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
 Stage = Callable[..., dict[str, float]]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no number from a string, no NaN
+MOST_BYTES = 100_000  # of params.yaml; ours has five thousand
+SHOWN = 120  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Key:
     foreign: bool = False  # in a section that another stage reads and checks as a whole
 
 
+READS = "reads"  # marks a param that names files: what lies there is data
 Seed = Annotated[int, Key("seed"), Interval(ge=0, lt=2**32)]
 
 
@@ -64,6 +70,14 @@ Loader.add_implicit_resolver(
 )
 
 
+def short(value: object) -> str:
+    """Write a value out, but not at any length."""
+    writer = reprlib.Repr()
+    writer.maxlevel, writer.maxstring, writer.maxother = 3, SHOWN, SHOWN
+    text = writer.repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 @dataclass(frozen=True)
 class Param:
     """One value that a stage takes from params.yaml."""
@@ -79,7 +93,7 @@ def stage_params(stage: Stage) -> list[Param]:
     """List what a stage takes from params.yaml, in the order of its signature."""
     params = []
     for argument, hint in get_type_hints(stage, include_extras=True).items():
-        if argument == "return" or hint is Path:
+        if argument == "return" or hint in (Path, Out, Resume):
             continue
         if is_dataclass(hint):
             inner = get_type_hints(hint, include_extras=True)
@@ -103,20 +117,32 @@ def path_names(stage: Stage) -> list[str]:
     return [name for name, hint in get_type_hints(stage).items() if hint is Path]
 
 
+def _data(stage: Stage, paths: dict[str, Path], params: dict[str, Any]) -> list[Path]:
+    """List what a stage reads: of its paths, and where its params point to."""
+    hints = get_type_hints(stage, include_extras=True)
+    named = [n for n, hint in hints.items() if READS in getattr(hint, "__metadata__", ())]
+    return [paths[n] for n in paths if hints[n] is Path] + [Path(params[n]) for n in named]
+
+
 def read_params(file: Path) -> dict[str, Any]:
     """Read params.yaml as nested dictionaries.
 
     Raises ParamError if it is missing, isn't YAML or isn't sections of keys.
     """
     try:
+        if (size := file.stat().st_size) > MOST_BYTES:
+            raise ParamError(f"{file}: {size:,} bytes; params take no more than {MOST_BYTES:,}")
         params = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506, a SafeLoader
     except FileNotFoundError:
         raise ParamError(f"{file}: no such file; run this in the project's folder") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise ParamError(f"{file}: not readable as YAML: {line}") from None
+    except (RecursionError, ValueError, TypeError, OverflowError) as error:
+        # Brackets a thousand deep; a date of month 13; a list as a key.
+        raise ParamError(f"{file}: not readable as YAML: {short(error)}") from None
     if not isinstance(params, dict):
-        raise ParamError(f"{file}: expected sections such as 'prepare:', found {params!r}")
+        raise ParamError(f"{file}: expected sections such as 'prepare:', found {short(params)}")
     return params
 
 
@@ -148,7 +174,9 @@ def _checked(param: Param, value: Any) -> Any:
     except ValidationError as error:
         said = error.errors()[0]["msg"]
         said = said[0].lower() + said[1:]
-        raise ParamError(f"params.yaml: {param.key} = {value!r}: {said}") from None
+        raise ParamError(f"params.yaml: {param.key} = {short(value)}: {said}") from None
+    except RecursionError:
+        raise ParamError(f"params.yaml: {param.key} holds itself") from None
 
 
 def _refuse_unknown(keys: set[str], params: dict[str, Any]) -> None:
@@ -159,8 +187,10 @@ def _refuse_unknown(keys: set[str], params: dict[str, Any]) -> None:
             raise ParamError(f"params.yaml: no section '{section}:'; {near(section, params)}")
         for name in found:
             if name not in known:
-                hint = near(str(name), sorted(known))
-                raise ParamError(f"params.yaml: unknown key {section}.{name}; {hint}")
+                said = str(name)[:80]
+                raise ParamError(
+                    f"params.yaml: unknown key {section}.{said}; {near(said, sorted(known))}"
+                )
 
 
 def _look_up(key: str, params: dict[str, Any]) -> Any:
@@ -188,55 +218,52 @@ def main(stage: Stage) -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     options = vars(parser.parse_args())
     params, timing = options.pop("params"), options.pop("timing")
-    with one_line_errors():
-        start = time.perf_counter()
-        rates = stage(**options, **arguments(stage, read_params(params)))
-        rates = {"seconds": time.perf_counter() - start, **rates}
-        write_json(timing, {stage.__name__: {k: round(v, 3) for k, v in rates.items()}})
+    with one_line_errors(INTERRUPTED, RECOVER):
+        in_a_child(stage.__name__)
+        with alone(stage.__name__):
+            _run(stage, options, arguments(stage, read_params(params)), timing)
+
+
+def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path) -> None:
+    """Run a stage, or put its outputs back that a killed run finished."""
+    started, start = time.time(), time.perf_counter()
+    name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
+    resume = resume_of(name, {**paths, **params}, _data(stage, paths, params))
+    if resume.put_back():
+        say(f"{name} was finished, but not recorded: its outputs are back")
+        return
+    resumes = {n: resume for n, hint in hints.items() if hint is Resume}
+    rates = {"seconds": 0.0, **stage(**paths, **params, **resumes)}
+    rates["seconds"] = time.perf_counter() - start
+    write_json(timing, {name: {k: round(v, 3) for k, v in rates.items()}})
+    resume.keep(name, [paths[n] for n in paths if hints[n] == Out], timing, started)
+
+
+def parser_of(command: str, about: str) -> argparse.ArgumentParser:
+    """Make a command's parser, whose help is what its module says of itself."""
+    summary, _, rest = about.partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"python -m pipeline.{command}",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iterator[None]:
     """Print a user's error as one line and exit with 1; with PIPELINE_DEBUG=1 let it through."""
     try:
         yield
-    except PipelineError as error:
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
+    except (PipelineError, OSError, MemoryError) as error:
         if os.environ.get("PIPELINE_DEBUG"):
             raise
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command to start this stage again")
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder`, which takes its place when all went well."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file whole: who reads it sees the old or the new one, never a half."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-
-
-def write_csv(file: Path, lines: Iterable[Sequence[object]]) -> None:
-    """Write lines of values, the header first, as a CSV file, whole."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    write_text(file, text.getvalue())
-
-
-def write_json(file: Path, content: object) -> None:
-    """Write a JSON file whole, in the order given, the same bytes for the same content."""
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        ways = f"; {recover}" if recover else ""
+        if isinstance(error, PipelineError):
+            sys.exit(f"error: {error}")
+        if isinstance(error, MemoryError):
+            sys.exit(f"error: out of memory; use smaller images or batches{ways}")
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {place}{error.strerror or error}{ways}")

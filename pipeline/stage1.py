@@ -18,6 +18,7 @@ from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best
 from pipeline.learn.metrics import validation
 from pipeline.learn.start import start_network, what_trains
+from pipeline.learn.trail import Trail
 from pipeline.nets.cut import cut_below
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import freeze_all_but
@@ -25,14 +26,15 @@ from pipeline.nets.network import batches, refuse_larger, versions
 from pipeline.nets.processor import set_up_torch
 from pipeline.nets.stored import Batch, key_of, stored
 from pipeline.progress import say
-from pipeline.stage import Key, Seed, main
+from pipeline.resume import Resume
+from pipeline.stage import Key, Out, Seed, main
 
 
 def stage1(
     *,
     prepared: Path,
     probe: Path,
-    out: Path,
+    out: Out,
     unfreeze: list[str],
     head_init: Literal["probe", "random"],
     image_size: Annotated[int, Interval(ge=16, le=2048)],
@@ -44,6 +46,7 @@ def stage1(
     weighing: Weighing,
     precision: Annotated[Precision, Key("precision")],
     seed: Seed,
+    resume: Resume,
 ) -> dict[str, float]:
     """Train the new head and the unfrozen modules on top of the frozen trunk.
 
@@ -102,6 +105,7 @@ def stage1(
             parts = [cut.top(val_batch(1, chosen)) for chosen in batches(len(val_images))]
         return validation(torch.cat(parts)[: len(val_images)].numpy(), val_rows.labels)
 
+    trail = Trail(resume.folder / "trail.safetensors")
     epochs_run = fit(
         network.model,
         cut.top,
@@ -110,11 +114,12 @@ def stage1(
         training_weights(rows.labels, rows.weights, len(packed.classes), weighing),
         recipe,
         seed,
+        trail,
     )
     before = validate()
     say(f"epoch   0  {_at_the_start(before, of_probe, image_size, head_init)}")
     best = keep_best(
-        *("stage1", out, network.model, epochs_run, validate, [before], patience),
+        *("stage1", out, network.model, epochs_run, validate, [before], patience, trail),
         start_counts=True,  # a head from the probe may be the best there is
     )
     if best.epoch == 0:

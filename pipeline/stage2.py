@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,17 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.files import write_csv
 from pipeline.images.augment import Augment, augment
 from pipeline.images.pack import read_facts, read_images, read_rows
 from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best, state_of, write_metrics
 from pipeline.learn.metrics import validation
+from pipeline.learn.trail import Trail
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import everything, freeze_all_but
 from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
 from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
-from pipeline.stage import Key, Seed, main, write_csv
+from pipeline.resume import Resume
+from pipeline.stage import Key, Out, Seed, main
 from pipeline.viewing import Viewing, logits
 
 State = dict[str, Tensor]
@@ -32,7 +36,7 @@ def stage2(
     *,
     prepared: Path,
     stage1: Path,
-    out: Path,
+    out: Out,
     image_size: Annotated[int, Interval(ge=16, le=2048)],
     batchnorm: Literal["frozen", "train"],
     interpolate: bool,
@@ -42,6 +46,7 @@ def stage2(
     weighing: Weighing,
     precision: Annotated[Precision, Key("precision")],
     seed: Seed,
+    resume: Resume,
 ) -> dict[str, float]:
     """Load stage 1's checkpoint strictly, train every parameter, and keep the best epoch.
 
@@ -81,6 +86,7 @@ def stage2(
         return network.normalise(augment(pixels, rows.ids[chosen], epoch, seed, how))
 
     start = time.perf_counter()
+    trail = Trail(resume.folder / "trail.safetensors")
     epochs_run = fit(
         network.model,
         network.model,
@@ -89,13 +95,14 @@ def stage2(
         training_weights(rows.labels, rows.weights, len(packed.classes), weighing),
         recipe,
         seed,
+        trail,
     )
-    best = keep_best("stage2", out, network.model, epochs_run, validate, before, patience)
+    best = keep_best("stage2", out, network.model, epochs_run, validate, before, patience, trail)
     seconds = time.perf_counter() - start
 
     curve = [(1.0, best.val)]
     if interpolate:
-        curve = interpolation(network, start_state, best.state, validate)
+        curve = interpolation(network, start_state, best.state, validate, resume)
     factor, val = choose_factor(curve)
     network.model.load_state_dict(between(start_state, best.state, factor))
     lines = [(f"{f:.1f}", f"{v['accuracy']:.6f}", f"{v['loss']:.6f}") for f, v in curve]
@@ -136,14 +143,20 @@ def between(first: State, second: State, factor: float) -> State:
 
 
 def interpolation(
-    network: Network, first: State, second: State, validate: Callable[[], Validation]
+    network: Network,
+    first: State,
+    second: State,
+    validate: Callable[[], Validation],
+    resume: Resume,
 ) -> list[tuple[float, Validation]]:
     """Validate the networks between two states at eleven factors."""
-    curve = []
-    for tenth in range(11):
-        network.model.load_state_dict(between(first, second, tenth / 10))
-        curve.append((tenth / 10, validate()))
-    return curve
+
+    def at(factor: float) -> Validation:
+        network.model.load_state_dict(between(first, second, factor))
+        return validate()
+
+    factors = [tenth / 10 for tenth in range(11)]
+    return [(f, resume.remember(f"factor {f}", partial(at, f))) for f in factors]
 
 
 def choose_factor(curve: list[tuple[float, Validation]]) -> tuple[float, Validation]:

@@ -1,6 +1,6 @@
 """Averaging over flips and turns of an image, for codes and for logits alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,13 @@ def averaged(network: Network, compute: Run, viewing: Viewing) -> Run:
 
 def logits(network: Network, images: NDArray[np.uint8], viewing: Viewing) -> NDArray[np.float64]:
     """Compute a network's logits (N, C) of packed images (N, H, W[, 3]), averaged over views."""
+    return np.concatenate([part[0] for part in logits_from(network, images, viewing)])
+
+
+def logits_from(
+    network: Network, images: NDArray[np.uint8], viewing: Viewing
+) -> Iterator[Sequence[NDArray[np.float64]]]:
+    """Compute them a batch at a time."""
     network.model.eval()
-    parts = over(images, averaged(network, lambda x: [network.model(x)], viewing))
-    return np.concatenate([part[0] for part in parts]).astype(np.float64)
+    for part in over(images, averaged(network, lambda x: [network.model(x)], viewing)):
+        yield [part[0].astype(np.float64)]

@@ -2,11 +2,15 @@
 
 import atexit
 import os
+import re
+import shutil
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("PIPELINE_THREADS", "2")
 
@@ -14,19 +18,23 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from repository import commit, dvc, new_repository
 from safetensors.torch import save_file
 
 from pipeline.advise import advise
+from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.nets.backbone import pretrained
 from pipeline.prepare import prepare
 from pipeline.probe import probe
+from pipeline.resume import Resume
 from pipeline.stage import Stage, arguments
 from pipeline.stage1 import stage1
 from pipeline.stage2 import stage2
 
 ROOT = Path(__file__).parent.parent
+PHOTOS = "photos"  # of the repositories that tests run DVC in: in Git, so that a clone has them
 TINY = "timm/test_efficientnet"  # 0.4 million weights, drawn once and kept as a file
 
 SMALL = {
@@ -120,10 +128,18 @@ STAGES: dict[str, Stage] = {
 }
 
 
+def call(name: str, ways: dict[str, Path], params: dict[str, Any]) -> dict[str, float]:
+    """Run a stage as nobody did before, with these paths and params."""
+    stage = STAGES[name]
+    with tempfile.TemporaryDirectory() as state:
+        resumes = {"resume": Resume(Path(state))} if "resume" in signature(stage).parameters else {}
+        return stage(**ways, **arguments(stage, params), **resumes)
+
+
 def run(folder: Path, params: dict[str, Any], *names: str) -> None:
     """Run the named stages, or all, with the given params and everything below one folder."""
     for name in names or STAGES:
-        STAGES[name](**paths(folder)[name], **arguments(STAGES[name], params))
+        call(name, paths(folder)[name], params)
 
 
 @pytest.fixture
@@ -138,6 +154,48 @@ def cache_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "cache"))
 
 
+REFUSED: set[tuple[str, str, str]] = set()  # by which test, which case, and what was said
+REFUSING = ("test_bad_input", "test_sources", "test_untrusted")
+
+
+@pytest.fixture(autouse=True)
+def refusals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gather the last error that each test of a refusal raises."""
+    said = []
+
+    def noted(self: PipelineError, *words: object) -> None:
+        said.append(str(words[0]))
+
+    monkeypatch.setattr(PipelineError, "__init__", noted, raising=False)
+    yield
+    if said and request.module.__name__ in REFUSING:
+        test, _, case = request.node.name.removesuffix("]").partition("[")
+        line = re.sub(r"(/[\w.+-]+)+/(?=[\w.])", "", said[-1])  # folders of this machine
+        line = re.sub(r"0x[0-9a-f]{6,}|\b[0-9a-f]{64}\b|(?<=127.0.0.1:)\d+", "...", line)
+        line = re.sub(r"(?<=can't be fetched )\(.*\)", "(...)", line)
+        parts = case.split("-")
+        # Behind the case many a test has the line that it expects.
+        ends = (k for k in range(1, len(parts)) if "-".join(parts[k:]).split("...")[0] in said[-1])
+        case = "-".join(parts[: next(ends, len(parts))]) or case
+        case = case.replace("-<lambda>", "").replace("-read_probes", "").replace("-load", "")
+        REFUSED.add((test.removeprefix("test_").replace("_", " "), case, line))
+
+
+def refused_page() -> str:
+    """Lay out what was refused as a page: a table a test."""
+    lines = ["# What is refused", "", "Written by `pytest --write-docs` from what tests tried."]
+    for test in sorted({test for test, *_ in REFUSED}):
+        lines += ["", f"## {test[0].upper()}{test[1:]}", "", "| tried | said |", "|---|---|"]
+        for _, *cells in sorted(row for row in REFUSED if row[0] == test):
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-docs") and not session.testsfailed:
+        (ROOT / "docs" / "refused.md").write_text(refused_page(), encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole small run that tests may read, not change: see `paths` for what lies where."""
@@ -147,3 +205,32 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PIPELINE_CACHE", str(folder / "cache"))
         run(folder, read_params(prepare={"path": str(folder / "photos")}))
     return folder
+
+
+class Run(NamedTuple):
+    """A committed repository after a run, not to be changed, and what DVC said."""
+
+    folder: Path
+    said: str
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The first `dvc repro`."""
+    folder = tmp_path_factory.mktemp("first") / "repo"
+    write_photos(folder / PHOTOS)
+    new_repository(folder, read_params(prepare={"path": PHOTOS}))
+    said = dvc(folder, "repro")
+    commit(folder, "run")
+    return Run(folder, said)
+
+
+@pytest.fixture
+def repo(first: Run, tmp_path: Path) -> Path:
+    """A copy of that repository, with its caches."""
+    return shutil.copytree(first.folder, tmp_path / "repo")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", default=1, type=int, help="try so many times as much damage")
+    parser.addoption("--write-docs", action="store_true", help="write docs/refused.md anew")

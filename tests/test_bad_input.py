@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, STAGES, TINY, paths, read_params, run
+from conftest import ROOT, STAGES, TINY, call, paths, read_params, run
 from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import classifier, predict
+from pipeline.alone import INTERRUPTED
 from pipeline.errors import (
     CheckpointError,
     DataError,
@@ -33,9 +34,8 @@ from pipeline.errors import (
 )
 from pipeline.learn.fit import DivergedError
 from pipeline.nets import backbone, checkpoint
-from pipeline.stage import arguments, one_line_errors
+from pipeline.stage import one_line_errors
 from pipeline.stage import read_params as read_params_file
-from pipeline.stage1 import stage1
 
 Params = dict[str, Any]
 
@@ -50,7 +50,7 @@ def refuses(
 ) -> None:
     """Run a stage that must end with one line and leave none of its outputs, not even a part."""
     with pytest.raises(error, match=pattern(line)) as caught:
-        STAGES[name](**ways, **arguments(STAGES[name], params))
+        call(name, ways, params)
     assert "\n" not in str(caught.value)
     for out in (ways[way] for way in ("out", "final") if way in ways):
         assert not out.exists()
@@ -437,7 +437,7 @@ def test_a_loss_that_is_no_number_names_the_epoch_and_the_rate(finished, tmp_pat
     ways = elsewhere(finished, "stage1", tmp_path)
     line = "epoch 1: the validation loss is nan after learning rate 1e+30; lower stage1.lr"
     with pytest.raises(DivergedError, match=pattern(line)):
-        stage1(**ways, **arguments(stage1, read_params(stage1=WILD)))
+        call("stage1", ways, read_params(stage1=WILD))
     assert not (ways["out"] / "model.safetensors").exists()
 
 
@@ -445,7 +445,7 @@ def test_weights_that_the_last_step_spoilt_are_not_kept(finished, tmp_path):
     ways = elsewhere(finished, "stage1", tmp_path)
     params = read_params(stage1={**WILD, "epochs": 1})
     with pytest.raises(DivergedError, match=pattern("epoch 1: ...; lower stage1.lr")):
-        stage1(**ways, **arguments(stage1, params))
+        call("stage1", ways, params)
     assert not (ways["out"] / "model.safetensors").exists()
 
 
@@ -850,5 +850,5 @@ def test_predict_names_a_missing_model_in_one_line(finished):
 
 
 def test_an_interrupted_command_says_how_to_go_on():
-    with pytest.raises(SystemExit, match="interrupted; run the same command"), one_line_errors():
+    with pytest.raises(SystemExit, match="interrupted; the same"), one_line_errors(INTERRUPTED):
         raise KeyboardInterrupt

@@ -5,7 +5,6 @@ import csv
 import importlib.metadata
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -13,11 +12,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, STAGES, paths, read_params, run, write_photos
+from conftest import PHOTOS, ROOT, STAGES, Run, paths, read_params, run
+from repository import commit, dvc, environment, git, hashes
 
 from pipeline.stage import path_names, stage_params
 from pipeline.stage import read_params as loaded
@@ -27,8 +27,6 @@ GROUPS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text
     "optional-dependencies"
 ]
 GROUP = "project.optional-dependencies."
-SETTINGS = [".gitignore", ".dvcignore", ".dvc/.gitignore", ".dvc/config"]
-PHOTOS = "photos"  # in Git, so that a clone has them
 RATE = 1e-5  # another one for stage 2
 IMPORT_EACH = """
 import importlib, json, sys
@@ -260,41 +258,6 @@ def test_permuted_test_labels_change_nothing_before_evaluate(finished, tmp_path)
 # What follows runs DVC in a repository of its own.
 
 
-class Run(NamedTuple):
-    """A committed repository after a run, not to be changed, and what DVC said."""
-
-    folder: Path
-    said: str
-
-
-def command(folder: Path, *words: str) -> str:
-    """Run a command in a repository and give what it says; it has to succeed."""
-    bin_folder = Path(sys.executable).parent  # stages are started as `python`
-    env = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("GIT_")},  # a hook sets some
-        **dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"), "tester"),
-        **dict.fromkeys(("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "tester@localhost"),
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        "DVC_SITE_CACHE_DIR": str(folder.parent / "site"),
-    }
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def dvc(folder: Path, *words: str) -> str:
-    return command(folder, sys.executable, "-m", "dvc", *words)
-
-
-def git(folder: Path, *words: str) -> str:
-    return command(folder, "git", *words)
-
-
-def commit(folder: Path, message: str) -> None:
-    git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--message", message)
-
-
 def change(folder: Path, key: str, value: Any) -> None:
     """Change a dotted key in a repository's params.yaml."""
     file = folder / "params.yaml"
@@ -314,31 +277,6 @@ def stages_run(said: str) -> list[str]:
 def stale(folder: Path) -> set[str]:
     """Name the stages whose own inputs differ from dvc.lock."""
     return set(json.loads(dvc(folder, "status", "--json")))
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The first `dvc repro`."""
-    folder = tmp_path_factory.mktemp("first") / "repo"
-    shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=lambda *_: {"__pycache__"})
-    shutil.copytree(ROOT / ".dvc/plots", folder / ".dvc/plots")
-    for name in ("dvc.yaml", "pyproject.toml", *SETTINGS):
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    write_photos(folder / PHOTOS)
-    params = read_params(prepare={"path": PHOTOS})
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    git(folder, "init", "--quiet")
-    commit(folder, "start")
-    said = dvc(folder, "repro")
-    commit(folder, "run")
-    return Run(folder, said)
-
-
-@pytest.fixture
-def repo(first: Run, tmp_path: Path) -> Path:
-    """A copy of that repository, with its caches."""
-    return shutil.copytree(first.folder, tmp_path / "repo")
 
 
 @pytest.fixture(scope="module")
@@ -517,10 +455,25 @@ def test_pulled_clone_is_up_to_date(repo, tmp_path):
 
 
 def test_forced_second_run_writes_the_same_bytes(first, repo):
-    def hashes(folder: Path) -> dict[str, str]:
-        stages = yaml.safe_load((folder / "dvc.lock").read_text())["stages"].values()
-        outs = [out for stage in stages for out in stage["outs"]]
-        return {o["path"]: o["md5"] for o in outs if not o["path"].endswith("timing.json")}
-
     assert sorted(STAGES) == sorted(stages_run(dvc(repo, "repro", "--force")))
     assert hashes(first.folder) == hashes(repo)
+
+
+def test_what_a_failed_stage_lost_comes_back_by_the_command_that_its_message_names(repo):
+    files = listed("stage1", "outs", "metrics", "plots")
+    before = {name: (repo / name).read_bytes() for name in files}
+    change(repo, "stage1.lr", 1e30)
+    (repo / "models/stage1/history.csv.part").mkdir()  # where a file is to be written
+    words = [sys.executable, "-m", "dvc", "repro", "stage1"]
+    done = subprocess.run(
+        words, cwd=repo, env=environment(repo), capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    [recover] = re.findall(
+        r"error: models/stage1/history.*`(.+)` brings the earlier outputs", done.stderr
+    )
+    for part in recover.split("; "):
+        program, *rest = part.split()
+        {"git": git, "dvc": dvc}[program](repo, *rest)
+    assert before == {name: (repo / name).read_bytes() for name in files}
+    assert {"stage1"} == stale(repo)  # by its rate alone

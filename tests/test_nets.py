@@ -1,4 +1,5 @@
 import copy
+import fcntl
 import os
 from dataclasses import replace
 
@@ -421,7 +422,7 @@ def numbered(asked):
 def test_stored_outputs_are_the_computed_ones_in_every_epoch(tmp_path, monkeypatch):
     compute = numbered([])
     kept = stored(compute, 45, 2, "key", "test")
-    assert len(list((tmp_path / "cache" / "trunk").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "trunk" / "key").glob("*.npy"))) == 2
     monkeypatch.setenv("PIPELINE_CACHE_GB", "0")
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "none"))
     anew = stored(compute, 45, 2, "key", "test")
@@ -435,7 +436,7 @@ def test_stored_outputs_are_the_computed_ones_in_every_epoch(tmp_path, monkeypat
 def test_a_later_run_computes_only_the_views_that_are_not_there(tmp_path):
     asked = []
     stored(numbered([]), 45, 2, "key", "test")
-    (tmp_path / "cache" / "trunk" / "key-2").write_bytes(b"cut off")
+    (tmp_path / "cache" / "trunk" / "key" / "2.npy").write_bytes(b"cut off")
     kept = stored(numbered(asked), 45, 3, "key", "test")
     assert asked[1:] == [2, 3, 2, 3]  # the first is a look at the shape
     assert kept(3, np.array([7])).unique().item() == 73
@@ -445,17 +446,16 @@ def test_a_later_run_computes_only_the_views_that_are_not_there(tmp_path):
 
 
 def test_the_cache_keeps_to_its_size_by_what_was_used_last(tmp_path, monkeypatch):
-    one = 45 * 2 * 3 * 3 * 4 / 1e9
-    monkeypatch.setenv("PIPELINE_CACHE_GB", str(2.5 * one))
+    on_disk = 16_384  # an array of 3,368 bytes, a progress file, both in blocks
+    monkeypatch.setenv("PIPELINE_CACHE_GB", str(1.5 * on_disk / 1e9))
     folder = tmp_path / "cache" / "trunk"
-    for name, used in (("old", 1), ("new", 2)):
+    for name, used in (("running", 0), ("old", 1), ("new", 2)):
         stored(numbered([]), 45, 1, name, "test")
-        os.utime(folder / f"{name}-1", (used, used))
-    (folder / "killed-1.999999999.part").touch()
-    (folder / f"running-1.{os.getpid()}.part").touch()
-    stored(numbered([]), 45, 1, "third", "test")
-    names = {file.name for file in folder.iterdir()}
-    assert names == {"new-1", "third-1", f"running-1.{os.getpid()}.part"}
+        os.utime(folder / name, (used, used))
+    with (folder / "running" / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        stored(numbered([]), 45, 1, "third", "test")
+    assert {path.name for path in folder.iterdir()} == {"running", "new", "third"}
 
 
 def test_the_key_tells_apart_whatever_changes_the_trunks_outputs():

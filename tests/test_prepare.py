@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from pipeline.errors import DataError
 from pipeline.images.decode import decode, header
+from pipeline.images.pack import SPLITS
 from pipeline.images.split import draw, together
 
 # The ants and bees of PyTorch's transfer-learning tutorial, where a copy is at hand.
@@ -412,6 +413,23 @@ def test_the_audit_names_duplicates_across_given_splits(photos, tmp_path):
     prepared(tmp_path, path=str(given))
     found = read_json(tmp_path, "audit.json")["equal_files"]["across_splits"]
     assert found == [["test/class0/twin.png", "train/class0/000.png"]]
+
+
+def test_copies_of_validation_and_test_images_are_left_out_of_train(photos, tmp_path, capsys):
+    given = into_splits(photos, "train", "val", "test")
+    copies = [("train", "val"), ("train", "test"), ("val", "test")]
+    left_out = []
+    for number, (one, other) in enumerate(copies):
+        file = sorted((given / one / "class0").iterdir())[number]
+        left_out.append(str(file.relative_to(given)))
+        file.write_bytes(file.read_bytes() + bytes([number]))  # another file than all others
+        shutil.copy(file, given / other / "class1" / f"twin{number}.png")
+    rows = prepared(tmp_path, path=str(given))
+    hashes = {split: {r["sha256"] for r in rows if r["split"] == split} for split in SPLITS}
+    assert not any(hashes[one] & hashes[other] for one, other in copies)
+    assert read_json(tmp_path, "audit.json")["skipped_copies"] == left_out
+    assert len(rows) == 32 + 3 - 3
+    assert "skipped copies: 3 (train/class0/000.png" in capsys.readouterr().out
 
 
 # Splits

@@ -40,6 +40,7 @@ def report(
 
     Equal files share a hash, near duplicates a name in `alike`. Both are listed by path;
     `across_splits` and `across_labels` are those that would make a score too good or a label wrong.
+    An empty split is that of a copy that was left out.
     """
 
     def listed(names: Sequence[str]) -> dict[str, list[list[str]]]:
@@ -58,13 +59,15 @@ def report(
     labels = [item.label for item in items]
     table: dict[str, dict[str, int]] = {}
     for (label, split), n in sorted(Counter(zip(labels, splits, strict=True)).items()):
-        table.setdefault(label, {})[split] = n
+        if split:
+            table.setdefault(label, {})[split] = n
     return {
         "images": len(items),
         "classes": table,
         "sides": sides,
         "skipped_not_images": list(not_images),
         "skipped_unreadable": unreadable,
+        "skipped_copies": [i.path for i, split in zip(items, splits, strict=True) if not split],
         "equal_files": listed(hashes),
         "near_duplicates": listed(alike),
     }
@@ -76,12 +79,16 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"{label:<16} " + ", ".join(f"{n} {split}" for split, n in counts.items())
         for label, counts in report["classes"].items()
     ]
+    there = {split for counts in report["classes"].values() for split in counts}
+    for label, counts in report["classes"].items():
+        for split in sorted(there - set(counts)):
+            lines.append(f"no {label} in {split}: nothing there tells how well it is recognised")
     found = report["sides"]
     lines.append(
         f"sides            {found['shortest']} to {found['longest']} pixels, the shorter one "
         f"{found['median_short']:g} in the median; {found['enlarged']} images enlarged"
     )
-    for name in ("skipped_not_images", "skipped_unreadable"):
+    for name in ("skipped_not_images", "skipped_unreadable", "skipped_copies"):
         if names := list(report[name]):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             lines.append(f"{name.replace('_', ' ')}: {len(names)} ({shown})")

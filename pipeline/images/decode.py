@@ -48,16 +48,17 @@ def decode(file: Path, size: int, fit: Fit, channels: int) -> Pixels:
         try:
             upright = ImageOps.exif_transpose(image)
             flat = _flat(upright, "L" if channels == 1 else "RGB")
+            return np.asarray(_fitted(flat, (size, size), fit))
         except Exception as error:  # Pillow raises anything from SyntaxError to struct.error
             raise DataError(f"{file}: can't be read as an image ({_said(error)})") from None
-    square = (size, size)
+
+
+def _fitted(image: Image.Image, square: tuple[int, int], fit: Fit) -> Image.Image:
     if fit == "squash":
-        fitted = flat.resize(square, Image.Resampling.BICUBIC)
-    elif fit == "crop":
-        fitted = ImageOps.fit(flat, square, Image.Resampling.BICUBIC)
-    else:
-        fitted = ImageOps.pad(flat, square, Image.Resampling.BICUBIC)
-    return np.asarray(fitted)
+        return image.resize(square, Image.Resampling.BICUBIC)
+    if fit == "crop":
+        return ImageOps.fit(image, square, Image.Resampling.BICUBIC)
+    return ImageOps.pad(image, square, Image.Resampling.BICUBIC)
 
 
 def _opened(file: Path) -> Image.Image:
@@ -69,8 +70,12 @@ def _opened(file: Path) -> Image.Image:
     if width * height > MOST_PIXELS:
         image.close()
         raise DataError(f"{file}: claims {width} x {height} pixels; make it smaller")
-    # A telephone's MPO is a JPEG with more pictures behind it that no viewer shows.
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    try:
+        # A telephone's MPO is a JPEG with more pictures behind it that no viewer shows.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception as error:  # counting them reads on
+        image.close()
+        raise DataError(f"{file}: can't be read as an image ({_said(error)})") from None
     if frames > 1:
         image.close()
         raise DataError(f"{file}: holds {frames} pictures; keep one in a file of its own")

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
@@ -129,20 +130,24 @@ def _unpack(archive: Path, target: Path) -> None:
             content.extractall(target)  # noqa: S202, checked; links become plain files
         return
     with tarfile.open(archive) as content:
-        members = content.getmembers()
-        for member in members:
-            if not (member.isfile() or member.isdir()):
-                raise DataError(f"{archive}: {member.name} is a link or device; archive it anew")
-        _refuse(archive, [(member.name, member.size) for member in members])
+        _refuse(archive, _sizes(archive, content))
         content.extractall(target, filter="data")
 
 
-def _refuse(archive: Path, members: list[tuple[str, int]]) -> None:
+def _sizes(archive: Path, content: tarfile.TarFile) -> Iterator[tuple[str, int]]:
+    for member in content:
+        if not (member.isfile() or member.isdir()):
+            raise DataError(f"{archive}: {member.name} is a link or device; archive it anew")
+        yield member.name, member.size
+
+
+def _refuse(archive: Path, members: Iterable[tuple[str, int]]) -> None:
     """Refuse members that lie outside, and an archive that would grow without bounds."""
-    for name, _ in members:
+    total, most = 0, MOST_GROWTH * archive.stat().st_size
+    for name, size in members:
         path = PurePosixPath(name.replace("\\", "/"))
         if ":" in "".join(path.parts[:1]) or not is_within(path):
             raise DataError(f"{archive}: {name} would be written outside its folder; not unpacked")
-    size = sum(size for _, size in members)
-    if size > MOST_GROWTH * archive.stat().st_size:
-        raise DataError(f"{archive}: would grow to {size:,} bytes when unpacked; not unpacked")
+        total += size
+        if total > most:
+            raise DataError(f"{archive}: would grow beyond {most:,} bytes; not unpacked")

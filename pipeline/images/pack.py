@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
+from pipeline.files import reading
 
 Fit = Literal["squash", "crop", "pad"]  # how an image becomes a square
 SPLITS = ("train", "val", "test")
@@ -39,45 +40,47 @@ class Rows:
 def read_facts(prepared: Path) -> Facts:
     """Read what prepare wrote about its packed images.
 
-    Raises DataError if prepare didn't run.
+    Raises DataError if prepare didn't run, or the file is damaged.
     """
-    try:
-        return Facts(**json.loads((prepared / "facts.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise DataError(f"{prepared}/facts.json: not there; run `dvc repro prepare`") from None
+    file = prepared / "facts.json"
+    with reading(file, "prepare"):
+        facts = Facts(**json.loads(file.read_text(encoding="utf-8")))
+        if len(facts.classes) < 2 or facts.size < 1 or facts.channels not in (1, 3):
+            raise ValueError(f"{facts}")
+    return facts
 
 
 def read_rows(prepared: Path, split: str) -> Rows:
     """Read one split of index.csv, labels included; only evaluate may read those of test.
 
-    Raises DataError if a label is none of the classes.
+    Raises DataError if a label is none of the classes, or the file is damaged.
     """
     classes = {name: i for i, name in enumerate(read_facts(prepared).classes)}
     index = prepared / "index.csv"
-    with index.open(newline="", encoding="utf-8") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["split"] == split]
-    for row in rows:
-        if row["label"] not in classes:
-            raise DataError(f"{index}: row {row['id']} has the unknown label {row['label']!r}")
-    return Rows(
-        np.array([int(row["id"]) for row in rows], np.int64),
-        [row["path"] for row in rows],
-        np.array([classes[row["label"]] for row in rows], np.int64),
-        np.array([int(row["group"]) for row in rows], np.int64),
-        np.array([float(row["weight"]) for row in rows]),
-    )
+    with reading(index, "prepare"):
+        with index.open(newline="", encoding="utf-8") as lines:
+            rows = [row for row in csv.DictReader(lines) if row["split"] == split]
+        for row in rows:
+            if row["label"] not in classes:
+                raise DataError(f"{index}: row {row['id']} has the unknown label {row['label']!r}")
+        return Rows(
+            np.array([int(row["id"]) for row in rows], np.int64),
+            [row["path"] for row in rows],
+            np.array([classes[row["label"]] for row in rows], np.int64),
+            np.array([int(row["group"]) for row in rows], np.int64),
+            np.array([float(row["weight"]) for row in rows]),
+        )
 
 
 def read_images(prepared: Path, split: str) -> NDArray[np.uint8]:
-    """Memory-map a split's images, (N, H, W) for grey ones, else (N, H, W, 3)."""
-    images: NDArray[np.uint8] = np.load(prepared / f"{split}.npy", mmap_mode="r")
+    """Memory-map a split's images, (N, H, W) for grey ones, else (N, H, W, 3).
+
+    Raises DataError if they aren't there, or aren't such an array.
+    """
+    facts, file = read_facts(prepared), prepared / f"{split}.npy"
+    with reading(file, "prepare"):
+        images: NDArray[np.uint8] = np.load(file, mmap_mode="r")
+        shape = (facts.size, facts.size) if facts.channels == 1 else (facts.size, facts.size, 3)
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise ValueError(f"{images.dtype} of shape {images.shape}")
     return images
-
-
-def new_images(file: Path, n: int, size: int, channels: int) -> NDArray[np.uint8]:
-    """Create a memory-mapped array for `n` images, to be filled."""
-    shape = (n, size, size) if channels == 1 else (n, size, size, channels)
-    array: NDArray[np.uint8] = np.lib.format.open_memmap(
-        file, mode="w+", dtype=np.uint8, shape=shape
-    )
-    return array

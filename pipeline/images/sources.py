@@ -4,14 +4,13 @@ import csv
 import hashlib
 import importlib.metadata
 import math
-import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError, near
+from pipeline.files import files_below
 from pipeline.images.fetch import fetched, hash_of, is_within, unpacked
 from pipeline.progress import say
 
@@ -95,7 +94,7 @@ def folder(path: Path) -> Source:
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; set prepare.path to the folder of your images")
-    files = sorted(_files(path))
+    files = sorted(files_below(path))
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     not_images = [file.as_posix() for file in files if file.suffix.lower() not in SUFFIXES]
     if not images:
@@ -142,7 +141,7 @@ def table(path: Path) -> Source:
     if twice:
         raise DataError(f"{file}: lists {twice[0]} more than once; keep one line of it")
     listed = {item.path for item in items}
-    others = [f for f in _files(path) if f.suffix.lower() in SUFFIXES]
+    others = [f for f in files_below(path) if f.suffix.lower() in SUFFIXES]
     if unlisted := sorted(f.as_posix() for f in others if f.as_posix() not in listed):
         say(f"not in {file.name}, so not used: {len(unlisted)} images ({unlisted[0]}, ...)")
     return Source(path, items)
@@ -191,21 +190,6 @@ def hymenoptera(path: Path) -> Source:
             "use prepare.source: folder for a set of your own"
         )
     return found
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """Find all files below a folder, through linked folders too, each folder once."""
-    seen = set()
-    for here, folders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (
-            Path(here, name).relative_to(path) for name in names if not name.startswith(".")
-        )
 
 
 def _folder_item(path: Path, file: Path, splits: dict[str, str]) -> Item:

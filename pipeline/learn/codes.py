@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
+from pipeline.files import reading
 from pipeline.nets.depths import JOIN
 
 
@@ -22,18 +22,16 @@ class Labelled:
     weights: NDArray[np.float64]
 
 
-def new_codes(folder: Path, split: str, depth: str, n: int, width: int) -> NDArray[np.float32]:
-    """Create the memory-mapped codes (N, D) of one split and depth, to be filled."""
-    array: NDArray[np.float32] = np.lib.format.open_memmap(
-        folder / f"{split}-{depth}.npy", mode="w+", dtype=np.float32, shape=(n, width)
-    )
-    return array
+def codes_name(split: str, depth: str) -> str:
+    """Name the array of codes (N, D) of one split and depth."""
+    return f"{split}-{depth}"
 
 
 def read_codes(features: Path, split: str, depth: str) -> NDArray[np.float32]:
     """Memory-map the codes (N, D) of one split and depth, or join those of several."""
     parts: list[NDArray[np.float32]] = [
-        np.load(features / f"{split}-{part}.npy", mmap_mode="r") for part in depth.split(JOIN)
+        np.load(features / f"{codes_name(split, part)}.npy", mmap_mode="r")
+        for part in depth.split(JOIN)
     ]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
@@ -41,12 +39,13 @@ def read_codes(features: Path, split: str, depth: str) -> NDArray[np.float32]:
 def read_feature_facts(features: Path) -> dict[str, Any]:
     """Read what made the codes: the network's facts and the depths.
 
-    Raises DataError if extract didn't run.
+    Raises DataError if extract didn't run, or the file is damaged.
     """
-    try:
-        facts: dict[str, Any] = json.loads((features / "facts.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{features}/facts.json: not there; run `dvc repro extract`") from None
+    file = features / "facts.json"
+    with reading(file, "extract"):
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if missing := {"depths", "classes", "backbone", "viewing"} - set(facts):
+            raise ValueError(f"no {missing}")
     return facts
 
 
@@ -61,11 +60,16 @@ def write_labels(file: Path, splits: dict[str, Labelled]) -> None:
 
 
 def read_labels(features: Path, split: str) -> Labelled:
-    """Read the labels of train or val, in the order of their codes."""
-    with (features / "labels.csv").open(newline="", encoding="utf-8") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["split"] == split]
-    return Labelled(
-        np.array([int(row["label"]) for row in rows], np.int64),
-        np.array([int(row["group"]) for row in rows], np.int64),
-        np.array([float(row["weight"]) for row in rows]),
-    )
+    """Read the labels of train or val, in the order of their codes.
+
+    Raises DataError if the file is damaged.
+    """
+    file = features / "labels.csv"
+    with reading(file, "extract"):
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = [row for row in csv.DictReader(lines) if row["split"] == split]
+        return Labelled(
+            np.array([int(row["label"]) for row in rows], np.int64),
+            np.array([int(row["group"]) for row in rows], np.int64),
+            np.array([float(row["weight"]) for row in rows]),
+        )

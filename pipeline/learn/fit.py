@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.learn.schedule import Schedule, layer_factors, rate
+from pipeline.learn.trail import Place, Trail
 from pipeline.nets.blocks import chain, is_inside
 from pipeline.stage import Key
 
 Ints = NDArray[np.int64]
 
+EXPLODED = 1000.0  # nats: the right class at a probability of e^-1000
+
 
 class DivergedError(PipelineError):
-    """The loss is no number any more."""
+    """The loss is no number any more, or beyond any that training comes back from."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +74,31 @@ def fit(
     weights: NDArray[np.float64],
     recipe: Recipe,
     seed: int,
+    trail: Trail | None = None,
 ) -> Iterator[Epoch]:
     """Train a model's trainable parameters, yielding after each epoch.
 
     `batch(epoch, rows)` gives the input of `forward`, which gives logits (B, C); `labels` and
     `weights` are (N,), the weights of mean 1. Each epoch sees the images in an order that
-    depends on seed and epoch alone; a last batch that isn't full is left out.
+    depends on seed and epoch alone; a last batch that isn't full is left out. With a trail it goes
+    on where an earlier run was, to the same bits, and leaves one itself.
 
-    Raises DivergedError naming the epoch and the rate if the loss is no number.
+    Raises DivergedError naming the epoch and the rate if the loss is no number or explodes.
     """
     n = len(labels)
     size = min(recipe.batch_size, n)
     steps = n // size
     optimizer = make_optimizer(model, recipe)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    for epoch in range(1, recipe.epochs + 1):
+    begin = trail.resume(model, optimizer) if trail else Place(1)
+    for epoch in range(begin.epoch, recipe.epochs + 1):
         start = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(n)
-        torch.manual_seed(seed * 100_003 + epoch)  # dropout in the layers that train
+        if not begin.step:
+            torch.manual_seed(seed * 100_003 + epoch)  # dropout in the layers that train
         model.train()
-        total_loss, total_right, factor = 0.0, 0, 0.0
-        for step in range(steps):
+        total_loss, total_right, factor = begin.loss, begin.right, 0.0
+        for step in range(begin.step, steps):
             rows = order[step * size : (step + 1) * size]
             factor = rate(
                 recipe.schedule,
@@ -114,13 +121,15 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             value = loss.item()
-            if not math.isfinite(value):
+            if not math.isfinite(value) or value > EXPLODED:
                 raise DivergedError(
-                    f"epoch {epoch}: the loss is {value} at learning rate {recipe.lr * factor:g}; "
-                    "lower the stage's lr"
+                    f"epoch {epoch}: the loss is {value:g} at learning rate "
+                    f"{recipe.lr * factor:g}; lower the stage's lr"
                 )
             total_loss += value
             total_right += int((logits.argmax(1) == target).sum())
+            if trail and trail.is_due() and step + 1 < steps:
+                trail.save(model, optimizer, Place(epoch, step + 1, total_loss, total_right))
         yield Epoch(
             epoch,
             recipe.lr * factor,
@@ -128,6 +137,9 @@ def fit(
             total_right / (steps * size),
             time.perf_counter() - start,
         )
+        begin = Place(epoch + 1)
+        if trail:  # with what was made of the epoch meanwhile
+            trail.save(model, optimizer, begin)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -1,15 +1,16 @@
 """Train, validate after each epoch, keep the best one; the history is there to follow."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from pipeline.learn.fit import DivergedError, Epoch
+from pipeline.files import write_csv, write_json
+from pipeline.learn.fit import EXPLODED, DivergedError, Epoch
+from pipeline.learn.trail import Kept, Trail
 from pipeline.progress import say
-from pipeline.stage import write_csv, write_json
 
 Validation = dict[str, float]
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -33,6 +34,7 @@ def keep_best(
     validate: Callable[[], Validation],
     before: list[Validation],
     patience: int,
+    trail: Trail,
     *,
     start_counts: bool = False,
 ) -> Best:
@@ -41,25 +43,30 @@ def keep_best(
     `before` are validations before the first step, rows of epoch 0 in history.csv; with
     `start_counts` the last of them is a candidate, else the epochs from 1 on are. Stops early after
     `patience` epochs without a better one; 0 never does. Rewrites history.csv and metrics.json
-    whole after each epoch, so that a run can be followed.
+    whole after each epoch, so that a run can be followed. `trail`, which `epochs` writes, keeps all
+    that for a run that goes on.
     """
-    rows: list[tuple[object, ...]] = [COLUMNS, *(_row(0, None, val) for val in before)]
+    rows: list[Sequence[object]] = [_row(0, None, val) for val in before]
     best: Best | None = None
     if start_counts:
         best = Best(0, None, before[-1], state_of(model))
+    if trail.kept.facts:  # of a run that was killed
+        rows = trail.kept.facts["rows"]
+        best = Best(**trail.kept.facts["best"], state=trail.kept.best)
+        _write(stage, out, rows, best)
     for epoch in epochs:
         val = validate()
-        if not math.isfinite(val["loss"]):
+        if not math.isfinite(val["loss"]) or val["loss"] > EXPLODED:
             raise DivergedError(
-                f"epoch {epoch.epoch}: the validation loss is {val['loss']} after learning rate "
+                f"epoch {epoch.epoch}: the validation loss is {val['loss']:g} after learning rate "
                 f"{epoch.lr:g}; lower {stage}.lr"
             )
         if best is None or better(val, best.val):
             best = Best(epoch.epoch, epoch.accuracy, val, state_of(model))
-        assert best is not None
         rows.append(_row(epoch.epoch, epoch, val))
-        write_csv(out / "history.csv", rows)
-        write_metrics(out, stage, best.val, epochs=epoch.epoch, best_epoch=best.epoch)
+        _write(stage, out, rows, best)
+        said = {k: v for k, v in vars(best).items() if k != "state"}
+        trail.kept = Kept({"rows": rows, "best": said}, best.state)
         say(
             f"epoch {epoch.epoch:>3}  train loss {epoch.loss:.4f} acc {epoch.accuracy:.4f}  "
             f"val loss {val['loss']:.4f} acc {val['accuracy']:.4f}  "
@@ -83,11 +90,16 @@ def better(later: Validation, earlier: Validation) -> bool:
     return (later["accuracy"], -later["loss"]) > (earlier["accuracy"], -earlier["loss"])
 
 
+def _write(stage: str, out: Path, rows: Sequence[Sequence[object]], best: Best) -> None:
+    write_csv(out / "history.csv", [COLUMNS, *rows])
+    write_metrics(out, stage, best.val, epochs=int(str(rows[-1][0])), best_epoch=best.epoch)
+
+
 def write_metrics(out: Path, stage: str, val: Validation, **more: float) -> None:
     """Write a stage's metrics.json under its own top-level key."""
     write_json(out / "metrics.json", {stage: {"val": val, **more}})
 
 
-def _row(number: int, epoch: Epoch | None, val: Validation) -> tuple[object, ...]:
+def _row(number: int, epoch: Epoch | None, val: Validation) -> Sequence[object]:
     trained = (epoch.lr, epoch.loss, epoch.accuracy) if epoch else ("", "", "")
     return (number, *trained, val["loss"], val["accuracy"])

@@ -193,15 +193,11 @@ def read_probes(file: Path) -> tuple[Probe, Probe, dict[str, Any]]:
     tensors, meta = checkpoint.read(file)
     if "winner" not in meta or "linear" not in meta:
         raise CheckpointError(f"{file}: holds no probes; run `dvc repro probe`")
-    winner, linear = (
-        Probe(
-            **meta[name],
-            arrays={
-                k.removeprefix(f"{name}."): a
-                for k, a in tensors.items()
-                if k.startswith(f"{name}.")
-            },
-        )
-        for name in ("winner", "linear")
-    )
-    return winner, linear, meta
+
+    def probe(name: str) -> Probe:
+        start = f"{name}."
+        arrays = {k.removeprefix(start): a for k, a in tensors.items() if k.startswith(start)}
+        return Probe(**meta[name], arrays=arrays)
+
+    with checkpoint.sound(file):
+        return probe("winner"), probe("linear"), meta

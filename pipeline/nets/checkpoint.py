@@ -5,6 +5,8 @@ hashes; one key with sorted JSON gives the same bytes each time.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from pipeline.errors import CheckpointError
+from pipeline.files import write_bytes
 
 KEY = "pipeline"
 
@@ -23,10 +26,7 @@ def write(file: Path, tensors: dict[str, np.ndarray[Any, Any]], meta: dict[str, 
         {name: np.asarray(tensor, order="C") for name, tensor in sorted(tensors.items())},
         metadata={KEY: json.dumps(meta, sort_keys=True, ensure_ascii=False)},
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(data)
-    part.replace(file)
+    write_bytes(file, data)
 
 
 def read(file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
@@ -39,10 +39,26 @@ def read(file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
             meta = (opened.metadata() or {}).get(KEY)
             if meta is None:
                 raise CheckpointError(f"{file}: not a checkpoint of this pipeline (no metadata)")
+            facts = json.loads(meta)
+            if not isinstance(facts, dict):
+                raise ValueError(f"metadata {meta[:40]}")
             names = opened.keys()  # a method of the file: it is no dictionary
-            return {name: opened.get_tensor(name) for name in names}, json.loads(meta)
+            return {name: opened.get_tensor(name) for name in names}, facts
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; run `dvc repro` or `dvc pull`") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"{file}: damaged ({said}); run `dvc checkout` or repeat") from None
+
+
+@contextmanager
+def sound(file: Path) -> Iterator[None]:
+    """Turn what contradictions in a checkpoint's metadata may raise into a CheckpointError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise CheckpointError(
+            f"{file}: its metadata don't fit together ({type(error).__name__}: {said}); "
+            "run `dvc checkout --force`, or choose another"
+        ) from None

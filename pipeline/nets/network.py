@@ -139,12 +139,13 @@ def from_checkpoint(
         facts = {name: meta[name] for name in Network.__dataclass_fields__ if name != "model"}
     except KeyError as error:
         raise CheckpointError(f"{file}: holds no network (no {error}); choose another") from None
-    facts["backbone"] = backbone_of(meta)
-    if precision:
-        facts["precision"] = precision
-    model = build(facts["backbone"].name, n_outputs or len(facts["classes"]))
-    network = Network(fold(model, facts["precision"]), **facts)
-    network.load_state(tensors, file)
+    with checkpoint.sound(file):
+        facts["backbone"] = backbone_of(meta)
+        if precision:
+            facts["precision"] = precision
+        model = build(facts["backbone"].name, n_outputs or len(facts["classes"]))
+        network = Network(fold(model, facts["precision"]), **facts)
+        network.load_state(tensors, file)
     network.model.eval().requires_grad_(False)
     return network
 

@@ -1,16 +1,20 @@
 """The trunk's outputs on disk, so that the frozen part runs once and not once an epoch or a run.
 
-They lie in the local cache, a file a view, named by a hash of all they depend on: whoever asks for
-the same again, in this run or a later one, reads them. What is there too long makes room.
+They lie in the local cache, a file a view, in a folder named by a hash of all they depend on:
+whoever asks for the same again, in this run or a later one, reads them. What is there too long
+makes room.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,11 +23,13 @@ from torch import Tensor
 
 from pipeline.nets.network import EVAL_BATCH, Network, batches
 from pipeline.progress import say, track
+from pipeline.resume import Resume
 from pipeline.runtime import cache_bytes, cache_folder
 
 Rows = NDArray[np.int64]
 Compute = Callable[[Sequence[int], Rows], Sequence[Tensor]]  # (views, rows) -> (B, ...) a view
 Batch = Callable[[int, Rows], Tensor]  # (epoch from 1, rows) -> (B, ...)
+LOCK = "lock"
 CODE = (*Path(__file__).parent.glob("*.py"), Path(__file__).parents[1] / "images/augment.py")
 
 
@@ -51,19 +57,15 @@ def key_of(network: Network, block: str, images: NDArray[np.uint8], **augmentati
 def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     """Compute a function of (view, row) once for all rows and views, and read it from disk after.
 
-    Epochs take turns with the views. What doesn't fit into the cache is computed when it is asked
-    for, with the same result.
+    Epochs take turns with the views. What an earlier run did is kept, also of one that was killed.
+    What doesn't fit into the cache is computed when it is asked for, with the same result.
     """
 
     def view_of(epoch: int) -> int:
         return (epoch - 1) % views + 1
 
     [sample] = compute([1], np.zeros(EVAL_BATCH, np.int64))
-    # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it.
-    channels_last = sample.ndim == 4
-    shape = sample.permute(0, 2, 3, 1).shape[1:] if channels_last else sample.shape[1:]
-    size = n * shape.numel()  # numbers a view
-    needed = views * size * sample.element_size()
+    needed = views * n * sample[0].numel() * sample.element_size()
     if needed > cache_bytes():
         say(f"{name}: {needed / 1e9:.1f} GB don't fit into the cache")
         return lambda epoch, rows: torch.cat(
@@ -73,44 +75,37 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
             ]
         )[: len(rows)]
 
-    folder = cache_folder() / "trunk"
-    folder.mkdir(exist_ok=True)
-    files = {view: folder / f"{key}-{view}" for view in range(1, views + 1)}
-    whole = size * sample.element_size()
-    missing = [
-        view for view, file in files.items() if not file.exists() or file.stat().st_size != whole
-    ]
-    _make_room(folder, needed, list(files.values()))
+    # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it.
+    channels_last = sample.ndim == 4
+    folder = cache_folder() / "trunk" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs = Resume(folder)
+    with _locked(folder, name):
+        _make_room(folder, needed)
+        missing = [view for view in range(1, views + 1) if not outputs.is_filled(str(view), n)]
 
-    def opened(file: Path, writable: bool = False) -> Tensor:
-        numbers = torch.from_file(str(file), shared=writable, size=size, dtype=sample.dtype)
-        return numbers.view(n, *shape)
+        def computed(first: int) -> Iterator[Sequence[NDArray[Any]]]:
+            for start in range(first, n, EVAL_BATCH):
+                rows = np.minimum(np.arange(start, start + EVAL_BATCH), n - 1)
+                laid_out = (
+                    z.permute(0, 2, 3, 1) if channels_last else z for z in compute(missing, rows)
+                )
+                # NumPy knows no bfloat16: its bits as whole numbers.
+                bits = (z.view(torch.int16) if z.dtype == torch.bfloat16 else z for z in laid_out)
+                yield [z[: n - start].numpy() for z in bits]
 
-    def computed() -> None:
-        parts = {
-            view: files[view].with_name(f"{files[view].name}.{os.getpid()}.part")
-            for view in missing
-        }
-        kept = [opened(part, writable=True) for part in parts.values()]
+        def shown(first: int) -> Iterator[Sequence[NDArray[Any]]]:
+            total = (n - first) * len(missing)
+            return track(computed(first), total, name, lambda p: len(p[0]) * len(missing))
 
-        def width(rows: Rows) -> int:
-            return len(set(rows)) * len(missing)
-
-        for rows in track(batches(n), n * len(missing), name, width):
-            end = min(int(rows[0]) + EVAL_BATCH, n)
-            for of_view, z in zip(kept, compute(missing, rows), strict=True):
-                laid_out = z.permute(0, 2, 3, 1) if channels_last else z
-                of_view[rows[0] : end] = laid_out[: end - rows[0]]
-        for view, part in parts.items():
-            part.replace(files[view])
-
-    if missing:
-        computed()
-    else:
-        say(f"{name}: kept from an earlier run")
-    by_view = {view: opened(file) for view, file in files.items()}
-    for file in files.values():
-        os.utime(file)  # used now: the last to make room
+        if missing:
+            outputs.filled([str(view) for view in missing], n, shown)
+        else:
+            say(f"{name}: kept from an earlier run")
+        # To be changed in memory at most: PyTorch wants no arrays that can't be.
+        kept = {v: np.load(outputs.file(str(v)), mmap_mode="c") for v in range(1, views + 1)}
+    os.utime(folder)  # used now: the last to make room
+    by_view = {view: torch.from_numpy(array).view(sample.dtype) for view, array in kept.items()}
 
     def read(epoch: int, rows: Rows) -> Tensor:
         z = by_view[view_of(epoch)][torch.from_numpy(rows)]
@@ -119,27 +114,36 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     return read
 
 
-def _make_room(folder: Path, needed: int, wanted: Sequence[Path]) -> None:
-    """Delete what was used longest ago until `needed` bytes fit, and what killed runs left."""
-    others = {}
-    for file in folder.iterdir():
-        if file.suffix == ".part" and not _is_alive(int(file.suffixes[-2][1:])):
-            file.unlink(missing_ok=True)
-        elif file.suffix != ".part" and file not in wanted:
-            others[file] = file.stat()
-    kept = sum(stat.st_size for stat in others.values())
-    for file in sorted(others, key=lambda f: others[f].st_mtime):
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    """Hold a folder of the cache, waiting for another run that fills it."""
+    with (folder / LOCK).open("a") as lock:
+        if not _lock(lock):
+            say(f"{name}: another run computes the same; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _make_room(own: Path, needed: int) -> None:
+    """Delete what was used longest ago until `needed` bytes fit, but what is being filled."""
+    for path in own.parent.iterdir():
+        if path.is_file():  # as earlier versions had them
+            path.unlink()
+    others = {path: path.stat().st_mtime for path in own.parent.iterdir() if path != own}
+    sizes = {path: sum(f.stat().st_blocks * 512 for f in path.glob("*")) for path in others}
+    kept = sum(sizes.values())
+    for path in sorted(others, key=lambda path: others[path]):
         if kept + needed <= cache_bytes():
             return
-        kept -= others[file].st_size
-        file.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        with (path / LOCK).open("a") as lock:
+            if _lock(lock):
+                shutil.rmtree(path, ignore_errors=True)
+                kept -= sizes[path]

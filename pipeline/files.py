@@ -1,0 +1,127 @@
+"""Files written whole, and arrays that have their room on the disk before they are filled."""
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from pipeline.errors import DataError, PipelineError
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`, which takes its place when all went well."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file whole: who reads it sees the old or the new one, never a half."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with part.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())  # so that a power cut doesn't leave the new name to no content
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole, in UTF-8."""
+    write_bytes(file, text.encode())
+
+
+def write_csv(file: Path, lines: Iterable[Sequence[object]]) -> None:
+    """Write lines of values, the header first, as a CSV file, whole."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    write_text(file, text.getvalue())
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write a JSON file whole, in the order given, the same bytes for the same content."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def new_array(file: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Create a memory-mapped array on disk, to be filled.
+
+    Its room is taken at once: on a full disk, writing to a mapping ends the process without a word.
+
+    Raises OSError naming the file if there is no room.
+    """
+    try:
+        array: NDArray[Any] = np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape)
+        with file.open("rb+") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
+    return array
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """Find all files below a folder, relative to it, through linked folders too, each once.
+
+    Hidden files and folders are passed over.
+    """
+    seen = set()
+    for here, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (
+            Path(here, name).relative_to(path) for name in names if not name.startswith(".")
+        )
+
+
+def link(file: Path, target: Path) -> None:
+    """Put a file at a second place without copying it where the disk allows that."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(file, part)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(file, part)
+    part.replace(target)
+    part.unlink(missing_ok=True)  # still there if both are the same file already
+
+
+@contextmanager
+def reading(file: Path, stage: str) -> Iterator[None]:
+    """Turn what reading a stage's file may raise into a DataError that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{file}: not there; run `dvc repro {stage}`") from None
+    except (PipelineError, OSError):
+        raise
+    except Exception as error:  # damaged bytes raise anything; a NumPy header even SyntaxError
+        said = " ".join(str(error).split())[:120]
+        raise DataError(
+            f"{file}: damaged ({type(error).__name__}: {said}); run `dvc checkout --force`"
+        ) from None

@@ -1,0 +1,174 @@
+"""No stage is left behind by who started it, none runs twice, and its end is told in a line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A stage that sleeps, or does what its argument says.
+STAGE = """
+import os, sys, time
+from pathlib import Path
+import pipeline.stage
+
+def sleeper(*, out: pipeline.stage.Out, seconds: int) -> dict[str, float]:
+    Path("child").write_text(str(os.getpid()))
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    out.mkdir(exist_ok=True)
+    (out / "done").touch()
+    {extra}
+    return {{}}
+
+pipeline.stage.main(sleeper)
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Start the stage in a folder of its own; what is left of it at the end is ended."""
+    started = []
+
+    def begin(seconds: int = 60, extra: str = "", **env: str) -> "subprocess.Popen[str]":
+        (tmp_path / "sleeper.py").write_text(STAGE.format(extra=extra))
+        (tmp_path / "params.yaml").write_text(f"sleeper: {{seconds: {seconds}}}")
+        (tmp_path / "child").unlink(missing_ok=True)
+        words = [sys.executable, "sleeper.py", "--out", "out", "--timing", "timing.json"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+        started.append(
+            subprocess.Popen(
+                words, cwd=tmp_path, env=env, text=True, stderr=subprocess.PIPE, stdout=-1
+            )
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def child(folder: Path) -> int:
+    """Wait until the stage works, and give the process that does."""
+    for _ in range(1000):
+        if (folder / "child").exists() and (text := (folder / "child").read_text()):
+            return int(text)
+        time.sleep(0.01)
+    raise AssertionError("the stage didn't start")
+
+
+def ends(pid: int, seconds: float = 5) -> bool:
+    """Tell whether a process is gone, at the latest after so long."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        try:
+            if ") Z" in Path(f"/proc/{pid}/stat").read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_stage_ends_as_its_work_does(start, tmp_path):
+    process = start(seconds=0)
+    assert process.wait() == 0
+    assert (tmp_path / "out" / "done").exists()
+    assert (tmp_path / "timing.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_who_is_asked_to_end_does_and_says_how_to_go_on(number, start, tmp_path):
+    process = start()
+    working = child(tmp_path)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=10)
+    assert said == "interrupted; the same command goes on where it was\n"
+    assert process.returncode == 1
+    assert ends(working)
+
+
+def test_a_stage_dies_with_its_parent(start, tmp_path):
+    process = start()
+    working = child(tmp_path)
+    process.kill()
+    assert ends(working)
+
+
+def test_what_the_system_kills_is_said_in_a_line(start, tmp_path):
+    process = start()
+    os.kill(child(tmp_path), signal.SIGKILL)
+    _, said = process.communicate(timeout=10)
+    assert said.startswith("error: sleeper was ended by SIGKILL, as the system does when memory")
+    assert said.endswith("dvc checkout` brings the earlier outputs back\n")
+    assert said.count("\n") == 1
+    assert process.returncode == 137
+
+
+def test_memory_that_is_refused_is_said_in_a_line(start):
+    process = start(seconds=0, extra="bytes(1 << 60)")
+    _, said = process.communicate(timeout=10)
+    assert said.startswith("error: out of memory; use smaller images or batches; the same command")
+    assert (said.count("\n"), process.returncode) == (1, 1)
+
+
+def test_a_second_one_in_the_same_folder_is_refused_and_names_the_first(start, tmp_path):
+    start()
+    working = child(tmp_path)
+    second = start()
+    _, said = second.communicate(timeout=30)
+    assert said == (
+        f"error: sleeper runs in this folder already (process {working}); wait for it, or end it "
+        "with kill\n"
+    )
+
+
+def test_the_lock_of_a_killed_stage_holds_nobody_up(start, tmp_path):
+    first = start()
+    child(tmp_path)
+    first.kill()
+    start(seconds=0)
+    assert first.wait() == -signal.SIGKILL
+    again = start(seconds=0)
+    assert again.wait(timeout=20) == 0
+
+
+def test_a_stage_ends_when_dvc_behind_a_shell_is_killed(start, tmp_path):
+    """As DVC starts it: through a shell, which may well outlive DVC."""
+    dvc = """
+import os, subprocess, sys, time
+env = {**os.environ, "DVC_STAGE": "sleeper"}
+command = f"{sys.executable} sleeper.py --out out --timing timing.json; true"
+subprocess.run(["/bin/sh", "-c", command], env=env)
+"""
+    start().kill()  # for its files alone
+    (tmp_path / "child").unlink(missing_ok=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", dvc], cwd=tmp_path, env=env)
+    try:
+        working = child(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+    assert ends(working)
+
+
+def test_a_stage_that_nobody_but_a_shell_started_outlives_it(start, tmp_path):
+    """`nohup python -m pipeline.stage1 ... &` is meant to."""
+    start().kill()
+    (tmp_path / "child").unlink(missing_ok=True)
+    words = f"{sys.executable} sleeper.py --out out --timing timing.json >/dev/null 2>&1 &"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.pop("DVC_STAGE", None)
+    subprocess.run(["/bin/sh", "-c", words], cwd=tmp_path, env=env, check=True)
+    working = child(tmp_path)
+    try:
+        assert not ends(working, 1.5)
+    finally:
+        os.kill(working, signal.SIGKILL)

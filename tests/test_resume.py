@@ -1,0 +1,283 @@
+"""Killed is paused: a stage goes on where it was and ends with the same bytes."""
+
+import json
+import os
+import shutil
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import STAGES, paths, read_params
+from torch import nn
+
+from pipeline import resume as states
+from pipeline.learn.fit import Recipe, fit
+from pipeline.learn.trail import Kept, Place, Trail
+from pipeline.nets.stored import stored
+from pipeline.resume import Resume, resume_of
+from pipeline.stage import arguments
+
+RESUMING = [name for name, stage in STAGES.items() if "resume" in signature(stage).parameters]
+
+
+class Killed(BaseException):
+    """Ends a stage as nothing in it expects."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, what: Any, name: str, time: int) -> list[int]:
+    """Make a function end the stage after it was called so often; gives the count of its calls."""
+    real, calls = getattr(what, name), [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        calls[0] += 1
+        if calls[0] == time:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(what, name, counted)
+    return calls
+
+
+def call(folder: Path, ways: dict[str, Path], name: str, params: dict[str, Any]) -> None:
+    stage = STAGES[name]
+    stage(**ways, **arguments(stage, params), resume=Resume(folder / "state"))
+
+
+def ways_of(finished: Path, name: str, folder: Path) -> dict[str, Path]:
+    """Give a stage the finished run's inputs, and places of its own for its outputs."""
+    outs = {way: folder / way for way in ("out", "final") if way in paths(finished)[name]}
+    return {**paths(finished)[name], **outs}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("time", [1, 2])
+@pytest.mark.parametrize("name", RESUMING)
+def test_a_stage_killed_after_a_save_ends_with_the_same_bytes(
+    name, time, finished, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PIPELINE_SAVE_SECONDS", "0")  # at every step
+    params = read_params(prepare={"path": str(finished / "photos")})
+    ways = ways_of(finished, name, tmp_path)
+    with monkeypatch.context() as patch:
+        if name in ("stage1", "stage2"):
+            kill_at(patch, Trail, "save", time)
+        elif name == "probe":
+            kill_at(patch, Resume, "remember", time)
+        else:
+            kill_at(patch, Resume, "_record", time)
+        with pytest.raises(Killed):
+            call(tmp_path, ways, name, params)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)  # as DVC does before it starts a stage
+    call(tmp_path, ways, name, params)
+    for way in ("out", "final"):
+        if way in ways:
+            assert contents(paths(finished)[name][way]) == contents(ways[way])
+
+
+def test_what_was_done_before_the_kill_is_not_done_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIPELINE_SAVE_SECONDS", "0")
+    asked = []
+
+    def rows(first):
+        for i in range(first, 10):
+            asked.append(i)
+            if asked == [0, 1, 2, 3]:
+                raise Killed
+            yield [np.full((1, 2), i)]
+
+    with pytest.raises(Killed):
+        Resume(tmp_path).filled(["x"], 10, rows)
+    (array,) = Resume(tmp_path).filled(["x"], 10, rows)
+    assert asked == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9]
+    assert np.array_equal(array, np.arange(10)[:, None].repeat(2, 1))
+    Resume(tmp_path).filled(["x"], 10, rows)
+    assert len(asked) == 11
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone", "other length"])
+def test_an_array_that_is_not_whole_is_filled_anew(damage, tmp_path):
+    def rows(first):
+        yield [np.arange(first, 9)[:, None]]
+
+    file = Resume(tmp_path).file("x")
+    Resume(tmp_path).filled(["x"], 9, rows)
+    if damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif damage == "gone":
+        file.unlink()
+    else:
+        np.save(file, np.zeros((5, 1)))
+    assert not Resume(tmp_path).is_filled("x", 9)
+    (array,) = Resume(tmp_path).filled(["x"], 9, rows)
+    assert np.array_equal(array[:, 0], np.arange(9))
+
+
+@pytest.mark.parametrize("time", [1, 2])
+def test_a_killed_pass_through_the_trunk_goes_on(time, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIPELINE_SAVE_SECONDS", "0")
+    asked = []
+
+    def compute(views, rows):
+        asked.append(int(rows[0]))
+        values = torch.from_numpy(rows)[:, None, None, None].expand(-1, 2, 3, 3)
+        return [(values * 10 + view).to(torch.bfloat16) for view in views]
+
+    with monkeypatch.context() as patch:
+        kill_at(patch, Resume, "_record", time)
+        with pytest.raises(Killed):
+            stored(compute, 90, 2, "key", "trunk")
+    asked.clear()
+    batch = stored(compute, 90, 2, "key", "trunk")
+    assert [0, *range(32 * time, 90, 32)] == asked  # the first is a look at the shape
+    rows = np.array([89, 0, 33])
+    assert torch.equal(batch(2, rows), compute([2], rows)[0])
+
+
+# Training, against a run that nobody disturbs
+
+
+def recipe(**changes: Any) -> Recipe:
+    settings = {
+        "epochs": 3,
+        "batch_size": 4,
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "layer_decay": 1.0,
+        "weight_decay": 0.1,
+        "momentum": 0.9,
+        "schedule": "cosine",
+        "warmup_epochs": 1.0,
+        "step_epochs": 1,
+        "gamma": 0.1,
+        "label_smoothing": 0.0,
+    }
+    return Recipe(**{**settings, **changes})
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    convolved = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1)
+    network = nn.Sequential(*convolved, nn.Flatten(), nn.Linear(8, 2))
+    return network.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("kill", [1, 3, 4, 8])
+def test_training_killed_within_an_epoch_goes_on_to_the_same_bits(
+    optimizer, kill, tmp_path, monkeypatch
+):
+    """With dropout, statistics of batches, and the moments of an optimiser in channels-last."""
+    monkeypatch.setenv("PIPELINE_SAVE_SECONDS", "0")
+    images = torch.randn(16, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    images = images.to(memory_format=torch.channels_last)
+    labels = np.arange(16) % 2
+
+    def train(network, trail):
+        how = recipe(optimizer=optimizer)
+        weights = np.ones(16)
+        epochs = fit(network, network, lambda _, r: images[r], labels, weights, how, 0, trail)
+        return [(e.epoch, e.lr, e.loss, e.accuracy) for e in epochs]
+
+    undisturbed = small_network()
+    expected = train(undisturbed, None)
+    file = tmp_path / "trail.safetensors"
+    with monkeypatch.context() as patch:
+        kill_at(patch, Trail, "save", kill)
+        with pytest.raises(Killed):
+            train(small_network(), Trail(file))
+    resumed = small_network()
+    found = train(resumed, Trail(file))
+    assert found == expected[kill // 4 :]
+    state = resumed.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in undisturbed.state_dict().items())
+
+
+def test_a_damaged_trail_is_said_and_training_starts_anew(tmp_path, capsys):
+    file = tmp_path / "trail.safetensors"
+    network = small_network()
+    trail = Trail(file)
+    trail.kept = Kept({"rows": [1]}, network.state_dict())
+    trail.save(network, torch.optim.SGD(network.parameters()), Place(2))
+    assert Trail(file).kept.facts == {"rows": [1]}
+    file.write_bytes(file.read_bytes()[:-100])
+    assert Trail(file).kept.facts == {}
+    assert "damaged" in capsys.readouterr().out
+
+
+# What a state belongs to
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "in").mkdir()
+    (folder / "in" / "a").write_text("a")
+    return folder
+
+
+def state() -> Path:
+    return resume_of("stage", {"lr": 0.1}, [Path("in")]).folder
+
+
+def test_a_state_belongs_to_params_code_inputs_threads_and_folder(project, monkeypatch):
+    states_seen = {state(), state()}
+    states_seen.add(resume_of("stage", {"lr": 0.2}, [Path("in")]).folder)
+    states_seen.add(resume_of("other", {"lr": 0.1}, [Path("in")]).folder)
+    (project / "in" / "a").write_text("b")
+    os.utime(project / "in" / "a", (1, 1))
+    states_seen.add(state())
+    monkeypatch.setenv("PIPELINE_THREADS", "1")
+    states_seen.add(state())
+    code = project / "code"
+    code.mkdir()
+    (code / "stage.py").write_text("pass")
+    monkeypatch.setattr(states, "CODE", code)
+    states_seen.add(state())
+    (project / "pyproject.toml").write_text("another version")
+    states_seen.add(state())
+    elsewhere = shutil.copytree(project, project.parent / "copy")
+    monkeypatch.chdir(elsewhere)
+    states_seen.add(state())
+    assert len(states_seen) == 8
+
+
+def test_outputs_are_kept_until_dvc_has_recorded_them(project):
+    (project / "out").mkdir()
+    (project / "out" / "others").write_text("of another stage")
+    os.utime(project / "out" / "others", (1, 1))
+    resume = Resume(state())
+    resume.filled(["x"], 1, lambda first: [[np.ones((1, 1))]])
+    since = (project / "out" / "others").stat().st_ctime + 2
+    (project / "out" / "model").write_text("model")
+    (project / "timing.json").write_text("12.3")
+    os.utime(project / "out" / "model")
+    resume.keep("stage", [Path("out")], Path("timing.json"), since - 1.5)
+    assert sorted(p.name for p in resume.folder.iterdir()) == ["kept.json", "outs"]
+
+    shutil.rmtree(project / "out")
+    (project / "timing.json").unlink()
+    assert Resume(state()).put_back()
+    assert (project / "out" / "model").read_text() == "model"
+    assert (project / "timing.json").read_text() == "12.3"
+
+    recorded = json.loads((resume.folder / "kept.json").read_text())["recorded"]
+    (project / "dvc.lock").write_text(f"stages:\n  stage:\n    outs:\n    - md5: {recorded}\n")
+    assert not Resume(state()).put_back()
+
+
+def test_of_a_stage_the_last_two_states_are_kept(project):
+    folders = []
+    for i in range(4):
+        folders.append(resume_of("stage", {"lr": i}, []).folder)
+        os.utime(folders[-1], (i + 1, i + 1))
+    resume_of("other", {}, [])
+    assert [f.exists() for f in folders] == [False, False, True, True]
