@@ -1,0 +1,116 @@
+"""What pipeline.explain foretells is what DVC then does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STAGES
+from repository import dvc, environment
+from test_graph import change, stages_run
+
+
+def explain(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.explain", *words],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def answers(folder: Path) -> dict[str, str]:
+    done = explain(folder, "--json")
+    assert done.returncode == 0, done.stderr
+    return {one["stage"]: one["answer"] for one in json.loads(done.stdout)}
+
+
+def because(folder: Path, stage: str) -> list[str]:
+    [one] = json.loads(explain(folder, stage, "--json").stdout)
+    assert one["seconds"] > 0
+    return one["because"]
+
+
+def test_after_a_run_everything_is_up_to_date(repo):
+    assert dict.fromkeys(STAGES, "up to date") == answers(repo)
+    assert explain(repo).stdout.splitlines()[0].split(maxsplit=1) == ["prepare", "up to date"]
+
+
+def test_a_changed_param_is_named_with_its_old_and_its_new_value(repo):
+    change(repo, "stage2.lr", 1e-5)
+    assert because(repo, "stage2") == ["stage2.lr: 5e-05 → 1e-05"]
+    found = answers(repo)
+    assert {s for s, a in found.items() if a != "up to date"} == {"stage2", "evaluate"}
+    assert (found["stage2"], found["evaluate"]) == ("runs", "runs perhaps")
+    assert because(repo, "evaluate") == ["stage2 comes before it"]
+    lines = explain(repo, "stage2").stdout.splitlines()
+    assert lines[0].startswith("stage2  runs  (took ")
+    assert stages_run(dvc(repo, "repro")) == ["stage2", "evaluate"]
+
+
+def test_the_run_cache_is_foretold(repo):
+    rate = 5e-5
+    change(repo, "stage2.lr", 1e-5)
+    dvc(repo, "repro")
+    change(repo, "stage2.lr", rate)
+    assert answers(repo)["stage2"] == "from the run cache"
+    said = dvc(repo, "repro")
+    assert "Stage 'stage2' is cached - skipping run" in said
+    assert stages_run(said) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "stage", "reason"),
+    [
+        (
+            lambda repo: (repo / "data/features/facts.json").write_text("{}"),
+            "extract",
+            "its output data/features is not what it wrote",
+        ),
+        (
+            lambda repo: (repo / "models/probe/probe.safetensors").unlink(),
+            "probe",
+            "its output models/probe/probe.safetensors is not there",
+        ),
+        (
+            lambda repo: (repo / "pipeline/probe.py").open("a").write("# changed\n"),
+            "probe",
+            "pipeline/probe.py is modified",
+        ),
+        (
+            lambda repo: (repo / "dvc.lock").unlink(),
+            "stage1",
+            "it has never run, or dvc.lock was lost",
+        ),
+    ],
+    ids=["output changed", "output gone", "code changed", "no lock"],
+)
+def test_files_and_outputs_are_named(spoil, stage, reason, repo):
+    spoil(repo)
+    assert reason in because(repo, stage)
+    assert answers(repo)[stage] != "up to date"
+
+
+def test_nothing_is_changed_by_asking(repo):
+    change(repo, "seed", 1)
+    before = {str(f): f.stat().st_mtime_ns for f in repo.rglob("*") if ".dvc/tmp" not in str(f)}
+    explain(repo)
+    after = {str(f): f.stat().st_mtime_ns for f in repo.rglob("*") if ".dvc/tmp" not in str(f)}
+    changed = {f for f in before | after if before.get(f) != after.get(f)}
+    assert {f for f in changed if Path(f).is_file() and "__pycache__" not in f} == set()
+
+
+def test_an_unknown_stage_is_answered_with_near_ones(repo):
+    done = explain(repo, "stage3")
+    assert done.stderr == "error: no stage is called 'stage3'; did you mean stage2 or stage1?\n"
+
+
+def test_a_folder_without_a_graph_is_said_in_a_line(tmp_path):
+    (tmp_path / "pipeline").symlink_to(ROOT / "pipeline")
+    done = explain(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: .: DVC can't read the graph here (")
+    assert done.stderr.count("\n") == 1
