@@ -1,0 +1,186 @@
+"""Results travel: to a bucket and back, past a cut-off push, a damaged and a shared cache."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import requests
+from conftest import STAGES
+from moto.s3.responses import S3Response
+from moto.server import ThreadedMotoServer
+from repository import command, dvc, environment, git, hashes
+from test_graph import stages_run, stale
+
+BUCKET = "results"
+KEYS = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server of S3's protocol on loopback, with a bucket; gives its address."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    requests.post(f"{address}/moto-api/reset", timeout=10)  # of the server before, in this process
+    boto3.client("s3", endpoint_url=address, region_name="us-east-1", **KEYS).create_bucket(
+        Bucket=BUCKET
+    )
+    yield address
+    server.stop()
+
+
+def use(folder: Path, address: str) -> None:
+    """Make the bucket a repository's remote, as its owner would."""
+    words = {"endpointurl": address, "region": "us-east-1"}
+    words |= {"access_key_id": "key", "secret_access_key": "secret"}
+    dvc(folder, "remote", "add", "--local", "--default", "store", f"s3://{BUCKET}/store")
+    for key, value in words.items():
+        dvc(folder, "remote", "modify", "--local", "store", key, value)
+
+
+def kept(address: str) -> int:
+    """Count the objects in the bucket."""
+    client: Any = boto3.client("s3", endpoint_url=address, region_name="us-east-1", **KEYS)
+    return int(client.list_objects_v2(Bucket=BUCKET)["KeyCount"])
+
+
+def clone_of(repo: Path, folder: Path) -> Path:
+    git(repo.parent, "clone", "--quiet", str(repo), str(folder))
+    return folder
+
+
+def test_a_clone_pulls_from_a_bucket_what_was_pushed_there(repo, s3, tmp_path):
+    use(repo, s3)
+    dvc(repo, "push")
+    clone = clone_of(repo, tmp_path / "elsewhere" / "clone")
+    use(clone, s3)
+    dvc(clone, "pull", "--run-cache")
+    assert set() == stale(clone)
+    assert [] == stages_run(dvc(clone, "repro"))
+
+
+def test_an_interrupted_push_is_finished_by_the_next(repo, s3, tmp_path, monkeypatch):
+    use(repo, s3)
+    put = S3Response.put_object
+
+    def slowly(self: S3Response) -> Any:
+        time.sleep(0.1)
+        return put(self)
+
+    monkeypatch.setattr(S3Response, "put_object", slowly)
+    words = [sys.executable, "-m", "dvc", "push", "--jobs", "1"]
+    process = subprocess.Popen(words, cwd=repo, env=environment(repo), stderr=subprocess.DEVNULL)
+    give_up = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < give_up:
+        if kept(s3):
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    some = kept(s3)
+    dvc(repo, "push")
+    assert 0 < some < kept(s3)
+    clone = clone_of(repo, tmp_path / "elsewhere" / "clone")
+    use(clone, s3)
+    dvc(clone, "pull")
+    assert set() == stale(clone)
+
+
+def check_cache(folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cache"],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_damaged_object_is_found_and_made_again(repo):
+    assert check_cache(repo).returncode == 0
+    expected = hashes(repo)
+    digest = expected["models/stage2/model.safetensors"]
+    file = repo / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
+    content = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    done = check_cache(repo)
+    assert done.returncode == 1
+    assert f"damaged, and taken out: {digest}" in done.stdout
+    assert done.stderr == "error: 1 damaged; `dvc pull` or `dvc repro` brings them back\n"
+    dvc(repo, "repro")
+    assert expected == hashes(repo)
+    assert content == file.read_bytes()
+    assert check_cache(repo).returncode == 0
+
+
+def test_a_damaged_object_comes_back_from_a_remote(repo, tmp_path):
+    dvc(repo, "remote", "add", "--local", "--default", "store", str(tmp_path / "store"))
+    dvc(repo, "push")
+    digest = hashes(repo)["models/stage1/model.safetensors"]
+    file = repo / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
+    content = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(b"other bytes")
+    (repo / "models/stage1/model.safetensors").unlink()
+    assert check_cache(repo).returncode == 1
+    dvc(repo, "pull")
+    assert content == (repo / "models/stage1/model.safetensors").read_bytes()
+    assert set() == stale(repo)
+
+
+def test_the_cache_check_says_where_there_is_no_project(tmp_path):
+    (tmp_path / "pipeline").symlink_to(Path(__file__).parent.parent / "pipeline")
+    done = check_cache(tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: .: ")
+
+
+def test_two_clones_share_one_cache(repo, tmp_path):
+    shared = tmp_path / "shared"
+    dvc(repo, "cache", "dir", "--local", str(shared))
+    shutil.copytree(repo / ".dvc/cache", shared)
+    clone = clone_of(repo, tmp_path / "elsewhere" / "clone")
+    dvc(clone, "cache", "dir", "--local", str(shared))
+    (clone / "dvc.lock").unlink()
+    said = dvc(clone, "repro")
+    assert [] == stages_run(said)
+    assert len(STAGES) == said.count("is cached - skipping run")
+    assert hashes(repo) == hashes(clone)
+
+
+@pytest.mark.long
+def test_two_clones_run_at_once_into_one_cache(repo, tmp_path):
+    clones = []
+    for name in ("one", "two"):
+        clone = clone_of(repo, tmp_path / name / "clone")
+        dvc(clone, "cache", "dir", "--local", str(tmp_path / "shared"))
+        clones.append(clone)
+    words = [sys.executable, "-m", "dvc", "repro", "--force"]
+    running = [
+        subprocess.Popen(
+            words,
+            cwd=clone,
+            env={
+                **environment(clone),
+                "PIPELINE_CACHE": str(tmp_path / "trunks"),
+                "PIPELINE_THREADS": "1",
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.DEVNULL,
+        )
+        for clone in clones
+    ]
+    assert [process.wait() for process in running] == [0, 0]
+    assert hashes(clones[0]) == hashes(clones[1])
+    assert command(clones[0], "git", "status", "--short") != ""
+    assert os.listdir(tmp_path / "shared")
