@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Stages are started as `python`: the environment's own.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: repro advise test test-long bench lint install
+.PHONY: repro advise test test-long verify torture bench lint install
 
 repro: install  ## run what isn't up to date, from the images to the final model
 	@$(RUN) dvc repro
@@ -16,8 +16,15 @@ advise: install  ## what fine-tuning may bring and cost, before stage 1
 test: lint  ## lint, types and all tests that don't take minutes
 	@$(RUN) pytest -m "not long"
 
-test-long: install  ## the tests that take minutes
+test-long: .venv/.dev  ## the tests that take minutes
 	@$(RUN) pytest -m long
+	@$(RUN) pytest --fuzz 20 tests/test_fuzz.py
+
+verify: install  ## two clean clones run the graph: the same hashes?
+	@$(RUN) python tests/verify.py --threads 1
+
+torture: install  ## a hundred kills of a run on real images (an hour or more, alone)
+	@$(RUN) python tests/torture.py
 
 bench: .venv/.peers  ## our speed beside the bare network's and the peers' (three quarters of an hour, alone)
 	@$(RUN) dvc repro --quiet probe
@@ -27,7 +34,7 @@ bench: .venv/.peers  ## our speed beside the bare network's and the peers' (thre
 	@$(RUN) python -m bench.ratios --json bench/ratios.json
 	@$(RUN) python -m bench.whole --json bench/whole.json
 
-lint: install
+lint: .venv/.dev
 	@$(RUN) ruff format --check --quiet .
 	@$(RUN) ruff check --quiet .
 	@$(RUN) mypy --no-error-summary
@@ -38,6 +45,12 @@ install: .venv/.installed  ## the environment, once
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("error: Python 3.11 is needed, this is %d.%d; set PYTHON=python3.11" % v)'
 	@echo "installing into .venv (some minutes the first time)"
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	@echo "installing what tests need into .venv"
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable ".[dev]"
 	@touch $@
