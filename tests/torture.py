@@ -29,6 +29,7 @@ from repository import ROOT, environment, hashes, new_repository
 IMAGES = 400
 SIDE = 96
 MARK = "TORTURE"
+TIMINGS = "models/*/timing.json"  # a stage writes it last
 SETTLE = 15.0  # seconds until what was killed has to be gone
 STARTED = re.compile(r"^Running stage '(\w+)'", re.MULTILINE)
 
@@ -178,16 +179,17 @@ def disturb(run: Run, chance: random.Random, seconds: float) -> str:
 
 def between(run: Run, chance: random.Random) -> str:
     """Wait until some stage has written its last file, which DVC is then about to record."""
-    timings = {f: f.stat().st_mtime_ns for f in run.folder.glob("models/*/timing.json")}
-    wanted = chance.randint(1, 7)
+    ended = {file: file.stat().st_mtime_ns for file in run.folder.glob(TIMINGS)}
+    before = dict(ended)
+    wanted = chance.randint(1, 7)  # which of the stages that run yet
     while run.process.poll() is None and wanted:
-        for file in run.folder.glob("models/*/timing.json"):
+        for file in run.folder.glob(TIMINGS):
             try:
                 written = file.stat().st_mtime_ns
             except FileNotFoundError:
                 continue
-            if timings.get(file) != written:
-                timings[file] = written
+            if before.get(file) == ended.get(file) != written:  # DVC's own copy doesn't count
+                ended[file] = written
                 wanted -= 1
         time.sleep(0.001)
     return "between the end and the record of"
