@@ -49,13 +49,15 @@ SMALL = {
 }
 
 
-def write_photos(folder: Path, classes: int = 2, each: int = 16, grey: bool = False) -> Path:
-    """Write noisy pictures whose classes differ in the direction of their stripes."""
+def write_photos(
+    folder: Path, classes: int = 2, each: int = 16, grey: bool = False, first: int = 0
+) -> Path:
+    """Write noisy pictures, drawn from the `first` on, whose classes differ in their stripes."""
     for label in range(classes):
         for i in range(each):
             file = folder / f"class{label}" / f"{i:03d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            random = np.random.default_rng([label, i])
+            random = np.random.default_rng([label, first + i])
             y, x = np.mgrid[:48, :56] / 4
             angle = np.pi * label / classes
             stripes = np.sin(x * np.cos(angle) + y * np.sin(angle))[..., None]

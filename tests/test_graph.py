@@ -462,7 +462,7 @@ def test_forced_second_run_writes_the_same_bytes(first, repo):
 def test_what_a_failed_stage_lost_comes_back_by_the_command_that_its_message_names(repo):
     files = listed("stage1", "outs", "metrics", "plots")
     before = {name: (repo / name).read_bytes() for name in files}
-    change(repo, "stage1.lr", 1e30)
+    change(repo, "stage1.lr", 1e-3)
     (repo / "models/stage1/history.csv.part").mkdir()  # where a file is to be written
     words = [sys.executable, "-m", "dvc", "repro", "stage1"]
     done = subprocess.run(

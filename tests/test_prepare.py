@@ -424,7 +424,7 @@ def test_copies_of_validation_and_test_images_are_left_out_of_train(photos, tmp_
         left_out.append(str(file.relative_to(given)))
         file.write_bytes(file.read_bytes() + bytes([number]))  # another file than all others
         shutil.copy(file, given / other / "class1" / f"twin{number}.png")
-    rows = prepared(tmp_path, path=str(given))
+    rows = prepared(tmp_path, path=str(given), least_per_class=2)
     hashes = {split: {r["sha256"] for r in rows if r["split"] == split} for split in SPLITS}
     assert not any(hashes[one] & hashes[other] for one, other in copies)
     assert read_json(tmp_path, "audit.json")["skipped_copies"] == left_out

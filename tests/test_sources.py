@@ -356,8 +356,8 @@ def test_a_set_of_torchvision_comes_from_a_copy_of_its_files(tmp_path):
 
 
 def test_a_set_of_torchvision_with_splits_by_name(tmp_path):
-    for split in ("train", "valid", "test"):
-        write_photos(tmp_path / "mine" / "country211" / split, each=6)
+    for number, split in enumerate(("train", "valid", "test")):
+        write_photos(tmp_path / "mine" / "country211" / split, each=6, first=6 * number)
     rows = prepared(tmp_path, source="torchvision/Country211", path=str(tmp_path / "mine"))
     assert Counter(row["split"] for row in rows) == {"train": 12, "val": 12, "test": 12}
 
