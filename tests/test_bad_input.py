@@ -22,7 +22,7 @@ from conftest import ROOT, STAGES, TINY, call, paths, read_params, run
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import classifier, predict
+from pipeline import classifier
 from pipeline.alone import INTERRUPTED
 from pipeline.errors import (
     CheckpointError,
@@ -777,17 +777,6 @@ def final_model(finished: Path) -> Path:
 def test_predict_refuses_what_is_no_final_model(choose, line, finished):
     with pytest.raises(CheckpointError, match=pattern(line)):
         classifier.load(choose(finished))
-
-
-@pytest.mark.parametrize("spoil", [text_as_png, unreadable_jpeg, empty_file])
-def test_predict_names_a_file_that_is_no_image(spoil, finished, photos):
-    (photos / "class1").rename(photos / "good")
-    (photos / "class1").mkdir()
-    spoil(photos)
-    file = next((photos / "class1").iterdir())
-    model = classifier.load(final_model(finished))
-    with pytest.raises(DataError, match=pattern(f"{file}: can't be read as an image (")):
-        predict.predict(model, [photos / "good" / "000.png", file])
 
 
 # The command line

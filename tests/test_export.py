@@ -106,10 +106,11 @@ def where(finished: Path) -> dict[str, Path]:
 def test_an_export_answers_alike_as_onnx_and_as_safetensors(finished, exported):
     rows = read_rows(paths(finished)["prepare"]["out"], "test")
     files = [finished / "photos" / path for path in rows.paths]
-    tables = [predict(load(exported / f"model.{kind}"), files) for kind in ("safetensors", "onnx")]
+    kinds = ("safetensors", "onnx")
+    tables = [list(predict(load(exported / f"model.{kind}"), files)) for kind in kinds]
     assert len(tables[0]) == len(rows.paths)
-    labels = [[row["label"] for row in table] for table in tables]
-    sure = [row["probability"] > 0.6 for row in tables[0]]
+    labels = [[answer.labels[0] for answer in table] for table in tables]
+    sure = [answer.probabilities[0] > 0.6 for answer in tables[0]]
     assert sum(sure) > len(sure) / 2
     assert all(a == b for a, b, is_sure in zip(*labels, sure, strict=True) if is_sure)
 

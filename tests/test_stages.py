@@ -13,14 +13,13 @@ from sklearn.svm import SVC
 
 from pipeline import classifier
 from pipeline.evaluate import _trunk
-from pipeline.images.pack import read_images, read_rows
+from pipeline.images.pack import read_images
 from pipeline.learn.codes import read_codes
 from pipeline.learn.keep_best import better
 from pipeline.learn.probes import KINDS, head_of, read_probes
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, again, backbone_of, head_name
 from pipeline.nets.network import load
-from pipeline.predict import as_table, predict
 from pipeline.probe import Cell, best_cell
 from pipeline.stage2 import between, choose_factor
 from pipeline.viewing import Viewing, logits
@@ -367,29 +366,6 @@ def test_the_final_model_makes_the_codes_that_extract_made(finished, tmp_path, p
         assert np.array_equal(found, read_codes(folder / "features", "test", name))
     with (folder / "models" / "probe" / "grid.csv").open() as lines:
         assert depth in {row["depth"] for row in csv.DictReader(lines)}
-
-
-def test_predict_gives_files_the_probabilities_of_their_packed_pixels(finished):
-    rows = read_rows(paths(finished)["prepare"]["out"], "test")
-    files = [finished / "photos" / path for path in rows.paths]
-    final = classifier.load(where(finished)["final"] / "model.safetensors")
-    images = read_images(paths(finished)["prepare"]["out"], "test")
-    expected = final.probabilities(images)
-    found = predict(final, files)
-    assert [row["probability"] for row in found] == pytest.approx(expected.max(1), abs=1e-4)
-    assert [row["label"] for row in found] == [f"class{i}" for i in expected.argmax(1)]
-
-
-def test_the_table_of_predictions_keeps_long_paths_whole_and_says_what_is_not_sure():
-    rows = [
-        {"file": "a" * 90, "label": "ant", "probability": 0.5, "sure": False},
-        {"file": "b", "label": "bee", "probability": 0.98765, "sure": True},
-    ]
-    assert [line.split() for line in as_table(rows)] == [
-        ["file", "label", "probability"],
-        ["a" * 90, "ant", "(not", "sure)", "0.500"],
-        ["b", "bee", "0.988"],
-    ]
 
 
 def test_without_a_test_split_there_is_no_verdict_but_a_final_model(tmp_path):
