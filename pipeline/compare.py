@@ -1,0 +1,275 @@
+"""Put runs side by side, and say which differences are more than noise.
+
+    python -m pipeline.compare                    # the last commit, and what lies here
+    python -m pipeline.compare main exp-a exp-b   # commits, branches, tags or DVC's experiments
+    python -m pipeline.compare . main --json      # . is what lies here
+
+The first run is what the others are compared with: image by image where both were tested on the
+same ones and DVC's cache has what they said (a permutation test over groups of images), else by
+their intervals alone. Runs that differ
+in nothing but `seed` are put together as their mean and standard deviation. With several
+comparisons at once, p-values are raised by Holm's method (Holm 1979).
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from scipy.stats import ttest_ind
+
+from pipeline.errors import PipelineError
+from pipeline.learn.verdict import difference
+from pipeline.progress import say
+from pipeline.stage import Loader, one_line_errors, parser_of
+
+HERE = "."
+REPORT = "models/report/metrics.json"
+PREDICTIONS = "models/report/predictions.csv"
+INDEX = "data/prepared/index.csv"
+MODELS = ("probe_linear", "probe", "stage1", "stage2")
+NOISE = 0.05  # p from which a difference counts as noise
+SHOWN = 8  # changed params that are named
+
+
+class RunError(PipelineError):
+    """A revision holds no finished run, or its files aren't here."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left."""
+
+    name: str
+    params: dict[str, Any]  # flat
+    chosen: str
+    test: dict[str, dict[str, Any]]  # a model's test metrics; empty without a test split
+    right: dict[str, dict[str, bool]]  # by model and image
+    groups: dict[str, int]  # by image
+
+
+@dataclass(frozen=True)
+class Against:
+    """How a model of one run does against the same of another."""
+
+    model: str
+    run: str
+    base: str
+    accuracy: float  # the difference
+    low: float
+    high: float
+    p_value: float | None  # none where they were tested on other images
+    noise: bool
+
+
+def read(revision: str) -> Run:
+    """Read a run of a revision, or of the folder itself.
+
+    Raises RunError if there is none.
+    """
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+    from dvc.scm import SCMError
+
+    def text(path: str) -> str:
+        if revision == HERE:
+            return Path(path).read_text(encoding="utf-8")
+        return str(files.read_text(path, encoding="utf-8"))
+
+    try:
+        files = DVCFileSystem(".", rev=None if revision == HERE else revision)
+        report = json.loads(text(REPORT))
+        params = dict(_flat(yaml.load(text("params.yaml"), Loader)))  # noqa: S506, a SafeLoader
+    except FileNotFoundError as error:
+        path = error.filename or str(error)
+        raise RunError(f"{revision}: no {path} there; run `dvc repro`, and commit") from None
+    except (DvcException, SCMError, ValueError) as error:
+        raise RunError(f"{revision}: no run to read ({' '.join(str(error).split())})") from None
+    images: dict[str, tuple[str, int]] = {}
+    predictions: list[dict[str, str]] = []
+    try:
+        predictions = list(csv.DictReader(io.StringIO(text(PREDICTIONS))))
+        for row in csv.DictReader(io.StringIO(text(INDEX))):
+            images[row["path"]] = f"{row['path']} {row['sha256']}", int(row["group"])
+    except Exception:  # each layer of DVC has its own for what isn't in the cache
+        line = f"{revision}: its predictions aren't here (`dvc fetch` may have them)"
+        print(line, file=sys.stderr)
+        images, predictions = {}, []
+    return Run(
+        "here" if revision == HERE else revision,
+        params,
+        report["chosen"],
+        report["test"],
+        {
+            model: {images[row["path"]][0]: row[model] == row["label"] for row in predictions}
+            for model in report["test"]
+        },
+        dict(images.values()),
+    )
+
+
+def against(run: Run, base: Run) -> Iterator[Against]:
+    """Compare each model of a run with the same of another, as if it were the only comparison."""
+    for model in (m for m in MODELS if m in run.test and m in base.test):
+        ours, theirs = run.right[model], base.right[model]
+        if ours and ours.keys() == theirs.keys():
+            images = sorted(ours)
+            groups = np.array([run.groups[image] for image in images])
+            found = difference(_of(ours, images), _of(theirs, images), groups, seed=0)
+            low, high, p = found["low"], found["high"], found["p_value"]
+            yield Against(model, run.name, base.name, found["accuracy"], low, high, p, p >= NOISE)
+        else:
+            one, other = run.test[model], base.test[model]
+            gap = one["accuracy"] - other["accuracy"]
+            # Two samples: the intervals' arms add up in squares.
+            below = _arm(one, "low", other, "high")
+            above = _arm(one, "high", other, "low")
+            inside = gap - below <= 0 <= gap + above
+            yield Against(model, run.name, base.name, gap, gap - below, gap + above, None, inside)
+
+
+def _of(right: dict[str, bool], images: Sequence[str]) -> NDArray[np.bool_]:
+    return np.array([right[image] for image in images])
+
+
+def _arm(one: dict[str, Any], side: str, other: dict[str, Any], other_side: str) -> float:
+    arms = (m["accuracy"] - m[f"accuracy_{s}"] for m, s in ((one, side), (other, other_side)))
+    return float(np.hypot(*arms))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Raise p-values for being one of several (Holm 1979, Scandinavian Journal of Statistics 6)."""
+    raised, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        raised[i] = highest
+    return raised
+
+
+def corrected(found: Sequence[Against]) -> list[Against]:
+    """Raise the p-values of comparisons that are made at once."""
+    tested = [one.p_value for one in found if one.p_value is not None]
+    raised = iter(holm(tested))
+    p_values = [None if one.p_value is None else next(raised) for one in found]
+    return [
+        one if p is None else replace(one, p_value=p, noise=p >= NOISE)
+        for one, p in zip(found, p_values, strict=True)
+    ]
+
+
+def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
+    """Put runs together that differ in nothing but their seed."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.params.items() if key != "seed"}
+        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
+def changed(run: Run, base: Run) -> list[str]:
+    """Say which params differ, the old value first."""
+    keys = [key for key in {**base.params, **run.params} if _value(base, key) != _value(run, key)]
+    said = [f"{key} {_value(base, key)} → {_value(run, key)}" for key in keys]
+    return said if len(said) <= SHOWN else [*said[:SHOWN], f"and {len(said) - SHOWN} more"]
+
+
+def _value(run: Run, key: str) -> str:
+    return json.dumps(run.params[key], default=str) if key in run.params else "none"
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def table(runs: Sequence[Run]) -> list[str]:
+    """Lay the runs' test accuracies out side by side."""
+    rows = [["test accuracy", *(run.name for run in runs)]]
+    for model in MODELS:
+        cells = [
+            f"{m['accuracy']:.4f} ({m['accuracy_low']:.3f} to {m['accuracy_high']:.3f})"
+            if (m := run.test.get(model))
+            else "-"
+            for run in runs
+        ]
+        rows.append([model, *cells])
+    rows.append(["chosen", *(run.chosen for run in runs)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def said(one: Against) -> str:
+    """Say a comparison in a line."""
+    p = "by their intervals" if one.p_value is None else f"p = {one.p_value:.3f}"
+    verdict = "no more than noise" if one.noise else "more than noise"
+    return (
+        f"{one.model:<13} {100 * one.accuracy:+5.1f} points "
+        f"({100 * one.low:+.1f} to {100 * one.high:+.1f}; {p}): {verdict}"
+    )
+
+
+def seeds(groups: Sequence[Sequence[Run]]) -> Iterator[str]:
+    """Say each model's mean and spread over the seeds of a group, and the groups' differences."""
+    for model in (*MODELS, "chosen"):
+        values = [[_accuracy(run, model) for run in group if run.test] for group in groups]
+        parts = [
+            f"{mean(v):.4f} ± {stdev(v):.4f} ({len(v)} seeds)" if len(v) > 1 else f"{v[0]:.4f}"
+            for v in values
+            if v
+        ]
+        line = f"{model:<13} " + "   ".join(parts)
+        if len(values) == 2 and all(len(v) > 1 for v in values):
+            p = float(ttest_ind(*values, equal_var=False).pvalue)  # Welch 1947
+            line += f"   p = {p:.3f}: {'no more' if p >= NOISE else 'more'} than noise"
+        yield line
+
+
+def _accuracy(run: Run, model: str) -> float:
+    return float(run.test[run.chosen if model == "chosen" else model]["accuracy"])
+
+
+def main() -> None:
+    """Compare on the terminal."""
+    parser = parser_of("compare", __doc__ or "")
+    parser.add_argument("revisions", nargs="*", metavar="REV", help="the last commit and . if none")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args()
+    with one_line_errors():
+        runs = [read(revision) for revision in options.revisions or ("HEAD", HERE)]
+        base, *others = runs
+        found = corrected([one for run in others for one in against(run, base)])
+        if options.json:
+            comparisons = [asdict(one) for one in found]
+            tested = {run.name: {"chosen": run.chosen, "test": run.test} for run in runs}
+            print(json.dumps({"runs": tested, "against": comparisons}, indent=2))
+            return
+        for line in table(runs):
+            say(line)
+        for run in others:
+            params = ", ".join(changed(run, base)) or "same params"
+            say(f"\n{run.name} against {base.name}: {params}")
+            for one in (one for one in found if one.run == run.name):
+                say(said(one))
+        groups = by_seed(runs)
+        if any(len(group) > 1 for group in groups) and len({r.name for r in runs}) > 2:
+            names = [" ".join(run.name for run in group) for group in groups]
+            say(f"\nover seeds: {'  |  '.join(names)}")
+            for line in seeds(groups):
+                say(line)
+
+
+if __name__ == "__main__":
+    main()
