@@ -173,7 +173,9 @@ def refusals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if said and request.module.__name__ in REFUSING:
         test, _, case = request.node.name.removesuffix("]").partition("[")
         line = re.sub(r"(/[\w.+-]+)+/(?=[\w.])", "", said[-1])  # folders of this machine
-        line = re.sub(r"0x[0-9a-f]{6,}|\b[0-9a-f]{64}\b|(?<=127.0.0.1:)\d+", "...", line)
+        line = re.sub(
+            r"0x[0-9a-f]{6,}|\b[0-9a-f]{64}\b|(?<=127.0.0.1:)\d+|\d+(?= bytes not)", "...", line
+        )
         line = re.sub(r"(?<=can't be fetched )\(.*\)", "(...)", line)
         parts = case.split("-")
         # Behind the case many a test has the line that it expects.
