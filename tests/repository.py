@@ -36,6 +36,18 @@ def command(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+def tool(folder: Path, name: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    """Run one of the pipeline's commands in a repository, however it ends."""
+    return subprocess.run(
+        [sys.executable, "-m", f"pipeline.{name}", *words],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def dvc(folder: Path, *words: str) -> str:
     return command(folder, sys.executable, "-m", "dvc", *words)
 

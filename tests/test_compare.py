@@ -4,14 +4,13 @@ import csv
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from repository import environment, git
+from repository import git, tool
 
 from pipeline.compare import (
     MODELS,
@@ -30,14 +29,7 @@ from pipeline.errors import PipelineError
 
 
 def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.compare", *words],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return tool(folder, "compare", *words)
 
 
 def run_of(name: str, right: str, seed: int = 0, groups: int = 40, start: int = 0) -> Run:

@@ -2,24 +2,16 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, STAGES
-from repository import dvc, environment
+from repository import dvc, tool
 from test_graph import change, stages_run
 
 
 def explain(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.explain", *words],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return tool(folder, "explain", *words)
 
 
 def answers(folder: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ import requests
 from conftest import STAGES
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
-from repository import command, dvc, environment, git, hashes
+from repository import command, dvc, environment, git, hashes, tool
 from test_graph import stages_run, stale
 
 BUCKET = "results"
@@ -95,14 +95,7 @@ def test_an_interrupted_push_is_finished_by_the_next(repo, s3, tmp_path, monkeyp
 
 
 def check_cache(folder: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cache"],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return tool(folder, "cache")
 
 
 def test_a_damaged_object_is_found_and_made_again(repo):
