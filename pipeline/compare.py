@@ -6,9 +6,9 @@
 
 The first run is what the others are compared with: image by image where both were tested on the
 same ones and DVC's cache has what they said (a permutation test over groups of images), else by
-their intervals alone. Runs that differ
-in nothing but `seed` are put together as their mean and standard deviation. With several
-comparisons at once, p-values are raised by Holm's method (Holm 1979).
+their intervals alone. Runs that differ in nothing but `seed` are put together as their mean and
+standard deviation. With several comparisons at once, p-values are raised by Holm's method (Holm
+1979).
 """
 
 import csv
@@ -79,13 +79,16 @@ def read(revision: str) -> Run:
     from dvc.exceptions import DvcException
     from dvc.scm import SCMError
 
+    files: DVCFileSystem | None = None
+
     def text(path: str) -> str:
-        if revision == HERE:
+        if files is None:
             return Path(path).read_text(encoding="utf-8")
         return str(files.read_text(path, encoding="utf-8"))
 
     try:
-        files = DVCFileSystem(".", rev=None if revision == HERE else revision)
+        if revision != HERE:
+            files = DVCFileSystem(".", rev=revision)
         report = json.loads(text(REPORT))
         params = dict(_flat(yaml.load(text("params.yaml"), Loader)))  # noqa: S506, a SafeLoader
     except FileNotFoundError as error:

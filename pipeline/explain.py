@@ -50,13 +50,13 @@ def explained(root: Path) -> list[Explained]:
 
     try:
         with Repo(str(root)) as repo, repo.lock:
-            return list(_stages(repo, root))
+            return list(_stages(repo))
     except DvcException as error:
         said = " ".join(str(error).split())
         raise GraphError(f"{root}: DVC can't read the graph here ({said})") from None
 
 
-def _stages(repo: "Repo", root: Path) -> Iterator[Explained]:
+def _stages(repo: "Repo") -> Iterator[Explained]:
     import networkx
 
     runs: dict[Any, Answer] = {}
@@ -76,7 +76,7 @@ def _stages(repo: "Repo", root: Path) -> Iterator[Explained]:
         if waits and answer != "frozen":
             because += [f"{name} comes before it" for name in waits]
         runs[stage] = "up to date" if answer == "frozen" else answer
-        yield Explained(stage.name, answer, because, _seconds(root, stage.name))
+        yield Explained(stage.name, answer, because, _seconds(stage))
 
 
 def _reasons(stage: "PipelineStage") -> Iterator[str]:
@@ -132,12 +132,13 @@ def _is_cached(repo: "Repo", stage: "PipelineStage") -> bool:
         return False
 
 
-def _seconds(root: Path, stage: str) -> float | None:
-    folder = "report" if stage == "evaluate" else stage
+def _seconds(stage: "PipelineStage") -> float | None:
+    """Read what a stage took last time from the timing.json among its outputs."""
+    files = (Path(out.fs_path) for out in stage.outs)
     try:
-        timing = json.loads((root / "models" / folder / "timing.json").read_text(encoding="utf-8"))
-        return float(timing[stage]["seconds"])
-    except (OSError, ValueError, KeyError):
+        timing = next(file for file in files if file.name == "timing.json")
+        return float(json.loads(timing.read_text(encoding="utf-8"))[stage.name]["seconds"])
+    except (StopIteration, OSError, ValueError, KeyError):
         return None
 
 
