@@ -78,3 +78,13 @@ def hashes(folder: Path) -> dict[str, str]:
     stages = yaml.safe_load((folder / "dvc.lock").read_text())["stages"].values()
     outs = [out for stage in stages for out in stage["outs"]]
     return {o["path"]: o["md5"] for o in outs if not o["path"].endswith("timing.json")}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries to dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return leaves

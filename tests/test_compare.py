@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from repository import git, tool
 
 from pipeline.compare import (
@@ -25,7 +24,6 @@ from pipeline.compare import (
     seeds,
     table,
 )
-from pipeline.errors import PipelineError
 
 
 def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
@@ -150,12 +148,3 @@ def test_the_table_keeps_its_columns():
     lines = table([run_of("a", "1110"), run_of("b" * 50, "1100")])
     assert lines[0].split() == ["test", "accuracy", "a", "b" * 50]
     assert lines[2].startswith("probe          0.7500 (0.650 to 0.850)  0.5000 (0.400 to 0.600)")
-
-
-def test_a_folder_without_a_project_is_said_in_a_line(tmp_path):
-    (tmp_path / "pipeline").symlink_to(ROOT / "pipeline")
-    done = compare(tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: HEAD: no run to read (")
-    assert done.stderr.count("\n") == 1
-    assert issubclass(PipelineError, Exception)

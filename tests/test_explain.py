@@ -100,9 +100,16 @@ def test_an_unknown_stage_is_answered_with_near_ones(repo):
     assert done.stderr == "error: no stage is called 'stage3'; did you mean stage2 or stage1?\n"
 
 
-def test_a_folder_without_a_graph_is_said_in_a_line(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("explain", "error: .: DVC can't read the graph here ("),
+        ("compare", "error: HEAD: no run to read ("),
+        ("cache", "error: .: "),
+    ],
+)
+def test_a_command_says_in_a_line_where_there_is_no_project(name, line, tmp_path):
     (tmp_path / "pipeline").symlink_to(ROOT / "pipeline")
-    done = explain(tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: .: DVC can't read the graph here (")
-    assert done.stderr.count("\n") == 1
+    done = tool(tmp_path, name)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(line)

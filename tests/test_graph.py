@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import PHOTOS, ROOT, STAGES, Run, paths, read_params, run
-from repository import commit, dvc, environment, git, hashes
+from repository import commit, dvc, environment, flat, git, hashes
 
 from pipeline.stage import path_names, stage_params
 from pipeline.stage import read_params as loaded
@@ -94,16 +94,6 @@ def distributions(stage: str) -> set[str]:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 used.add(node.value)  # importlib.metadata.distribution("elpv-dataset")
     return used
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries to dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return leaves
 
 
 def test_dvc_yaml_has_the_stages():

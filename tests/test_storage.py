@@ -131,13 +131,6 @@ def test_a_damaged_object_comes_back_from_a_remote(repo, tmp_path):
     assert set() == stale(repo)
 
 
-def test_the_cache_check_says_where_there_is_no_project(tmp_path):
-    (tmp_path / "pipeline").symlink_to(Path(__file__).parent.parent / "pipeline")
-    done = check_cache(tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith("error: .: ")
-
-
 def test_two_clones_share_one_cache(repo, tmp_path):
     shared = tmp_path / "shared"
     dvc(repo, "cache", "dir", "--local", str(shared))

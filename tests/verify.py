@@ -15,9 +15,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from repository import ROOT, environment, hashes
+from repository import ROOT, environment, flat, hashes
 
 
 def main() -> None:
@@ -62,16 +61,10 @@ def compare(first: Path, other: Path, threads: int) -> None:
 
 def numbers(folder: Path, stage: str) -> Iterator[tuple[str, float]]:
     """Read the numbers in a stage's metrics.json by their dotted keys."""
-
-    def flat(tree: dict[str, Any], above: str) -> Iterator[tuple[str, float]]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{above}{key}.")
-            elif isinstance(value, (int, float)):
-                yield f"{above}{key}", float(value)
-
     text = (folder / "models" / stage / "metrics.json").read_text()
-    yield from flat(json.loads(text), "")
+    for key, value in flat(json.loads(text)).items():
+        if isinstance(value, (int, float)):
+            yield key, float(value)
 
 
 if __name__ == "__main__":
