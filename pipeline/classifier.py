@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,12 +77,10 @@ def load(file: Path) -> Classifier:
     if "sure_above" not in meta:
         raise CheckpointError(f"{file}: no final model; take models/final/model.safetensors")
 
-    def part(prefix: str) -> dict[str, NDArray[Any]]:
-        return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-
+    network_part, probe_part = (checkpoint.part(tensors, f"{p}.") for p in ("network", "probe"))
     with checkpoint.sound(file):
-        network = from_checkpoint(part("network."), meta, file, n_outputs=meta["n_outputs"])
-        probe = Probe(**meta["probe"], arrays=part("probe.")) if meta["probe"] else None
+        network = from_checkpoint(network_part, meta, file, n_outputs=meta["n_outputs"])
+        probe = Probe(**meta["probe"], arrays=probe_part) if meta["probe"] else None
         return Classifier(
             network,
             probe,

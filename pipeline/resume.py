@@ -80,7 +80,7 @@ class Resume:
         value: T = json.loads(file.read_text(encoding="utf-8"))
         return value
 
-    def keep(self, stage: str, outs: Sequence[Path], timing: Path, since: float) -> None:
+    def keep(self, outs: Sequence[Path], timing: Path, since: float) -> None:
         """Keep what a stage wrote since then, in place of how far it got."""
         files = [*_written(outs, since), timing]
         for i, file in enumerate(files):
@@ -88,7 +88,7 @@ class Resume:
         recorded = hashlib.md5(timing.read_bytes(), usedforsecurity=False).hexdigest()
         write_json(
             self.folder / "kept.json",
-            {"stage": stage, "recorded": recorded, "files": [str(file) for file in files]},
+            {"recorded": recorded, "files": [str(file) for file in files]},
         )
         for path in self.folder.iterdir():
             if path.name not in ("outs", "kept.json"):

@@ -236,7 +236,7 @@ def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: P
     rates = {"seconds": 0.0, **stage(**paths, **params, **resumes)}
     rates["seconds"] = time.perf_counter() - start
     write_json(timing, {name: {k: round(v, 3) for k, v in rates.items()}})
-    resume.keep(name, [paths[n] for n in paths if hints[n] == Out], timing, started)
+    resume.keep([paths[n] for n in paths if hints[n] == Out], timing, started)
 
 
 def parser_of(command: str, about: str) -> argparse.ArgumentParser:

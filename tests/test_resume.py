@@ -260,7 +260,7 @@ def test_outputs_are_kept_until_dvc_has_recorded_them(project):
     (project / "out" / "model").write_text("model")
     (project / "timing.json").write_text("12.3")
     os.utime(project / "out" / "model")
-    resume.keep("stage", [Path("out")], Path("timing.json"), since - 1.5)
+    resume.keep([Path("out")], Path("timing.json"), since - 1.5)
     assert sorted(p.name for p in resume.folder.iterdir()) == ["kept.json", "outs"]
 
     shutil.rmtree(project / "out")

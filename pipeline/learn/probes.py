@@ -195,9 +195,7 @@ def read_probes(file: Path) -> tuple[Probe, Probe, dict[str, Any]]:
         raise CheckpointError(f"{file}: holds no probes; run `dvc repro probe`")
 
     def probe(name: str) -> Probe:
-        start = f"{name}."
-        arrays = {k.removeprefix(start): a for k, a in tensors.items() if k.startswith(start)}
-        return Probe(**meta[name], arrays=arrays)
+        return Probe(**meta[name], arrays=checkpoint.part(tensors, f"{name}."))
 
     with checkpoint.sound(file):
         return probe("winner"), probe("linear"), meta

@@ -47,7 +47,7 @@ class Trail:
                 say(f"{error}: starting anew")
                 return
             self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            self.kept = Kept(self._facts["kept"], self._part("best."))
+            self.kept = Kept(self._facts["kept"], checkpoint.part(self._tensors, "best."))
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Place:
         """Bring network, optimiser and random numbers to where the last run was; gives the place.
@@ -57,11 +57,11 @@ class Trail:
         if not self._tensors:
             return Place(1)
         place = Place(**self._facts["place"])
-        model.load_state_dict(self._part("model."))
+        model.load_state_dict(checkpoint.part(self._tensors, "model."))
         settings = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in self._part("optimizer.").items():
+        for name, tensor in checkpoint.part(self._tensors, "optimizer.").items():
             number, _, key = name.partition(".")
             like = parameters[int(number)]
             same = tensor.shape == like.shape
@@ -92,7 +92,3 @@ class Trail:
         arrays = {name: t.detach().contiguous().numpy() for name, t in tensors.items()}
         checkpoint.write(self.file, arrays, {"place": asdict(place), "kept": self.kept.facts})
         self._saved = time.monotonic()
-
-    def _part(self, prefix: str) -> dict[str, Tensor]:
-        tensors = self._tensors.items()
-        return {k.removeprefix(prefix): t for k, t in tensors if k.startswith(prefix)}

@@ -232,5 +232,4 @@ def read_state(file: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{file}: can't be read as weights ({said})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{file}: holds no plain dictionary of tensors; save a state_dict")
-    network = {k.removeprefix("network."): t for k, t in state.items() if k.startswith("network.")}
-    return network or state
+    return checkpoint.part(state, "network.") or state

@@ -5,10 +5,10 @@ hashes; one key with sorted JSON gives the same bytes each time.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from pipeline.errors import CheckpointError
 from pipeline.files import write_bytes
 
 KEY = "pipeline"
+T = TypeVar("T")
 
 
 def write(file: Path, tensors: dict[str, np.ndarray[Any, Any]], meta: dict[str, Any]) -> None:
@@ -49,6 +50,11 @@ def read(file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"{file}: damaged ({said}); run `dvc checkout` or repeat") from None
+
+
+def part(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """Take the tensors whose name begins with a prefix, without it."""
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 @contextmanager
