@@ -47,6 +47,8 @@ install: .venv/.installed  ## the environment, once
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable .
+	@.venv/bin/python -m pipeline.plots .venv/plots.html
+	@.venv/bin/dvc config --local plots.html_template ../.venv/plots.html
 	@touch $@
 
 .venv/.dev: .venv/.installed

@@ -29,7 +29,7 @@ from pipeline.progress import say
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "timm/test_efficientnet"
-STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate")
+STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 SIZE = 64
 LINEAR = {"kinds": ["linear"], "linear_c": [0.01], "join": 0, "folds": 2}
 SHORT = {"image_size": SIZE, "epochs": 1}

@@ -159,7 +159,7 @@ def paragraph(case: int, found: Evidence, winner: float, expected: Expected) -> 
         f"what the labels say. For this case: {TO_DO[case]}. Full fine-tuning is expected to bring "
         f"{100 * expected.gain:+.1f} points over the probe's {winner:.3f} (80 % of cases: {low} to "
         f"{high}), going by {expected.sets:.0f} known sets of like size: {worth}. "
-        "How long that takes here stands in timing.json beside this."
+        "How long that takes here stands in models/advice/timing.json."
     )
 
 

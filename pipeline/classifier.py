@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +50,8 @@ class Classifier:
             scores = self.probe.scores(found)
         return np.asarray(softmax(scores / self.temperature, axis=1))
 
-    def save(self, file: Path) -> None:
-        """Write everything into one safetensors file."""
+    def save(self, file: Path, **more: Any) -> None:
+        """Write everything into one safetensors file; `more` joins the metadata."""
         state = self.network.model.state_dict()
         tensors = {f"network.{name}": t.contiguous().numpy() for name, t in state.items()}
         if self.probe:
@@ -64,6 +65,7 @@ class Classifier:
             "temperature": self.temperature,
             "sure_above": self.sure_above,
             "chosen": self.chosen,
+            **more,
         }
         checkpoint.write(file, tensors, meta)
 

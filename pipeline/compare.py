@@ -29,7 +29,7 @@ from scipy.stats import ttest_ind
 from pipeline.errors import PipelineError
 from pipeline.learn.verdict import difference
 from pipeline.progress import say
-from pipeline.stage import Loader, one_line_errors, parser_of
+from pipeline.stage import Loader, flat, one_line_errors, parser_of
 
 HERE = "."
 REPORT = "models/report/metrics.json"
@@ -90,7 +90,7 @@ def read(revision: str) -> Run:
         if revision != HERE:
             files = DVCFileSystem(".", rev=revision)
         report = json.loads(text(REPORT))
-        params = dict(_flat(yaml.load(text("params.yaml"), Loader)))  # noqa: S506, a SafeLoader
+        params = dict(flat(yaml.load(text("params.yaml"), Loader)))  # noqa: S506, a SafeLoader
     except FileNotFoundError as error:
         path = error.filename or str(error)
         raise RunError(f"{revision}: no {path} there; run `dvc repro`, and commit") from None
@@ -186,14 +186,6 @@ def changed(run: Run, base: Run) -> list[str]:
 
 def _value(run: Run, key: str) -> str:
     return json.dumps(run.params[key], default=str) if key in run.params else "none"
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def table(runs: Sequence[Run]) -> list[str]:

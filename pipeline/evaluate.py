@@ -23,13 +23,14 @@ from pipeline.learn.verdict import (
     accuracy_interval,
     confusion,
     difference,
+    helped,
     model_scores,
     simplest_of_the_best,
     sure_above,
 )
 from pipeline.nets.backbone import again, backbone_of
 from pipeline.nets.fold import fold
-from pipeline.nets.network import Network, load, refuse_other_classes
+from pipeline.nets.network import Network, load, refuse_other_classes, versions
 from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
 from pipeline.resume import Resume
@@ -52,6 +53,7 @@ class Model:
     viewing: Viewing
     val: Scores
     test: Scores
+    training: dict[str, Any]  # of its checkpoint's metadata, what training came to
 
 
 def evaluate(
@@ -103,14 +105,15 @@ def evaluate(
         sure_above(probabilities, val.labels, sure_accuracy),
         chosen.name,
     )
-    classifier.save(final / "model.safetensors")
+    told = {"val_accuracy": val_accuracy[chosen.name], "versions": versions(), **chosen.training}
+    classifier.save(final / "model.safetensors", **told)
 
-    metrics: dict[str, Any] = {"test": {}, "chosen": chosen.name}
+    metrics: dict[str, Any] = {"test": {}, "chosen": chosen.name, "val": val_accuracy}
     if len(test.labels):
         metrics = {**metrics, **_compared(models, test, seed)}
     _write_tables(out, models, test, classes, temperature, chosen)
     write_json(out / "metrics.json", metrics)
-    for line in _verdict(metrics, val_accuracy, len(test.labels)):
+    for line in _verdict(metrics, len(test.labels)):
         say(line)
     against = _against(advice, metrics)
     write_json(out / "advice.json", {"fine_tuning": against})
@@ -131,7 +134,7 @@ def _probes(
         def score(split: str, images: Images, probe: Probe = probe) -> Scores:
             return probe.scores(read_codes(features, split, probe.depth))
 
-        yield Model(name, None, probe, viewing, *_on_both(prepared, score))
+        yield Model(name, None, probe, viewing, *_on_both(prepared, score), {})
 
 
 def _networks(
@@ -141,7 +144,7 @@ def _networks(
     classes = read_facts(prepared).classes
     loaded = {name: load(file) for name, file in files.items()}
     viewing = Viewing(_flips(files["stage1"], loaded["stage1"][1]), views)
-    for name, (network, _) in loaded.items():
+    for name, (network, meta) in loaded.items():
         refuse_other_classes(name, files[name], network.classes, classes)
 
         def score(
@@ -153,7 +156,8 @@ def _networks(
             (scores,) = resume.filled([f"{name}-{split}"], len(images), scored)
             return scores
 
-        yield Model(name, network, None, viewing, *_on_both(prepared, score))
+        training = {key: meta.get(key) for key in ("epoch", "train_accuracy")}
+        yield Model(name, network, None, viewing, *_on_both(prepared, score), training)
 
 
 def _on_both(prepared: Path, score: Callable[[str, Images], Scores]) -> tuple[Scores, Scores]:
@@ -237,14 +241,16 @@ def _write_tables(
             precision = f"{counts[i, i] / answered:.6f}" if answered else ""
             lines.append((m.name, name, actual, recall, precision))
     write_csv(out / "per_class.csv", lines)
-    lines = [("id", "path", "label", *(m.name for m in models), "probability")]
+    raw = softmax(chosen.test, axis=1)
+    lines = [("id", "path", "label", *(m.name for m in models), "probability", "uncalibrated")]
     for i, (number, path) in enumerate(zip(test.ids, test.paths, strict=True)):
         answered = [classes[int(m.test[i].argmax())] for m in models]
-        lines.append((number, path, classes[test.labels[i]], *answered, f"{p[i].max():.6f}"))
+        sure = (f"{p[i].max():.6f}", f"{raw[i].max():.6f}")
+        lines.append((number, path, classes[test.labels[i]], *answered, *sure))
     write_csv(out / "predictions.csv", lines)
 
 
-def _verdict(metrics: dict[str, Any], val_accuracy: dict[str, float], n: int) -> list[str]:
+def _verdict(metrics: dict[str, Any], n: int) -> list[str]:
     """Say in a few lines what came out."""
     if not metrics["test"]:
         return [f"no labelled test split, so no verdict; chosen by validation: {metrics['chosen']}"]
@@ -252,18 +258,12 @@ def _verdict(metrics: dict[str, Any], val_accuracy: dict[str, float], n: int) ->
     for name, m in metrics["test"].items():
         auroc = "-" if m["auroc"] is None else f"{m['auroc']:.3f}"
         lines.append(
-            f"{name:<14} {val_accuracy[name]:.4f}   {m['accuracy']:.4f}   "
+            f"{name:<14} {metrics['val'][name]:.4f}   {m['accuracy']:.4f}   "
             f"({m['accuracy_low']:.3f} to {m['accuracy_high']:.3f})   "
             f"{m['balanced_accuracy']:.4f}    {auroc}"
         )
-    d = metrics["stage2_minus_probe"]
-    better = "helped" if d["low"] > 0 else "hurt" if d["high"] < 0 else "made no sure difference"
-    return [
-        *lines,
-        f"fine-tuning {better}: stage 2 minus probe {100 * d['accuracy']:+.1f} points "
-        f"(95 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f}, p = {d['p_value']:.3f})",
-        f"chosen by validation: {metrics['chosen']}",
-    ]
+    told = helped(metrics["stage2_minus_probe"])
+    return [*lines, told, f"chosen by validation: {metrics['chosen']}"]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pipeline.nets.network import versions
 from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
 from pipeline.stage import one_line_errors
+from pipeline.unfolded import Graph
 
 FINAL, REPORT = Path("models/final/model.safetensors"), Path("models/report/metrics.json")
 PREPARED, LOCK = Path("data/prepared"), Path("dvc.lock")
@@ -53,7 +54,7 @@ def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) 
     classifier = load(final)
     metrics = read_metrics(report, classifier)
     origin = provenance(lock)
-    graph = portable.Graph(classifier)
+    graph = Graph(classifier)
     images = some_images(prepared, graph.inputs.shape)
     with whole_folder(out) as folder:
         shutil.copy(final, folder / "model.safetensors")

@@ -11,9 +11,7 @@ images was right. Exit codes: 0 every image was classified, 1 some couldn't be r
 wrong command.
 """
 
-import base64
 import csv
-import html
 import io
 import json
 import sys
@@ -35,11 +33,13 @@ from pipeline.images.decode import Pixels, decode
 from pipeline.images.sources import SUFFIXES
 from pipeline.nets.network import EVAL_BATCH
 from pipeline.nets.processor import set_up_torch
+from pipeline.pages import picture, render
 from pipeline.runtime import threads
 from pipeline.stage import one_line_errors, parser_of
 
 NOT_SURE = "not sure"
 STDIN = "-"
+SIDE = 224  # pixels of a picture on a page
 Model = classifier.Classifier | portable.Portable
 
 
@@ -206,52 +206,20 @@ def as_table(answers: Sequence[Answer], out: TextIO) -> None:
         print(f"{file:<{files}}  {label:<{labels}}  {said}", file=out)
 
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8886; --sure: #0072b2; --unsure: #d55e00; }
-body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 1rem; }
-ul { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
-ul { list-style: none; padding: 0; }
-li { border: 1px solid var(--line); border-radius: .4rem; overflow: hidden; }
-img { display: block; width: 100%; }
-div { padding: .5rem; overflow-wrap: anywhere; }
-meter { width: 100%; }
-.file { font-size: .8rem; opacity: .8; }
-.unsure b::after { content: " (not sure)"; color: var(--unsure); font-weight: normal; }
-"""
-
-
 def page(answers: Sequence[Answer]) -> str:
     """Lay the pictures out with their labels, as one page that needs no other file."""
-    items = "\n".join(_item(answer) for answer in answers)
     unsure = sum(not answer.sure and not answer.error for answer in answers)
     failed = sum(bool(answer.error) for answer in answers)
     counts = f"{len(answers)} images, {unsure} not sure, {failed} not readable"
-    return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>Predictions</title>\n<style>{STYLE}</style>\n<h1>Predictions</h1>\n"
-        f"<p>{counts}.</p>\n<ul>\n{items}\n</ul>\n</html>\n"
-    )
-
-
-def _item(answer: Answer) -> str:
-    file = f'<div class="file">{html.escape(answer.error or answer.file)}</div>'
-    if answer.error:
-        return f"<li><div><b>not readable</b></div>{file}</li>"
-    picture = ""
-    if answer.pixels is not None:
-        out = io.BytesIO()
-        Image.fromarray(answer.pixels).save(out, "JPEG", quality=85)
-        source = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-        alt = html.escape(f"{answer.labels[0]}: {answer.file}")
-        picture = f'<img alt="{alt}" src="{source}">'
-    lines = "".join(
-        f"<div><b>{html.escape(label)}</b> {p:.3f}<br>"
-        f'<meter value="{p:.3f}" aria-label="probability of {html.escape(label)}"></meter></div>'
-        for label, p in zip(answer.labels, answer.probabilities, strict=True)
-    )
-    kind = "sure" if answer.sure else "unsure"
-    return f'<li class="{kind}">{picture}{lines}{file}</li>'
+    cards = [
+        {
+            **vars(answer),
+            "picture": None if answer.pixels is None else picture(answer.pixels, SIDE),
+            "found": list(zip(answer.labels, answer.probabilities, strict=True)),
+        }
+        for answer in answers
+    ]
+    return render("predictions.html", counts=counts, cards=cards)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,18 @@ def track(
 ) -> Iterator[T]:
     """Pass items on while showing how many of `total` are done, how fast, and the time left.
 
-    An item counts for `width(item)`. Without a terminal it prints one line at the end.
+    An item counts for `width(item)`. At the end it prints one line.
     """
+    start = time.perf_counter()
+    yield from bar(items, total, name, width)
+    seconds = time.perf_counter() - start
+    say(f"{name:<16} {total} in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f}/s")
+
+
+def bar(
+    items: Iterable[T], total: int, name: str, width: Callable[[T], int] = lambda item: 1
+) -> Iterator[T]:
+    """Pass items on under a bar that goes when they end; without a terminal, in silence."""
     start = time.perf_counter()
     if sys.stdout.isatty():
         columns = (
@@ -38,8 +48,15 @@ def track(
                 progress.update(task, completed=done, rate=rate)
     else:
         yield from items
-    seconds = time.perf_counter() - start
-    say(f"{name:<16} {total} in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f}/s")
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people say it: 8.2 s, 1 min 40 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def say(line: str) -> None:

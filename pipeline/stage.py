@@ -4,7 +4,7 @@ A stage is a function with keyword-only, typed arguments. Those of type `Path` c
 command line, and so from dvc.yaml; all others come from params.yaml, from the section with the
 stage's name, or from where `Key` says. An argument whose type is a dataclass takes each of its
 fields so. There are no defaults: params.yaml is the only place that holds a value. An argument of
-type `Resume` is how far an earlier run got.
+type `Resume` is how far an earlier run got, one of type `Params` all of params.yaml.
 """
 
 import argparse
@@ -27,10 +27,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pipeline.alone import INTERRUPTED, alone, in_a_child
 from pipeline.errors import RECOVER, ParamError, PipelineError, near
 from pipeline.files import write_json
-from pipeline.progress import say
+from pipeline.progress import duration, say
 from pipeline.resume import Resume, resume_of
 
 Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
+Params = Annotated[dict[str, Any], "all"]  # of params.yaml, for who shows them
 Stage = Callable[..., dict[str, float]]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no number from a string, no NaN
 MOST_BYTES = 100_000  # of params.yaml; ours has five thousand
@@ -45,6 +46,11 @@ class Key:
     foreign: bool = False  # in a section that another stage reads and checks as a whole
 
 
+# What params.yaml consists of: single values, and a section a stage or subject.
+TOP = (
+    *("seed", "precision", "sample_weight", "class_weight", "flips", "augment"),
+    *("prepare", "backbone", "extract", "probe", "stage1", "stage2", "evaluate"),
+)
 READS = "reads"  # marks a param that names files: what lies there is data
 Seed = Annotated[int, Key("seed"), Interval(ge=0, lt=2**32)]
 
@@ -93,7 +99,7 @@ def stage_params(stage: Stage) -> list[Param]:
     """List what a stage takes from params.yaml, in the order of its signature."""
     params = []
     for argument, hint in get_type_hints(stage, include_extras=True).items():
-        if argument == "return" or hint in (Path, Out, Resume):
+        if argument == "return" or hint in (Path, Out, Resume, Params):
             continue
         if is_dataclass(hint):
             inner = get_type_hints(hint, include_extras=True)
@@ -146,6 +152,15 @@ def read_params(file: Path) -> dict[str, Any]:
     return params
 
 
+def flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """List nested dictionaries' values under dotted keys."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
 def arguments(stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
     """Take a stage's arguments from the params, checked against its signature.
 
@@ -161,7 +176,8 @@ def arguments(stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
             values.setdefault(param.argument, {})[param.field] = value
         else:
             values[param.argument] = value
-    hints = get_type_hints(stage)
+    hints = get_type_hints(stage, include_extras=True)
+    values |= {name: params for name, hint in hints.items() if hint == Params}
     return {
         name: hints[name](**value) if is_dataclass(hints[name]) else value
         for name, value in values.items()
@@ -180,6 +196,10 @@ def _checked(param: Param, value: Any) -> Any:
 
 
 def _refuse_unknown(keys: set[str], params: dict[str, Any]) -> None:
+    for name in params:
+        if name not in TOP:
+            said = str(name)[:80]
+            raise ParamError(f"params.yaml: unknown key {said}; {near(said, TOP)}")
     for section in {key.split(".")[0] for key in keys if "." in key}:
         known = [key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")]
         found = params.get(section)
@@ -237,6 +257,7 @@ def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: P
     rates["seconds"] = time.perf_counter() - start
     write_json(timing, {name: {k: round(v, 3) for k, v in rates.items()}})
     resume.keep([paths[n] for n in paths if hints[n] == Out], timing, started)
+    say(f"{name} took {duration(rates['seconds'])}")
 
 
 def parser_of(command: str, about: str) -> argparse.ArgumentParser:

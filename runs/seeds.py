@@ -92,7 +92,7 @@ SETTINGS = {
     "emoji-few": ["prepare.source=folder", "flips=horizontal", "prepare.test_fraction=0.8"],
 }
 EVIDENCE = ("images", "early", "late", "source_confidence", "source_information")
-STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate")
+STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 RESULTS = Path(__file__).with_name("results.csv")
 MODELS = ("probe_linear", "probe", "stage1", "stage2")
 

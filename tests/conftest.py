@@ -28,6 +28,7 @@ from pipeline.extract import extract
 from pipeline.nets.backbone import pretrained
 from pipeline.prepare import prepare
 from pipeline.probe import probe
+from pipeline.report import report
 from pipeline.resume import Resume
 from pipeline.stage import Stage, arguments
 from pipeline.stage1 import stage1
@@ -122,11 +123,22 @@ def paths(folder: Path) -> dict[str, dict[str, Path]]:
             "out": models / "report",
             "final": models / "final",
         },
+        "report": {
+            "prepared": prepared,
+            "probe": probes,
+            "advice": models / "advice",
+            "stage1": models / "stage1",
+            "stage2": models / "stage2",
+            "evaluated": models / "report",
+            "final": models / "final" / "model.safetensors",
+            "out": models / "report" / "index.html",
+        },
     }
 
 
 STAGES: dict[str, Stage] = {
-    stage.__name__: stage for stage in (prepare, extract, probe, advise, stage1, stage2, evaluate)
+    stage.__name__: stage
+    for stage in (prepare, extract, probe, advise, stage1, stage2, evaluate, report)
 }
 
 

@@ -26,8 +26,9 @@ from pipeline.learn.probes import (
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.fold import fold
 from pipeline.nets.network import Network
-from pipeline.portable import Graph, Machine, Portable
+from pipeline.portable import Portable
 from pipeline.predict import load, predict
+from pipeline.unfolded import Graph, Machine
 from pipeline.viewing import Viewing
 
 

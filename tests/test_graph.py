@@ -12,14 +12,15 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import jinja2.meta
 import pytest
 import yaml
 from conftest import PHOTOS, ROOT, STAGES, Run, paths, read_params, run
 from repository import commit, dvc, environment, flat, git, hashes
 
-from pipeline.stage import path_names, stage_params
+from pipeline.stage import TOP, Out, Params, path_names, stage_params
 from pipeline.stage import read_params as loaded
 
 GRAPH: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -146,9 +147,31 @@ def test_params_are_those_of_the_signature(stage):
     assert sorted(param.key for param in stage_params(STAGES[stage])) == sorted(params)
 
 
+def test_the_sections_that_params_yaml_may_have_are_those_it_has():
+    assert set(TOP) == set(yaml.safe_load((ROOT / "params.yaml").read_text()))
+
+
 def test_every_key_of_params_yaml_is_read_by_a_stage_and_the_other_way_round():
     read = {param.key for stage in STAGES.values() for param in stage_params(stage)}
     assert read == set(flat(yaml.safe_load((ROOT / "params.yaml").read_text())))
+
+
+@each_stage
+def test_a_stage_that_is_given_all_params_depends_on_all_of_them(stage):
+    given = Params in get_type_hints(STAGES[stage], include_extras=True).values()
+    assert given == ("params.yaml" in listed(stage, "params"))
+    assert listed(stage, "params").get("params.yaml") is None  # no keys: all
+
+
+def test_template_deps_are_what_the_report_renders():
+    environment = jinja2.Environment(autoescape=True)
+    found, left = set(), {"report.html"}
+    while left:
+        name = left.pop()
+        found.add(f"pipeline/pages/{name}")
+        tree = environment.parse((ROOT / "pipeline/pages" / name).read_text())
+        left |= {str(name) for name in jinja2.meta.find_referenced_templates(tree)}
+    assert found == {file for file in listed("report", "deps") if file.endswith(".html")}
 
 
 @each_stage
@@ -170,8 +193,12 @@ def test_command_names_the_paths_of_the_signature_and_the_files_of_dvc_yaml(stag
     assert {"--timing", *(f"--{name}" for name in path_names(STAGES[stage]))} == set(options)
 
     writes = listed(stage, "outs", "metrics", "plots")
-    written = {p for p in options.values() if any(Path(f).is_relative_to(p) for f in writes)}
-    inputs = {f for f in listed(stage, "deps") if not f.endswith(".py")} - {"${prepare.path}"}
+    hints = get_type_hints(STAGES[stage], include_extras=True)
+    written = {options[f"--{name}"] for name, hint in hints.items() if hint == Out}
+    assert all(any(Path(f).is_relative_to(p) for f in writes) for p in written)
+    written.add(options["--timing"])
+    inputs = {f for f in listed(stage, "deps") if not f.startswith("pipeline/")}
+    inputs -= {"${prepare.path}"}
     assert options["--timing"] in writes
     reads = set(options.values()) - written
     assert all(any(Path(f).is_relative_to(p) for p in reads) for f in inputs)
@@ -315,16 +342,17 @@ def test_second_repro_runs_nothing(repo):
 )
 def test_changed_param_makes_only_the_stages_that_read_it_stale(key, value, stages, repo):
     change(repo, key, value)
-    assert stages == stale(repo)
+    assert stages | {"report"} == stale(repo)  # which shows all params
 
 
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("pipeline/learn/verdict.py", {"evaluate"}),
+        ("pipeline/learn/verdict.py", {"evaluate", "report"}),
         ("pipeline/learn/fit.py", {"advise", "stage1", "stage2"}),
         ("pipeline/learn/known.py", {"advise"}),
         ("pipeline/images/decode.py", {"prepare"}),
+        ("pipeline/pages/report.html", {"report"}),
         ("pipeline/predict.py", set()),
     ],
 )
@@ -349,11 +377,11 @@ def test_new_image_makes_prepare_stale(repo):
 
 def test_all_that_follows_the_probe_reruns_with_it(repo):
     said = dvc(repo, "repro", "--downstream", "--force", "--dry", "probe")
-    assert {"probe", "advise", "stage1", "stage2", "evaluate"} == set(stages_run(said))
+    assert {"probe", "advise", "stage1", "stage2", "evaluate", "report"} == set(stages_run(said))
 
 
-def test_changed_rate_of_stage2_reruns_it_and_evaluate(experiment):
-    assert ["stage2", "evaluate"] == stages_run(experiment.said)
+def test_changed_rate_of_stage2_reruns_it_and_what_follows(experiment):
+    assert ["stage2", "evaluate", "report"] == stages_run(experiment.said)
 
 
 def test_rate_that_exp_run_writes_is_read_as_a_number(experiment):
@@ -367,7 +395,7 @@ def test_earlier_params_take_the_earlier_results_from_the_run_cache(experiment, 
     said = dvc(folder, "repro")
     assert [] == stages_run(said)
     skipped = re.findall(r"^Stage '(\w+)' is cached - skipping run", said, re.MULTILINE)
-    assert ["stage2", "evaluate"] == skipped
+    assert ["stage2", "evaluate", "report"] == skipped
     assert "" == git(folder, "diff", "HEAD~1")
 
 
@@ -466,4 +494,4 @@ def test_what_a_failed_stage_lost_comes_back_by_the_command_that_its_message_nam
         program, *rest = part.split()
         {"git": git, "dvc": dvc}[program](repo, *rest)
     assert before == {name: (repo / name).read_bytes() for name in files}
-    assert {"stage1"} == stale(repo)  # by its rate alone
+    assert {"stage1", "report"} == stale(repo)  # by its rate alone

@@ -181,7 +181,7 @@ def between(run: Run, chance: random.Random) -> str:
     """Wait until some stage has written its last file, which DVC is then about to record."""
     ended = {file: file.stat().st_mtime_ns for file in run.folder.glob(TIMINGS)}
     before = dict(ended)
-    wanted = chance.randint(1, 7)  # which of the stages that run yet
+    wanted = chance.randint(1, 8)  # which of the stages that run yet
     while run.process.poll() is None and wanted:
         for file in run.folder.glob(TIMINGS):
             try:

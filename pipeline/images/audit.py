@@ -75,17 +75,23 @@ def report(
 
 def summary(report: dict[str, Any]) -> list[str]:
     """Say in a few lines what audit.json holds."""
-    lines = [
+    counts = [
         f"{label:<16} " + ", ".join(f"{n} {split}" for split, n in counts.items())
         for label, counts in report["classes"].items()
     ]
+    return counts + findings(report)
+
+
+def findings(report: dict[str, Any]) -> list[str]:
+    """Say in a few lines what was found besides the counts."""
+    lines = []
     there = {split for counts in report["classes"].values() for split in counts}
     for label, counts in report["classes"].items():
         for split in sorted(there - set(counts)):
             lines.append(f"no {label} in {split}: nothing there tells how well it is recognised")
     found = report["sides"]
     lines.append(
-        f"sides            {found['shortest']} to {found['longest']} pixels, the shorter one "
+        f"sides: {found['shortest']} to {found['longest']} pixels, the shorter one "
         f"{found['median_short']:g} in the median; {found['enlarged']} images enlarged"
     )
     for name in ("skipped_not_images", "skipped_unreadable", "skipped_copies"):

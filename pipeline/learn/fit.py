@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.learn.schedule import Schedule, layer_factors, rate
 from pipeline.learn.trail import Place, Trail
 from pipeline.nets.blocks import chain, is_inside
+from pipeline.progress import bar
 from pipeline.stage import Key
 
 Ints = NDArray[np.int64]
@@ -98,7 +99,8 @@ def fit(
             torch.manual_seed(seed * 100_003 + epoch)  # dropout in the layers that train
         model.train()
         total_loss, total_right, factor = begin.loss, begin.right, 0.0
-        for step in range(begin.step, steps):
+        left = (steps - begin.step) * size  # images
+        for step in bar(range(begin.step, steps), left, f"epoch {epoch}", lambda step: size):
             rows = order[step * size : (step + 1) * size]
             factor = rate(
                 recipe.schedule,

@@ -70,7 +70,8 @@ def keep_best(
         say(
             f"epoch {epoch.epoch:>3}  train loss {epoch.loss:.4f} acc {epoch.accuracy:.4f}  "
             f"val loss {val['loss']:.4f} acc {val['accuracy']:.4f}  "
-            f"best {best.val['accuracy']:.4f} (epoch {best.epoch})  {epoch.seconds:.1f} s"
+            f"best {best.val['accuracy']:.4f} (epoch {best.epoch})  "
+            f"lr {epoch.lr:.1e}  {epoch.seconds:.1f} s"
         )
         if patience and epoch.epoch - best.epoch >= patience:
             say(f"stopped early: no better epoch in {patience}")

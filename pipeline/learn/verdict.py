@@ -117,6 +117,18 @@ def difference(a: Bools, b: Bools, groups: Ints, seed: int) -> dict[str, float]:
     return {"accuracy": float(change.mean()), "low": low, "high": high, "p_value": p_value}
 
 
+def helped(found: dict[str, float]) -> str:
+    """Say in a sentence whether fine-tuning helped, from the `difference` of stage 2 and probe."""
+    better = (
+        "helped" if found["low"] > 0 else "hurt" if found["high"] < 0 else "made no sure difference"
+    )
+    return (
+        f"fine-tuning {better}: stage 2 minus probe {100 * found['accuracy']:+.1f} points "
+        f"(95 % interval {100 * found['low']:+.1f} to {100 * found['high']:+.1f}, "
+        f"p = {found['p_value']:.3f})"
+    )
+
+
 def _by_groups(values: NDArray[np.float64], groups: Ints, seed: int) -> tuple[float, float]:
     _, of = np.unique(groups, return_inverse=True)
     sums, sizes = np.bincount(of, weights=values), np.bincount(of).astype(float)

@@ -101,12 +101,7 @@ def depths(model: nn.Module, most: int = 8) -> list[str]:
     quarter of the image's side, without lone layers where there are real blocks; the last codes,
     the head's input, come on top. Larger maps say little, and take longest to pool.
     """
-    shapes = {call.name: call.shape for call in trace(model)}
-    maps = [
-        name
-        for name in chain(model)
-        if len(shapes[name]) == 4 and 1 < shapes[name][-1] <= TRACE_SIZE // 4
-    ]
+    maps = _with_maps(model)
     blocks = [
         name
         for name in maps
@@ -116,6 +111,20 @@ def depths(model: nn.Module, most: int = 8) -> list[str]:
     if len(found) <= most:
         return found
     return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+
+
+def last_maps(model: nn.Module) -> str:
+    """Name the block that gives the last feature maps, before they are pooled."""
+    return _with_maps(model)[-1]
+
+
+def _with_maps(model: nn.Module) -> list[str]:
+    shapes = {call.name: call.shape for call in trace(model)}
+    return [
+        name
+        for name in chain(model)
+        if len(shapes[name]) == 4 and 1 < shapes[name][-1] <= TRACE_SIZE // 4
+    ]
 
 
 def match(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:

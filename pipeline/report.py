@@ -1,0 +1,349 @@
+"""Report: one page that a person can read offline, from what the other stages wrote."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from pipeline.activation import activation_maps, explained_block
+from pipeline.classifier import Classifier, load
+from pipeline.files import reading, write_text
+from pipeline.images.audit import findings
+from pipeline.images.pack import read_images
+from pipeline.learn.calibration import calibration_error, reliability
+from pipeline.learn.probes import read_probes
+from pipeline.learn.verdict import helped
+from pipeline.nets import checkpoint
+from pipeline.nets.processor import set_up_torch
+from pipeline.pages import charts, evidence_picture, percent, picture, render
+from pipeline.progress import say
+from pipeline.stage import Out, Params, flat, main
+from pipeline.unfolded import Graph
+
+MISTAKES, UNSURE, SURE = 12, 12, 8  # pictures
+SIDE = 160  # pixels of one
+MOST_CLASSES = 20  # that a confusion matrix is drawn for
+MOST_ROWS = 30  # of a table that stand open
+NAMES = {
+    "probe_linear": "linear probe",
+    "probe": "best probe",
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+}
+# Where each stage's timing.json lies, below models/.
+TIMINGS = {
+    name: "advice" if name == "advise" else name
+    for name in ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
+}
+Row = dict[str, str]
+
+
+def report(
+    *,
+    prepared: Path,
+    probe: Path,
+    advice: Path,
+    stage1: Path,
+    stage2: Path,
+    evaluated: Path,
+    final: Path,
+    out: Out,
+    params: Params,
+) -> dict[str, float]:
+    """Lay out verdict, comparison, curves, mistakes, audit and params as one page.
+
+    Raises DataError if a file of an earlier stage is missing or damaged.
+    """
+    set_up_torch()
+    metrics = _json(evaluated / "metrics.json")
+    against = _json(evaluated / "advice.json")["fine_tuning"]
+    predictions = _rows(evaluated / "predictions.csv")
+    per_class = _rows(evaluated / "per_class.csv")
+    audit = _json(prepared / "audit.json", "prepare")
+    winner, _, _ = read_probes(probe)
+    classifier, (_, meta) = load(final), checkpoint.read(final)
+    histories = [_rows(folder / "history.csv", folder.name) for folder in (stage1, stage2)]
+    chosen = metrics["chosen"]
+    page = render(
+        "report.html",
+        metrics=metrics,
+        names=NAMES,
+        chosen=chosen,
+        winner=winner,
+        verdict=helped(metrics["stage2_minus_probe"]) if predictions else "",
+        most_frequent=_most_frequent(predictions),
+        images=len(predictions),
+        comparison=_comparison(metrics["test"]),
+        advice=_text(advice / "advice.txt", "advise"),
+        against=against,
+        gain=_gain(against, metrics),
+        learning=_learning(*histories),
+        interpolation=_interpolation(_rows(stage2 / "interpolation.csv", "stage2")),
+        profile=_profile(_rows(advice / "profile.csv", "advise")),
+        confusion=_confusion(_rows(evaluated / "confusion.csv"), classifier.network.classes),
+        confused=_confused(predictions, chosen),
+        per_class=sorted(
+            (row for row in per_class if row["model"] == chosen),
+            key=lambda row: float(row["recall"] or 2),  # the worst first, none of them last
+        ),
+        recall={(row["model"], row["class"]): row["recall"] for row in per_class},
+        most_rows=MOST_ROWS,
+        calibration=_calibration(predictions, chosen),
+        classifier=classifier,
+        galleries=_galleries(predictions, read_images(prepared, "test"), classifier),
+        audit=audit,
+        audited=findings(audit),
+        leaks=_leaks(audit),
+        params=list(flat(params)),
+        versions=meta["versions"],
+        timings=TIMINGS,
+    )
+    write_text(out, page)
+    say(f"{out}: {len(page.encode()) / 1e6:.1f} MB, opens without a network")
+    return {}
+
+
+def _json(file: Path, stage: str = "evaluate") -> dict[str, Any]:
+    with reading(file, stage):
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def _text(file: Path, stage: str) -> str:
+    with reading(file, stage):
+        return file.read_text(encoding="utf-8")
+
+
+def _rows(file: Path, stage: str = "evaluate") -> list[Row]:
+    with reading(file, stage), file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _most_frequent(predictions: Sequence[Row]) -> float | None:
+    """Give what always naming the commonest class would get right."""
+    counts = Counter(row["label"] for row in predictions)
+    return max(counts.values()) / len(predictions) if predictions else None
+
+
+def _comparison(test: dict[str, Any]) -> Markup | None:
+    """Draw all models' test accuracies with their intervals."""
+    if not test:
+        return None
+    rows = [
+        {
+            "name": name,
+            "value": 100 * test[model]["accuracy"],
+            "low": 100 * test[model]["accuracy_low"],
+            "high": 100 * test[model]["accuracy_high"],
+        }
+        for model, name in NAMES.items()
+    ]
+    said = "; ".join(
+        f"{r['name']} {r['value']:.1f} % ({r['low']:.1f} to {r['high']:.1f})" for r in rows
+    )
+    return charts.intervals(rows, "test accuracy, %", f"Test accuracy with intervals: {said}")
+
+
+def _gain(against: dict[str, Any], metrics: dict[str, Any]) -> Markup | None:
+    """Draw what fine-tuning was expected to bring beside what it brought."""
+    if against["expected"] is None or against["happened"] is None:
+        return None
+    measured = metrics["stage2_minus_probe"]
+    rows = [
+        {"name": name, "value": 100 * value, "low": 100 * low, "high": 100 * high}
+        for name, value, low, high in (
+            ("expected", against["expected"], against["low"], against["high"]),
+            ("measured", measured["accuracy"], measured["low"], measured["high"]),
+        )
+    ]
+    said = "; ".join(
+        f"{r['name']} {r['value']:+.1f} ({r['low']:+.1f} to {r['high']:+.1f})" for r in rows
+    )
+    described = f"Stage 2 minus best probe, points of test accuracy: {said}"
+    return charts.intervals(rows, "stage 2 minus best probe, points", described, zero=True)
+
+
+def _learning(first: Sequence[Row], second: Sequence[Row]) -> list[Markup]:
+    """Draw both stages' curves as one line, accuracy and loss; stage 2 goes on where 1 ended."""
+    end = int(first[-1]["epoch"])
+    drawn = []
+    for measure in ("accuracy", "loss"):
+        rows = [
+            {
+                "epoch": begin + int(row["epoch"]),
+                "stage": stage,
+                "split": split,
+                "value": float(row[column]),
+            }
+            for stage, begin, history in (("stage 1", 0, first), ("stage 2", end, second))
+            for row in history
+            for split, column in (("train", f"train_{measure}"), ("validation", f"val_{measure}"))
+            if row[column]
+        ]
+        last = [row["value"] for row in rows if row["split"] == "validation"]
+        described = (
+            f"{measure} by epoch through stage 1 (epochs 0 to {end}) and stage 2: on validation "
+            f"from {last[0]:.3f} to {last[-1]:.3f}"
+        )
+        drawn.append(charts.curves(rows, measure, end, described.capitalize()))
+    return drawn
+
+
+def _interpolation(curve: Sequence[Row]) -> Markup | None:
+    """Draw validation accuracy between stage 1 and stage 2, where stage 2 looked at it."""
+    if len(curve) < 2:
+        return None
+    rows = [{"x": float(row["factor"]), "y": float(row["val_accuracy"])} for row in curve]
+    described = f"Validation accuracy between stage 1, {rows[0]['y']:.3f}, and stage 2's best "
+    described += f"epoch, {rows[-1]['y']:.3f}"
+    return charts.steps(rows, "factor: 0 stage 1, 1 stage 2", "validation accuracy", described)
+
+
+def _profile(profile: Sequence[Row]) -> Markup:
+    """Draw how well a probe does on codes of each depth."""
+    rows = [{"x": row["depth"], "y": float(row["accuracy"])} for row in profile]
+    said = ", ".join(f"{row['x']} {row['y']:.3f}" for row in rows)
+    described = f"Best probe's accuracy by cross-validation, by depth of the codes: {said}"
+    return charts.steps(
+        rows, "depth of the codes", "accuracy, cross-validation", described, ordered=True
+    )
+
+
+def _confusion(answers: Sequence[Row], classes: Sequence[str]) -> Markup | None:
+    """Draw what is taken for what, where there are few enough classes to read it."""
+    if not answers or len(classes) > MOST_CLASSES:
+        return None
+    counts = Counter((row["actual"], row["predicted"]) for row in answers)
+    totals = Counter(row["actual"] for row in answers)
+    rows = [
+        {
+            "actual": actual,
+            "predicted": predicted,
+            "images": counts[actual, predicted],
+            "share": counts[actual, predicted] / max(totals[actual], 1),
+        }
+        for actual in classes
+        for predicted in classes
+    ]
+    right = sum(counts[name, name] for name in classes)
+    described = f"Confusion matrix: {right} of {len(answers)} test images on its diagonal"
+    return charts.confusion(rows, described)
+
+
+def _confused(predictions: Sequence[Row], chosen: str, most: int = 10) -> list[tuple[Any, ...]]:
+    """List the commonest mistakes: what it is, what it was taken for, how often."""
+    pairs = Counter((r["label"], r[chosen]) for r in predictions if r["label"] != r[chosen])
+    return [(*pair, n) for pair, n in sorted(pairs.items(), key=lambda p: (-p[1], p[0]))[:most]]
+
+
+def _calibration(predictions: Sequence[Row], chosen: str) -> dict[str, Any] | None:
+    """Draw and sum up how far confidence can be believed, before and after the temperature."""
+    if not predictions:
+        return None
+    right = np.array([row[chosen] == row["label"] for row in predictions])
+    rows, found = [], {}
+    for when, column in (("before", "uncalibrated"), ("after", "probability")):
+        confidence = np.array([float(row[column]) for row in predictions])
+        bins = reliability(confidence, right)
+        found[when] = {
+            "confidence": float(confidence.mean()),
+            "error": calibration_error(bins),
+        }
+        rows += [
+            {"when": when, "confidence": 100 * b.confidence, "accuracy": 100 * b.accuracy}
+            for b in bins
+        ]
+    described = (
+        "Share right by confidence: mean confidence "
+        f"{percent(found['before']['confidence'])} before temperature scaling, "
+        f"{percent(found['after']['confidence'])} after, right {percent(float(right.mean()))}"
+    )
+    return {**found, "right": float(right.mean()), "chart": charts.calibration(rows, described)}
+
+
+def _galleries(
+    predictions: Sequence[Row], images: NDArray[np.uint8], classifier: Classifier
+) -> list[dict[str, Any]]:
+    """Choose test images to look at: mistakes, doubts, and what it is right and sure about."""
+    if not predictions:
+        return []
+    sure = np.array([float(row["probability"]) for row in predictions])
+    answers = [row[classifier.chosen] for row in predictions]
+    right = np.array([a == row["label"] for a, row in zip(answers, predictions, strict=True)])
+    by_doubt = np.argsort(sure, kind="stable")
+    by_trust = np.argsort(-sure, kind="stable")
+    graph = Graph(classifier)
+
+    def shown(name: str, about: str, chosen: Sequence[int], maps: bool) -> dict[str, Any]:
+        rows = np.array(chosen, np.int64)
+        asked = np.array([graph.inputs.classes.index(answers[i]) for i in rows], np.int64)
+        found = (
+            activation_maps(graph, images[rows], asked)
+            if maps and len(rows)
+            else [None] * len(rows)
+        )
+        cards = [
+            {
+                **predictions[i],
+                "answer": answers[i],
+                "right": bool(right[i]),
+                "unsure": bool(sure[i] < classifier.sure_above),
+                "picture": picture(images[i], SIDE),
+                "map": None if one is None else evidence_picture(images[i], one, SIDE),
+            }
+            for i, one in zip(rows, found, strict=True)
+        ]
+        return {"name": name, "about": about, "cards": cards}
+
+    where = f"where the evidence for the answer lies (Grad-CAM at {explained_block(graph)})"
+    return [
+        shown(
+            "The most confident mistakes",
+            f"Look for wrong labels, and for what misleads it: the second picture shows {where}.",
+            [i for i in by_trust if not right[i]][:MISTAKES],
+            maps=True,
+        ),
+        shown(
+            "The least sure",
+            "What to label more of.",
+            list(by_doubt[:UNSURE]),
+            maps=False,
+        ),
+        shown(
+            "Right, and surest",
+            f"Some of each class, and {where}: is that what you would look at?",
+            _of_each_class([i for i in by_trust if right[i]], predictions, SURE),
+            maps=True,
+        ),
+    ]
+
+
+def _leaks(audit: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Name the images that make a score too good, or a label doubtful."""
+    return {
+        f"{kind.replace('_', ' ')} {where.replace('_', ' ')}": audit[kind][where]
+        for kind in ("equal_files", "near_duplicates")
+        for where in ("across_splits", "across_labels")
+        if audit[kind][where]
+    }
+
+
+def _of_each_class(ranked: Sequence[int], predictions: Sequence[Row], most: int) -> list[int]:
+    """Take the first of each class, then the second, until there are enough."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for i in ranked:
+        label = predictions[i]["label"]
+        turns.append((seen[label], label, int(i)))
+        seen[label] += 1
+    return [i for _, _, i in sorted(turns)[:most]]
+
+
+if __name__ == "__main__":
+    main(report)
