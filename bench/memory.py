@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 
 from pipeline.nets.backbone import pretrained
 from pipeline.progress import say
+from pipeline.stage import STAGES
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "timm/test_efficientnet"
-STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 SIZE = 64
 LINEAR = {"kinds": ["linear"], "linear_c": [0.01], "join": 0, "folds": 2}
 SHORT = {"image_size": SIZE, "epochs": 1}

@@ -3,6 +3,7 @@
     python -m pipeline.compare                    # the last commit, and what lies here
     python -m pipeline.compare main exp-a exp-b   # commits, branches, tags or DVC's experiments
     python -m pipeline.compare . main --json      # . is what lies here
+    python -m pipeline.compare --experiments      # the last commit, and all experiments on it
 
 The first run is what the others are compared with: image by image where both were tested on the
 same ones and DVC's cache has what they said (a permutation test over groups of images), else by
@@ -38,6 +39,7 @@ INDEX = "data/prepared/index.csv"
 MODELS = ("probe_linear", "probe", "stage1", "stage2")
 NOISE = 0.05  # p from which a difference counts as noise
 SHOWN = 8  # changed params that are named
+MANY = 4  # runs from which on each has a line
 
 
 class RunError(PipelineError):
@@ -188,8 +190,24 @@ def _value(run: Run, key: str) -> str:
     return json.dumps(run.params[key], default=str) if key in run.params else "none"
 
 
+def experiments() -> list[str]:
+    """Name DVC's experiments on the last commit."""
+    from dvc.repo import Repo
+
+    found = [name for names in Repo().experiments.ls().values() for name, _ in names]
+    if not found:
+        raise RunError("no experiments on the last commit; `dvc exp run` makes some")
+    return sorted(found)
+
+
 def table(runs: Sequence[Run]) -> list[str]:
-    """Lay the runs' test accuracies out side by side."""
+    """Lay the runs' test accuracies out side by side; of many, a line each without intervals."""
+    if len(runs) >= MANY:
+        lines = [["test accuracy", *MODELS, "chosen", f"against {runs[0].name}"]]
+        for run in runs:
+            accuracies = [f"{run.test[m]['accuracy']:.4f}" if run.test else "-" for m in MODELS]
+            lines.append([run.name, *accuracies, run.chosen, ", ".join(changed(run, runs[0]))])
+        return _aligned(lines)
     rows = [["test accuracy", *(run.name for run in runs)]]
     for model in MODELS:
         cells = [
@@ -200,6 +218,10 @@ def table(runs: Sequence[Run]) -> list[str]:
         ]
         rows.append([model, *cells])
     rows.append(["chosen", *(run.chosen for run in runs)])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -216,20 +238,38 @@ def said(one: Against) -> str:
     )
 
 
-def seeds(groups: Sequence[Sequence[Run]]) -> Iterator[str]:
-    """Say each model's mean and spread over the seeds of a group, and the groups' differences."""
-    for model in (*MODELS, "chosen"):
-        values = [[_accuracy(run, model) for run in group if run.test] for group in groups]
-        parts = [
-            f"{mean(v):.4f} ± {stdev(v):.4f} ({len(v)} seeds)" if len(v) > 1 else f"{v[0]:.4f}"
-            for v in values
-            if v
-        ]
-        line = f"{model:<13} " + "   ".join(parts)
-        if len(values) == 2 and all(len(v) > 1 for v in values):
-            p = float(ttest_ind(*values, equal_var=False).pvalue)  # Welch 1947
-            line += f"   p = {p:.3f}: {'no more' if p >= NOISE else 'more'} than noise"
-        yield line
+def seeds(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Give each group's means and standard deviations over its seeds, a line a group.
+
+    What its final models have is compared with the first group's (Welch 1947).
+    """
+    base = groups[0][0]
+    rows = [["over seeds", "n", *MODELS, "chosen", "", ""]]
+    for group in groups:
+        tested = [run for run in group if run.test]
+        values = {m: [_accuracy(run, m) for run in tested] for m in (*MODELS, "chosen")}
+        params = [said for said in changed(group[0], base) if not said.startswith("seed ")]
+        told = ""
+        if group is not groups[0]:
+            firsts = [_accuracy(run, "chosen") for run in groups[0] if run.test]
+            told = _welch(values["chosen"], firsts)
+        spread = [_spread(v) for v in values.values()]
+        rows.append(["", str(len(tested)), *spread, told, ", ".join(params) or f"as {base.name}"])
+    return _aligned(rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    deviation = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{mean(values):.4f}{deviation}"
+
+
+def _welch(values: Sequence[float], others: Sequence[float]) -> str:
+    if min(len(values), len(others)) < 2:
+        return ""
+    p = float(ttest_ind(values, others, equal_var=False).pvalue)
+    return f"p = {p:.3f}: {'no more' if p >= NOISE else 'more'} than noise"
 
 
 def _accuracy(run: Run, model: str) -> float:
@@ -240,9 +280,12 @@ def main() -> None:
     """Compare on the terminal."""
     parser = parser_of("compare", __doc__ or "")
     parser.add_argument("revisions", nargs="*", metavar="REV", help="the last commit and . if none")
+    parser.add_argument("--experiments", action="store_true", help="and those on the last commit")
     parser.add_argument("--json", action="store_true", help="for machines")
     options = parser.parse_args()
     with one_line_errors():
+        if options.experiments:
+            options.revisions = [*(options.revisions or ["HEAD"]), *experiments()]
         runs = [read(revision) for revision in options.revisions or ("HEAD", HERE)]
         base, *others = runs
         found = corrected([one for run in others for one in against(run, base)])
@@ -251,19 +294,28 @@ def main() -> None:
             tested = {run.name: {"chosen": run.chosen, "test": run.test} for run in runs}
             print(json.dumps({"runs": tested, "against": comparisons}, indent=2))
             return
-        for line in table(runs):
+        for line in (*table(runs), *_differences(runs, found)):
             say(line)
-        for run in others:
-            params = ", ".join(changed(run, base)) or "same params"
-            say(f"\n{run.name} against {base.name}: {params}")
-            for one in (one for one in found if one.run == run.name):
-                say(said(one))
         groups = by_seed(runs)
         if any(len(group) > 1 for group in groups) and len({r.name for r in runs}) > 2:
-            names = [" ".join(run.name for run in group) for group in groups]
-            say(f"\nover seeds: {'  |  '.join(names)}")
+            say("")
             for line in seeds(groups):
                 say(line)
+
+
+def _differences(runs: Sequence[Run], found: Sequence[Against]) -> Iterator[str]:
+    """Say how the runs differ from the first one: of many only what is more than noise."""
+    base, *others = runs
+    if len(runs) >= MANY:
+        clear = [one for one in found if not one.noise]
+        yield f"\nof {len(found)} comparisons with {base.name}, more than noise: {len(clear)}"
+        width = max(len(run.name) for run in runs)
+        yield from (f"{one.run:<{width}}  {said(one)}" for one in clear)
+        return
+    for run in others:
+        params = ", ".join(changed(run, base)) or "same params"
+        yield f"\n{run.name} against {base.name}: {params}"
+        yield from (said(one) for one in found if one.run == run.name)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ParamError, PipelineError, near
 from pipeline.progress import say
-from pipeline.stage import one_line_errors, parser_of
+from pipeline.stage import flat, one_line_errors, parser_of
 
 if TYPE_CHECKING:
     # Half a second to import, which `--help` need not wait for.
+    from dvc.dependency import ParamsDependency
     from dvc.repo import Repo
     from dvc.stage import PipelineStage
 
@@ -90,22 +91,29 @@ def _reasons(stage: "PipelineStage") -> Iterator[str]:
         yield "its command in dvc.yaml is another"
     for dependency in stage.deps:
         if isinstance(dependency, ParamsDependency):
-            old = dependency.hash_info.value or {}
-            new = dependency.read_params()
-            file = "" if dependency.fs_path.endswith("params.yaml") else f"{dependency.def_path}: "
-            for key in dependency.params:
-                if key not in new:
-                    yield f"{file}{key} is missing"
-                elif key not in old:
-                    yield f"{file}{key} = {new[key]!r} is new"
-                elif old[key] != new[key]:
-                    yield f"{file}{key}: {_short(old[key])} → {_short(new[key])}"
+            yield from _changed(dependency)
         else:
             for path, how in dependency.status().items():
                 yield f"{path} is {how}"
     for out in stage.outs:
         for path, how in out.status().items():
             yield f"its output {path} is {_of_output(how)}"
+
+
+def _changed(dependency: "ParamsDependency") -> Iterator[str]:
+    """Name the params that aren't as dvc.lock has them."""
+    old = dependency.hash_info.value or {}
+    new = dependency.read_params()
+    file = "" if dependency.fs_path.endswith("params.yaml") else f"{dependency.def_path}: "
+    if not dependency.params:  # of the whole file
+        old, new = dict(flat(old)), dict(flat(new))
+    for key in dependency.params or {**old, **new}:
+        if key not in new:
+            yield f"{file}{key} is missing"
+        elif key not in old:
+            yield f"{file}{key} = {new[key]!r} is new"
+        elif old[key] != new[key]:
+            yield f"{file}{key}: {_short(old[key])} → {_short(new[key])}"
 
 
 def _of_output(how: str) -> str:

@@ -19,6 +19,7 @@ from pipeline.images import audit, sources
 from pipeline.images.alike import clusters_alike
 from pipeline.images.decode import Header, Pixels, decode, header
 from pipeline.images.fetch import hash_of, images_at
+from pipeline.images.findings import summary
 from pipeline.images.pack import SPLITS, Facts, Fit
 from pipeline.images.published import published
 from pipeline.images.sources import Item, Source
@@ -98,7 +99,7 @@ def prepare(
         for split in SPLITS:
             of_split = [row for row, s in zip(kept, splits, strict=True) if s == split]
             _pack(resume, pixels, np.array(of_split, np.int64), folder / f"{split}.npy")
-    for line in audit.summary(report):
+    for line in summary(report):
         say(line)
     return {"images_per_second": rate} if decoded else {}
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.activation import activation_maps, explained_block
 from pipeline.classifier import Classifier, load
 from pipeline.files import reading, write_text
-from pipeline.images.audit import findings
+from pipeline.images.findings import findings
 from pipeline.images.pack import read_images
 from pipeline.learn.calibration import calibration_error, reliability
 from pipeline.learn.probes import read_probes
@@ -23,7 +23,7 @@ from pipeline.nets import checkpoint
 from pipeline.nets.processor import set_up_torch
 from pipeline.pages import charts, evidence_picture, percent, picture, render
 from pipeline.progress import say
-from pipeline.stage import Out, Params, flat, main
+from pipeline.stage import STAGES, Out, Params, flat, main
 from pipeline.unfolded import Graph
 
 MISTAKES, UNSURE, SURE = 12, 12, 8  # pictures
@@ -37,10 +37,7 @@ NAMES = {
     "stage2": "stage 2",
 }
 # Where each stage's timing.json lies, below models/.
-TIMINGS = {
-    name: "advice" if name == "advise" else name
-    for name in ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
-}
+TIMINGS = {name: "advice" if name == "advise" else name for name in STAGES}
 Row = dict[str, str]
 
 

@@ -12,6 +12,7 @@ import inspect
 import os
 import re
 import reprlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ class Key:
     foreign: bool = False  # in a section that another stage reads and checks as a whole
 
 
+STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 # What params.yaml consists of: single values, and a section a stage or subject.
 TOP = (
     *("seed", "precision", "sample_weight", "class_weight", "flips", "augment"),
@@ -144,8 +146,10 @@ def read_params(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise ParamError(f"{file}: not readable as YAML: {line}") from None
-    except (RecursionError, ValueError, TypeError, OverflowError) as error:
-        # Brackets a thousand deep; a date of month 13; a list as a key.
+    except RecursionError:  # brackets a thousand deep
+        raise ParamError(f"{file}: not readable as YAML: nested too deeply") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        # A date of month 13; a list as a key.
         raise ParamError(f"{file}: not readable as YAML: {short(error)}") from None
     if not isinstance(params, dict):
         raise ParamError(f"{file}: expected sections such as 'prepare:', found {short(params)}")
@@ -176,6 +180,10 @@ def arguments(stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
             values.setdefault(param.argument, {})[param.field] = value
         else:
             values[param.argument] = value
+    for name in params:
+        if name not in (*TOP, stage.__name__):
+            said = str(name)[:80]
+            raise ParamError(f"params.yaml: unknown key {said}; {near(said, TOP)}")
     hints = get_type_hints(stage, include_extras=True)
     values |= {name: params for name, hint in hints.items() if hint == Params}
     return {
@@ -196,10 +204,6 @@ def _checked(param: Param, value: Any) -> Any:
 
 
 def _refuse_unknown(keys: set[str], params: dict[str, Any]) -> None:
-    for name in params:
-        if name not in TOP:
-            said = str(name)[:80]
-            raise ParamError(f"params.yaml: unknown key {said}; {near(said, TOP)}")
     for section in {key.split(".")[0] for key in keys if "." in key}:
         known = [key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")]
         found = params.get(section)
@@ -274,6 +278,8 @@ def parser_of(command: str, about: str) -> argparse.ArgumentParser:
 @contextmanager
 def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iterator[None]:
     """Print a user's error as one line and exit with 1; with PIPELINE_DEBUG=1 let it through."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the package set it for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

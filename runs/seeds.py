@@ -22,6 +22,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import dvc.api
+import yaml
 
 DIGITS = [
     *("prepare.source=folder", "prepare.split_by=image", "flips=none"),
@@ -92,8 +93,8 @@ SETTINGS = {
     "emoji-few": ["prepare.source=folder", "flips=horizontal", "prepare.test_fraction=0.8"],
 }
 EVIDENCE = ("images", "early", "late", "source_confidence", "source_information")
-STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 RESULTS = Path(__file__).with_name("results.csv")
+GRAPH = Path(__file__).parent.parent / "dvc.yaml"
 MODELS = ("probe_linear", "probe", "stage1", "stage2")
 
 
@@ -146,7 +147,8 @@ def record(name: str, seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
     advice = metrics.get("advice", {"case": ""})
     test, gain = metrics["test"], metrics["stage2_minus_probe"]
     evidence = advice.get("evidence", dict.fromkeys(EVIDENCE, ""))
-    timing = (metrics.get(s) or metrics[f"models/{s}/timing.json:{s}"] for s in STAGES)
+    stages = yaml.safe_load(GRAPH.read_text())["stages"]
+    timing = (metrics.get(s) or metrics[f"models/{s}/timing.json:{s}"] for s in stages)
     return {
         "name": name,
         "seed": seed,

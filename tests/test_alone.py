@@ -172,3 +172,14 @@ def test_a_stage_that_nobody_but_a_shell_started_outlives_it(start, tmp_path):
         assert not ends(working, 1.5)
     finally:
         os.kill(working, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 1.0])
+def test_who_interrupts_a_command_that_still_imports_sees_no_traceback(seconds, tmp_path):
+    words = [sys.executable, "-m", "pipeline.predict", str(tmp_path)]
+    started = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode != 0
+    assert "Traceback" not in said

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from repository import git, tool
+from repository import dvc, git, tool
+from scipy.stats import ttest_ind
 
 from pipeline.compare import (
     MODELS,
@@ -139,8 +140,10 @@ def test_runs_that_differ_in_their_seed_alone_are_put_together():
     only_probe = [
         [replace(r, test=dict.fromkeys(MODELS, r.test["probe"])) for r in g] for g in groups
     ]
-    line = next(iter(seeds(only_probe)))
-    assert line == "probe_linear  0.7750 ± 0.0250 (3 seeds)   0.7500"
+    head, first, second = seeds(only_probe)
+    assert head.split() == ["over", "seeds", "n", *MODELS, "chosen"]
+    assert first.split() == ["3", *["0.7750", "±", "0.0250"] * 5, "as", "r0"]
+    assert second.split() == ["1", *["0.7500"] * 5, *["stage2.lr", "5e-05", "→", "1e-05"]]
     assert changed(other, runs[0]) == ["stage2.lr 5e-05 → 1e-05"]
 
 
@@ -148,3 +151,44 @@ def test_the_table_keeps_its_columns():
     lines = table([run_of("a", "1110"), run_of("b" * 50, "1100")])
     assert lines[0].split() == ["test", "accuracy", "a", "b" * 50]
     assert lines[2].startswith("probe          0.7500 (0.650 to 0.850)  0.5000 (0.400 to 0.600)")
+
+
+def test_groups_of_seeds_are_compared_by_welchs_test():
+    def group(lr: float, rights: list[int]) -> list[Run]:
+        runs = [run_of(f"{lr}-{n}", "1" * n + "0" * (40 - n), seed=n) for n in rights]
+        return [
+            replace(
+                run,
+                params={**run.params, "stage2.lr": lr},
+                test=dict.fromkeys(MODELS, run.test["probe"]),
+            )
+            for run in runs
+        ]
+
+    first, second = group(1e-5, [20, 21, 22]), group(5e-5, [30, 31, 32])
+    p = ttest_ind([0.75, 0.775, 0.8], [0.5, 0.525, 0.55], equal_var=False).pvalue
+    assert f"p = {p:.3f}: more than noise  stage2.lr 1e-05 → 5e-05" in seeds([first, second])[2]
+    assert "no more than noise" in seeds([first, group(5e-5, [20, 21, 23])])[2]
+
+
+def test_of_many_runs_each_has_a_line_and_only_what_is_clear_is_named(repo):
+    for name in ("one", "two"):
+        git(repo, "branch", name)
+    done = compare(repo, "HEAD", "one", "two", ".")
+    lines = done.stdout.splitlines()
+    tested = json.loads((repo / "models/report/metrics.json").read_text())
+    expected = [f"{tested['test'][model]['accuracy']:.4f}" for model in MODELS]
+    assert [line.split() for line in lines[1:5]] == [
+        [name, *expected, tested["chosen"]] for name in ("HEAD", "one", "two", "here")
+    ]
+    assert "of 12 comparisons with HEAD, more than noise: 0" in lines
+
+
+def test_all_experiments_on_the_last_commit_are_found(repo):
+    assert "no experiments on the last commit" in compare(repo, "--experiments").stderr
+    for name, value in (("slow", "1e-5"), ("fast", "1e-4")):
+        dvc(repo, "exp", "run", "--name", name, "--set-param", f"stage2.lr={value}")
+    done = compare(repo, "--experiments")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split() == ["test", "accuracy", "HEAD", "fast", "slow"]
+    assert "slow against HEAD: stage2.lr 5e-05 → 1e-05" in done.stdout

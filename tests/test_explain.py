@@ -35,12 +35,15 @@ def test_a_changed_param_is_named_with_its_old_and_its_new_value(repo):
     change(repo, "stage2.lr", 1e-5)
     assert because(repo, "stage2") == ["stage2.lr: 5e-05 → 1e-05"]
     found = answers(repo)
-    assert {s for s, a in found.items() if a != "up to date"} == {"stage2", "evaluate"}
+    assert {s for s, a in found.items() if a != "up to date"} == {"stage2", "evaluate", "report"}
     assert (found["stage2"], found["evaluate"]) == ("runs", "runs perhaps")
     assert because(repo, "evaluate") == ["stage2 comes before it"]
+    assert because(repo, "report") == [
+        *("stage2.lr: 5e-05 → 1e-05", "stage2 comes before it", "evaluate comes before it")
+    ]
     lines = explain(repo, "stage2").stdout.splitlines()
     assert lines[0].startswith("stage2  runs  (took ")
-    assert stages_run(dvc(repo, "repro")) == ["stage2", "evaluate"]
+    assert stages_run(dvc(repo, "repro")) == ["stage2", "evaluate", "report"]
 
 
 def test_the_run_cache_is_foretold(repo):

@@ -143,7 +143,7 @@ class Seen(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag == "img":
             self.images.append(dict(attributes))
-        if tag not in ("img", "br", "meta"):
+        if tag not in ("img", "br", "meta", "link"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

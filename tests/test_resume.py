@@ -78,7 +78,9 @@ def test_a_stage_killed_after_a_save_ends_with_the_same_bytes(
     call(tmp_path, ways, name, params)
     for way in ("out", "final"):
         if way in ways:
-            assert contents(paths(finished)[name][way]) == contents(ways[way])
+            expected = contents(paths(finished)[name][way])
+            expected.pop("index.html", None)  # of the stage that writes there after it
+            assert expected == contents(ways[way])
 
 
 def test_what_was_done_before_the_kill_is_not_done_again(tmp_path, monkeypatch):
