@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Stages are started as `python`: the environment's own.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: repro advise test test-long verify torture bench lint install
+.PHONY: repro advise experiments test test-long verify torture bench lint install
 
 repro: install  ## run what isn't up to date, from the images to the final model
 	@$(RUN) dvc repro
@@ -12,6 +12,13 @@ repro: install  ## run what isn't up to date, from the images to the final model
 advise: install  ## what fine-tuning may bring and cost, before stage 1
 	@$(RUN) dvc repro advise
 	@cat models/advice/advice.txt
+
+# Of what differs, what a person compares: test and validation accuracies, and params.
+DETAIL := models/|data/|pipeline/|seconds|per_second|low$$|high$$|weighted|f1|auroc|balanced|loss$$
+DETAIL := $(DETAIL)|best_epoch|factor|stage..val|probe.val|cv_|fine_tuning|advice|Created
+
+experiments: install  ## a line an experiment: accuracies that differ, and the params
+	@$(RUN) dvc exp show --md --only-changed --hide-workspace --drop '.*($(DETAIL)).*'
 
 test: lint  ## lint, types and all tests that don't take minutes
 	@$(RUN) pytest -m "not long"

@@ -1,8 +1,12 @@
-"""Layers: the modules that stage1.unfreeze and extract.depths can name, with size and compute."""
+"""Layers: the modules that stage1.unfreeze and extract.depths can name, with size and compute.
 
-import argparse
+python -m pipeline.layers                          # of the network in params.yaml
+python -m pipeline.layers torchvision/resnet18
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.nets.backbone import SOURCE_CLASSES, build, head_name
 from pipeline.nets.blocks import chain, depths, is_inside, trace
 from pipeline.progress import say
-from pipeline.stage import one_line_errors
+from pipeline.stage import one_line_errors, parser_of, read_params
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,14 @@ def as_table(found: Sequence[Layer], head: str) -> list[str]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.layers",
-        description="List the modules of a network that stage1.unfreeze and extract.depths can "
-        "name, with their outputs, parameters and shares of compute.",
-    )
-    parser.add_argument("name", metavar="NAME", help="timm/NAME or torchvision/NAME")
+    parser = parser_of("layers", __doc__ or "")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="timm/NAME or torchvision/NAME")
     parser.add_argument("--size", type=int, default=224, help="pixels a side (default: 224)")
     parser.add_argument("--all", action="store_true", help="also the modules inside the blocks")
     options = parser.parse_args()
     with one_line_errors():
-        model = build(options.name, SOURCE_CLASSES)
+        name = options.name or read_params(Path("params.yaml"))["backbone"]["name"]
+        model = build(name, SOURCE_CLASSES)
         for line in as_table(layers(model, options.size, options.all), head_name(model)):
             say(line)
         say('shell patterns work too, as in stage1.unfreeze: ["blocks.[56]", conv_head]')

@@ -70,7 +70,7 @@ def comments(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     section = key = ""
     for line in text.splitlines():
-        if entry := re.match(r"( *)([\w.]+):([^#]*)(?:# *(.*))?$", line):
+        if entry := re.match(r"""( *)([\w.]+):((?:"[^"]*"|'[^']*'|[^#"'])*)(?:# *(.*))?$""", line):
             indent, name, value, said = entry.groups()
             if not indent and not value.strip():
                 section = name
@@ -103,7 +103,7 @@ def _limits(mark: Any) -> Iterator[str]:
     if isinstance(mark, (Ge, Gt, Le, Lt, Interval)):
         for name, word in words.items():
             if (limit := getattr(mark, name, None)) is not None:
-                yield f"{word} {limit:g}"
+                yield f"{word} {limit:,}"
 
 
 def markdown(params: Iterable[Described]) -> str:
@@ -125,8 +125,9 @@ def markdown(params: Iterable[Described]) -> str:
             ]
             lines += ["", f"## {section}", "", *head]
             before = section
-        cells = (f"`{one.key}`", f"`{one.written()}`", one.allowed, one.about)
-        lines.append("| " + " | ".join([*cells, ", ".join(one.stages)]).replace("||", "|") + " |")
+        stages = ", ".join(one.stages)
+        cells = (f"`{one.key}`", f"`{one.written()}`", one.allowed, one.about, stages)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 

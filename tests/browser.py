@@ -59,9 +59,10 @@ def look(page: Path, width: int = 1400, *options: str) -> Seen:
     if chromium is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     text = page.read_text(encoding="utf-8")
-    assert text.count("</body>") == 1
+    body, end, rest = text.rpartition("</body>")
+    assert end
     seen, window = page.with_name("seen.html"), page.with_name("window.html")
-    seen.write_text(text.replace("</body>", SEEN), encoding="utf-8")
+    seen.write_text(body + SEEN + rest, encoding="utf-8")
     window.write_text(WINDOW.format(page=seen.name, width=width), encoding="utf-8")
     profile = page.parent / "profile"
     done = subprocess.run(

@@ -73,6 +73,18 @@ def new_repository(folder: Path, params: dict[str, Any]) -> None:
     commit(folder, "start")
 
 
+def change(folder: Path, key: str, value: Any) -> None:
+    """Change a dotted key in a repository's params.yaml."""
+    file = folder / "params.yaml"
+    params = section = yaml.safe_load(file.read_text())
+    *parents, name = key.split(".")
+    for parent in parents:
+        section = section[parent]
+    assert section[name] != value
+    section[name] = value
+    file.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
 def hashes(folder: Path) -> dict[str, str]:
     """Read the hashes in dvc.lock of all outputs but the timings."""
     stages = yaml.safe_load((folder / "dvc.lock").read_text())["stages"].values()

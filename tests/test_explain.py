@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, STAGES
-from repository import dvc, tool
-from test_graph import change, stages_run
+from repository import change, dvc, tool
+from test_graph import stages_run
 
 
 def explain(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":

@@ -17,8 +17,9 @@ from typing import Any, get_type_hints
 import jinja2.meta
 import pytest
 import yaml
+from browser import look
 from conftest import PHOTOS, ROOT, STAGES, Run, paths, read_params, run
-from repository import commit, dvc, environment, flat, git, hashes
+from repository import change, command, commit, dvc, environment, flat, git, hashes
 
 from pipeline.stage import TOP, Out, Params, path_names, stage_params
 from pipeline.stage import read_params as loaded
@@ -275,18 +276,6 @@ def test_permuted_test_labels_change_nothing_before_evaluate(finished, tmp_path)
 # What follows runs DVC in a repository of its own.
 
 
-def change(folder: Path, key: str, value: Any) -> None:
-    """Change a dotted key in a repository's params.yaml."""
-    file = folder / "params.yaml"
-    params = section = yaml.safe_load(file.read_text())
-    *parents, name = key.split(".")
-    for parent in parents:
-        section = section[parent]
-    assert section[name] != value
-    section[name] = value
-    file.write_text(yaml.safe_dump(params, sort_keys=False))
-
-
 def stages_run(said: str) -> list[str]:
     return re.findall(r"^Running stage '(\w+)'", said, re.MULTILINE)
 
@@ -441,12 +430,19 @@ def test_metrics_show_has_the_keys_that_others_rely_on(first):
     assert set() == expected - keys
 
 
+def plot_titles() -> list[str]:
+    """Name the plots of the graph and of its stages: what a page of plots has to show."""
+    own = [options["title"] for stage in STAGES for options in listed(stage, "plots").values()]
+    return own + [
+        title for p in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for title in p
+    ]
+
+
 def test_plots_diff_draws_every_plot_for_both_commits(experiment, tmp_path):
     dvc(experiment.folder, "plots", "diff", "HEAD~1", "--out", str(tmp_path / "plots"))
     page = (tmp_path / "plots" / "index.html").read_text()
-    titles = [
-        title for p in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for title in p
-    ]
+    titles = plot_titles()
+    assert len(titles) == len(set(titles)) == 9
     assert [] == [title for title in titles if title not in page]
     assert {"HEAD~1", "workspace"} == set(re.findall(r'"rev": "([^"]+)"', page))
     specs = [json.loads(found) for found in re.findall(r"var spec = (\{.*?\});\s", page, re.DOTALL)]
@@ -457,6 +453,19 @@ def test_plots_diff_draws_every_plot_for_both_commits(experiment, tmp_path):
         values = [row[x["field"]] for row in spec["data"]["values"]]
         assert values
         assert x["type"] == "nominal" or all(float(value) >= 0 for value in values)
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_of_plots_is_drawn_without_a_network(width, experiment, tmp_path):
+    folder = shutil.copytree(experiment.folder, tmp_path / "repo")
+    command(folder, sys.executable, "-m", "pipeline.plots", "page/plots.html")
+    dvc(folder, "config", "--local", "plots.html_template", "../page/plots.html")
+    dvc(folder, "plots", "diff", "HEAD~1")
+    seen = look(folder / "dvc_plots" / "index.html", width)
+    assert seen.drawn == len(plot_titles())
+    assert [] == seen.requests
+    assert [] == seen.console
+    assert seen.needs <= width
 
 
 def test_pulled_clone_is_up_to_date(repo, tmp_path):

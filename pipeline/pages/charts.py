@@ -14,7 +14,7 @@ import vl_convert
 from markupsafe import Markup
 
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#888888"
-VEGA_LITE = "5.21"  # the version of the language
+VEGA_LITE = "6.4"  # the version of the language
 WIDTH, HEIGHT = 290, 200  # with the axes' words no wider than a phone's screen
 TEXT = "currentColor"  # the page's own
 CONFIG = {
@@ -208,6 +208,14 @@ def calibration(rows: Sequence[Row], described: str) -> Markup:
     return draw(spec, described)
 
 
+# As Vega-Embed's own, but that what DVC's templates leave empty, or an earlier Vega-Lite wrote, is
+# drawn without a word.
+EMBED = """const isEmpty = v => v?.constructor === Object && !Object.keys(v).length;
+const cleaned = spec => JSON.parse(JSON.stringify(spec), (k, v) => isEmpty(v) ? undefined : v);
+window.vegaEmbed = (place, {$schema, ...spec}, options) =>
+  vegaEmbed(place, cleaned(spec), {...options, mode: "vega-lite", logLevel: 1});"""
+
+
 def script() -> Markup:
     """Give what draws charts in a browser: Vega, Vega-Lite and Vega-Embed."""
-    return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE))  # noqa: S704
+    return Markup(vl_convert.javascript_bundle(EMBED, VEGA_LITE))  # noqa: S704

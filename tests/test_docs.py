@@ -1,0 +1,154 @@
+"""What README and docs tell people to type works, and what they point to is there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PHOTOS, ROOT, Run, write_photos
+from repository import change, commit, environment, git
+
+from pipeline.nets.backbone import pretrained
+from pipeline.params import FILE, described
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TYPED = [page for page in PAGES if "```console" in page.read_text()]
+NOT_HERE = ("test", "test-long", "verify", "torture", "bench")  # targets that take long
+
+# A `make` that takes this environment for the installed one, and only names what takes long.
+MAKE = """#!/bin/sh
+[ -e .venv ] || ln -s {prefix} .venv
+case "$1" in {long}) exec {make} -o .venv/.installed -o .venv/.dev -n "$@" ;; esac
+exec {make} -o .venv/.installed "$@"
+"""
+
+
+def blocks(page: Path) -> list[list[str]]:
+    """List a page's console blocks, each as its commands."""
+    found = []
+    for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        joined = block.replace("\\\n", " ")
+        found.append([line[2:] for line in joined.splitlines() if line.startswith("$ ")])
+    return found
+
+
+def new_home(first: Run, around: Path) -> Path:
+    """Make a finished repository whose `origin` has it, with all that pages take for granted."""
+    folder = shutil.copytree(first.folder, around / "project")
+    if around.name == "backbones":  # as they are by default, not of the tests' own network
+        change(folder, "backbone.weights", "imagenet")
+        change(folder, "backbone.sha256", "")
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "runs", folder / "runs", ignore=lambda *_: {"__pycache__"})
+    commit(folder, "make")
+    git(around, "clone", "--quiet", "--bare", str(folder), str(around / "origin"))
+    git(folder, "remote", "add", "origin", str(around / "origin"))
+    for name in ("pictures", "new", "project/data/mine"):
+        write_photos(around / name, first=50)
+    write_photos(folder / "new", each=3, first=99)
+    table = folder / "data/table"
+    rows = ["path,label,group"]
+    for i, file in enumerate(sorted(write_photos(table / "drawn").rglob("*.png"))):
+        rows.append(f"{file.relative_to(table)},{file.parent.name},g{i // 2}")
+    (table / "labels.csv").write_text("\n".join(rows))
+    (folder / "old").mkdir()
+    shutil.copy(folder / "models/stage2/model.safetensors", folder / "old")
+    # Weights as torchvision keeps them once fetched.
+    hub = around / "hub/hub/checkpoints"
+    hub.mkdir(parents=True)
+    model, _ = pretrained("torchvision/resnet18", "none", "", seed=0)
+    torch.save(model.state_dict(), hub / "resnet18-f37072fd.pth")
+    programs = around / "programs"
+    programs.mkdir()
+    make = MAKE.format(prefix=sys.prefix, long="|".join(NOT_HERE), make=shutil.which("make"))
+    for name, text in {"make": make, "xdg-open": "#!/bin/sh\ntest -s $1\n"}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    return folder
+
+
+def typed(page: Path, home: Path) -> None:
+    """Type what a page says, block by block, with one processor."""
+    around = home.parent
+    env = {
+        **environment(home),
+        **{"HOME": str(around), "TORCH_HOME": str(around / "hub")},
+        **{"PIPELINE_THREADS": "1", "OMP_NUM_THREADS": "1"},
+    }
+    env["PATH"] = f"{around / 'programs'}{os.pathsep}{env['PATH']}"
+    meant = {
+        "REPOSITORY": str(around / "origin"),
+        "/tmp/store": str(around / "store"),
+        "SHA256": sha256((home / "old/model.safetensors").read_bytes()).hexdigest(),
+        "FOLDER": PHOTOS,
+        "--seeds 0 1 2": "--seeds 0",  # one will do
+    }
+    for commands in blocks(page):
+        script = "\n".join(["set -eo pipefail", *commands])
+        for placeholder, value in meant.items():
+            script = script.replace(placeholder, value)
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=home, env=env, capture_output=True, text=True, check=False
+        )
+        said = [page.name, *commands, done.stdout[-2000:], done.stderr[-3000:]]
+        assert done.returncode == 0, "\n".join(said)
+
+
+@pytest.mark.long
+def test_what_the_pages_say_to_type_works(first, tmp_path):
+    with ThreadPoolExecutor(2) as lanes:  # most of the time goes into starting programs
+        longest = sorted(TYPED, key=lambda page: -page.read_text().count("dvc exp run"))
+        begun = []
+        for page in longest:
+            (tmp_path / page.stem).mkdir()
+            begun.append(lanes.submit(typed, page, new_home(first, tmp_path / page.stem)))
+        for one in begun:
+            one.result()
+
+
+def test_from_a_clone_to_a_compared_change_it_takes_no_more_than_ten_commands():
+    [tour] = [block for block in blocks(PAGES[0]) if any("git clone" in line for line in block)]
+    assert len(tour) <= 10
+    for step in ("make repro", "dvc exp run", "pipeline.compare", "pipeline.predict"):
+        assert any(step in line for line in tour)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_points_to_is_there(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+    for name in re.findall(r"python -m (pipeline|bench|runs)\.(\w+)", text):
+        assert (ROOT / name[0] / f"{name[1]}.py").exists(), name
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"(?:`|\$ |&& )make ([\w-]+)", text):
+        assert target in targets, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_params_that_a_page_names_exist(page):
+    keys = {one.key for one in described(ROOT / FILE)}
+    sections = "|".join({key.split(".")[0] for key in keys if "." in key})
+    named = re.findall(rf"(?:`|-S '?|--set )((?:{sections})\.\w+)(?=[`:= ])", page.read_text())
+    files = {"probe.safetensors"}
+    outputs = {"probe.cv_accuracy"}  # a metric
+    assert set(named) - keys - files - outputs == set()
+
+
+def test_every_command_of_the_project_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    commands = [
+        file.stem
+        for file in (ROOT / "pipeline").glob("*.py")
+        if '__name__ == "__main__"' in file.read_text()
+    ]
+    assert len(commands) > 10
+    for name in commands:
+        assert f"`{name}`" in readme or f"{name}.py" in readme or f"pipeline.{name}" in readme, name
