@@ -6,7 +6,6 @@
 The card says what DVC recorded of data and params, and what evaluate found.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from pipeline.images.pack import read_images
 from pipeline.nets.network import versions
 from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
-from pipeline.stage import one_line_errors
+from pipeline.stage import one_line_errors, parser_of
 from pipeline.unfolded import Graph
 
 FINAL, REPORT = Path("models/final/model.safetensors"), Path("models/report/metrics.json")
@@ -213,10 +212,7 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     """Run from the command line, in the project's folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.export",
-        description="Write the final model as safetensors and ONNX, with a model card.",
-    )
+    parser = parser_of("export", __doc__ or "")
     parser.add_argument("--out", type=Path, default=Path("export"), help="(default: %(default)s)")
     out = parser.parse_args().out
     with one_line_errors():

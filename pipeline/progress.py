@@ -28,9 +28,12 @@ def track(
 def bar(
     items: Iterable[T], total: int, name: str, width: Callable[[T], int] = lambda item: 1
 ) -> Iterator[T]:
-    """Pass items on under a bar that goes when they end; without a terminal, in silence."""
+    """Pass items on under a bar that goes when they end; in silence where only lines are wanted.
+
+    That is without a terminal, with NO_COLOR, and on one that can't move its cursor.
+    """
     start = time.perf_counter()
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not console.no_color and not console.is_dumb_terminal:
         columns = (
             TextColumn("{task.description:<16}"),
             BarColumn(),

@@ -232,14 +232,16 @@ def main(stage: Stage) -> None:
     What the stage returns is written to its `--timing` file, with the seconds it took in all.
     Set PIPELINE_DEBUG=1 to see the traceback of an error.
     """
-    summary = (inspect.getdoc(stage) or "").split("\n\n")[0]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m pipeline.{stage.__name__}", description=summary
+    about = f"{inspect.getdoc(stage)}\n\n`dvc repro {stage.__name__}` runs it, as dvc.yaml says."
+    parser = parser_of(stage.__name__, about)
+    parser.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help="(default: %(default)s)"
     )
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--timing", type=Path, required=True)
+    parser.add_argument("--timing", type=Path, required=True, help="written: how long it took")
+    hints = get_type_hints(stage, include_extras=True)
     for name in path_names(stage):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+        what = "written" if hints[name] == Out else "read"
+        parser.add_argument(f"--{name}", type=Path, required=True, help=what)
     options = vars(parser.parse_args())
     params, timing = options.pop("params"), options.pop("timing")
     with one_line_errors(INTERRUPTED, RECOVER):

@@ -13,7 +13,7 @@ from zlib import crc32
 import vl_convert
 from markupsafe import Markup
 
-BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#888888"
+BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#888888"  # blue is a lighter one in the dark
 VEGA_LITE = "6.4"  # the version of the language
 WIDTH, HEIGHT = 290, 200  # with the axes' words no wider than a phone's screen
 TEXT = "currentColor"  # the page's own
@@ -52,7 +52,7 @@ def draw(spec: dict[str, Any], described: str) -> Markup:
     # One page holds many charts, whose names must not meet.
     own = f"chart-{crc32(described.encode()):08x}-"
     svg = svg.replace(' id="', f' id="{own}').replace("url(#", f"url(#{own}")
-    svg = svg.replace('href="#', f'href="#{own}')
+    svg = svg.replace('href="#', f'href="#{own}').replace(BLUE, "var(--data)")
     label = escape(described, quote=True)
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # noqa: S704
 

@@ -1,0 +1,76 @@
+"""What a person sees while something long runs, on a real terminal and without one."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from pipeline.progress import duration
+
+LONG = """
+import time
+from pipeline.progress import say, track
+for item in track(range(20), 20, "work"):
+    time.sleep(0.02)
+say("end")
+"""
+
+
+def on_a_terminal(**env: str) -> str:
+    """Run the long task on a terminal of its own and give what that receives."""
+    ours, theirs = pty.openpty()
+    inherited = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TERM")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LONG], cwd=ROOT, stdout=theirs, env={**inherited, **env}
+    )
+    os.close(theirs)
+    received = b""
+    try:
+        while some := os.read(ours, 10_000):
+            received += some
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0
+    return received.decode()
+
+
+def test_a_terminal_shows_how_far_how_fast_and_how_long_yet_and_then_a_line():
+    seen = on_a_terminal(TERM="xterm-256color")
+    assert "\x1b[" in seen
+    assert re.search(r"\b[1-9]\d?/20.* \d+/s .*0:00:0", seen)
+    last = seen.replace("\r", "").splitlines()[-2:]
+    assert "20 in 0." in last[0]
+    assert last[1] == "end"
+
+
+@pytest.mark.parametrize("env", [{"TERM": "xterm-256color", "NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_who_wants_lines_alone_gets_them(env):
+    lines = on_a_terminal(**env).splitlines()
+    assert len(lines) == 2
+    assert "\x1b" not in "".join(lines)
+
+
+def test_without_a_terminal_there_are_lines_alone():
+    said = subprocess.run(
+        [sys.executable, "-c", LONG], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert len(said.splitlines()) == 2
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.04, "0.0 s"),
+        (8.24, "8.2 s"),
+        (100, "1 min 40 s"),
+        (3600, "1 h 0 min"),
+        (7519, "2 h 5 min"),
+    ],
+)
+def test_durations_are_said_as_people_say_them(seconds, said):
+    assert duration(seconds) == said
