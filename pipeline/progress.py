@@ -8,6 +8,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.runtime import rank
+
 T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
 
@@ -33,7 +35,8 @@ def bar(
     That is without a terminal, with NO_COLOR, and on one that can't move its cursor.
     """
     start = time.perf_counter()
-    if sys.stdout.isatty() and not console.no_color and not console.is_dumb_terminal:
+    alive = sys.stdout.isatty() and not console.no_color and not console.is_dumb_terminal
+    if alive and rank() == 0:
         columns = (
             TextColumn("{task.description:<16}"),
             BarColumn(),
@@ -63,5 +66,9 @@ def duration(seconds: float) -> str:
 
 
 def say(line: str) -> None:
-    """Print one line, markup-free, whole even where it is longer than the terminal."""
-    console.print(line, markup=False)
+    """Print one line, markup-free, whole even where it is longer than the terminal.
+
+    Of several processes that share a stage the first one speaks.
+    """
+    if rank() == 0:
+        console.print(line, markup=False)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from pipeline.files import files_below, link, new_array, write_json
 from pipeline.progress import say
-from pipeline.runtime import cache_folder, save_seconds, threads
+from pipeline.runtime import cache_folder, rank, save_seconds, team_size, threads
+from pipeline.team import agree, wait
 
 T = TypeVar("T")
 Array = NDArray[Any]
@@ -41,7 +42,10 @@ class Resume:
         Rows that an earlier run filled aren't asked for again. Gives the arrays to be read, none
         where n is 0.
         """
+        if rank() > 0:
+            return self._followed(names, n, compute)
         arrays, done = self._begun(names, n)
+        agree(done)
         if done:
             say(f"going on at {done} of {n}")
         saved = time.monotonic()
@@ -59,10 +63,20 @@ class Resume:
             if time.monotonic() - saved >= save_seconds() and done < n:
                 self._record(names, arrays, done)
                 saved = time.monotonic()
-        if not arrays:
-            return []
-        self._record(names, arrays, done)
-        return [np.load(self.file(name), mmap_mode="r") for name in names]
+        if arrays:
+            self._record(names, arrays, done)
+        wait()
+        return [np.load(self.file(name), mmap_mode="r") for name in names] if arrays else []
+
+    def _followed(
+        self, names: Sequence[str], n: int, compute: Callable[[int], Iterable[Sequence[Array]]]
+    ) -> list[Array]:
+        """Do a part of the work, and read what the first process wrote of all."""
+        done = agree(0)
+        for _ in compute(done) if done < n else ():
+            pass
+        wait()
+        return [np.load(self.file(name), mmap_mode="r") for name in names] if n else []
 
     def is_filled(self, name: str, n: int) -> bool:
         """Tell whether all rows of an array are there."""
@@ -75,8 +89,11 @@ class Resume:
     def remember(self, name: str, compute: Callable[[], T]) -> T:
         """Compute a value once: numbers, texts, lists, dictionaries, as JSON holds them."""
         file = self.folder / "values" / hashlib.sha256(name.encode()).hexdigest()[:20]
-        if not file.exists():
-            write_json(file, compute())
+        if not agree(file.exists()):
+            computed = compute()
+            if rank() == 0:
+                write_json(file, computed)
+            wait()
         value: T = json.loads(file.read_text(encoding="utf-8"))
         return value
 
@@ -143,6 +160,7 @@ def resume_of(stage: str, arguments: dict[str, Any], inputs: Iterable[Path]) -> 
     """Give the state of a stage with these arguments on these inputs, and make room for it.
 
     States whose stage DVC has recorded since then are deleted, and so are all but the last ones.
+    Processes that share a stage share its state, which the first one keeps.
     """
     depends = [
         str(Path.cwd()),  # two projects may share a cache, not a state
@@ -150,11 +168,14 @@ def resume_of(stage: str, arguments: dict[str, Any], inputs: Iterable[Path]) -> 
         [(str(path), _contents(path)) for path in inputs],
         [(str(file), hashlib.sha256(file.read_bytes()).hexdigest()) for file in _code()],
         threads(),
+        team_size(),
         os.environ.get("OMP_NUM_THREADS"),
     ]
     key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
     root = cache_folder() / "resume"
     own = root / f"{stage}-{key[:24]}"
+    if rank() > 0:
+        return Resume(own)
     lock = Path("dvc.lock")
     recorded = lock.read_text(encoding="utf-8") if lock.exists() else ""
     states = sorted(root.glob(f"{stage}-*"), key=lambda path: path.stat().st_mtime, reverse=True)

@@ -14,9 +14,10 @@ import re
 import reprlib
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -28,8 +29,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pipeline.alone import INTERRUPTED, alone, in_a_child
 from pipeline.errors import RECOVER, ParamError, PipelineError, near
 from pipeline.files import write_json
+from pipeline.launch import STARTED, launch
 from pipeline.progress import duration, say
 from pipeline.resume import Resume, resume_of
+from pipeline.runtime import cache_folder, processes, rank, team_size
+from pipeline.team import agree, together
 
 Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
 Params = Annotated[dict[str, Any], "all"]  # of params.yaml, for who shows them
@@ -47,6 +51,7 @@ class Key:
     foreign: bool = False  # in a section that another stage reads and checks as a whole
 
 
+SHARED = ("extract", "stage1", "stage2", "evaluate")  # by several processes, where they are wanted
 STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 # What params.yaml consists of: single values, and a section a stage or subject.
 TOP = (
@@ -246,8 +251,18 @@ def main(stage: Stage) -> None:
     params, timing = options.pop("params"), options.pop("timing")
     with one_line_errors(INTERRUPTED, RECOVER):
         in_a_child(stage.__name__)
-        with alone(stage.__name__):
-            _run(stage, options, arguments(stage, read_params(params)), timing)
+        chosen = arguments(stage, read_params(params))
+        if team_size() > 1:
+            # One at a time, which the first process sees to where none of ours has started it.
+            own = rank() == 0 and STARTED not in os.environ
+            with alone(stage.__name__) if own else nullcontext(), together():
+                _run(stage, options, chosen, timing)
+        elif processes() > 1 and stage.__name__ in SHARED:
+            with alone(stage.__name__):
+                sys.exit(launch(f"pipeline.{stage.__name__}", sys.argv[1:]))
+        else:
+            with alone(stage.__name__):
+                _run(stage, options, chosen, timing)
 
 
 def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path) -> None:
@@ -255,10 +270,15 @@ def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: P
     started, start = time.time(), time.perf_counter()
     name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
     resume = resume_of(name, {**paths, **params}, _data(stage, paths, params))
-    if resume.put_back():
+    if agree(rank() == 0 and resume.put_back()):
         say(f"{name} was finished, but not recorded: its outputs are back")
         return
     resumes = {n: resume for n, hint in hints.items() if hint is Resume}
+    if rank() > 0:  # does its part; what it would write, the first one writes
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            outs = {n: Path(scratch, n) for n in paths if hints[n] == Out}
+            stage(**{**paths, **outs}, **params, **resumes)
+        return
     rates = {"seconds": 0.0, **stage(**paths, **params, **resumes)}
     rates["seconds"] = time.perf_counter() - start
     write_json(timing, {name: {k: round(v, 3) for k, v in rates.items()}})

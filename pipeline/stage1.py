@@ -21,13 +21,14 @@ from pipeline.learn.start import start_network, what_trains
 from pipeline.learn.trail import Trail
 from pipeline.nets.cut import cut_below
 from pipeline.nets.fold import Precision, resolved
-from pipeline.nets.freeze import freeze_all_but
+from pipeline.nets.freeze import freeze_all_but, refuse_shared_statistics
 from pipeline.nets.network import batches, refuse_larger, versions
 from pipeline.nets.processor import set_up_torch
 from pipeline.nets.stored import Batch, key_of, stored
 from pipeline.progress import say
 from pipeline.resume import Resume
 from pipeline.stage import Key, Out, Seed, main
+from pipeline.team import spread
 
 
 def stage1(
@@ -67,6 +68,7 @@ def stage1(
     if network.backbone.weights == "none":
         say("from scratch (backbone.weights: none): everything trains, by batch statistics")
         batchnorm = "train"
+    refuse_shared_statistics("stage1", batchnorm)
     trainable = freeze_all_but(network.model, trained, batchnorm)
     cut = cut_below(network.model, trained)
     say(f"training {len(trainable)} tensors in {', '.join(trained)}; frozen below {cut.name}")
@@ -102,8 +104,10 @@ def stage1(
     def validate() -> Validation:
         network.model.eval()
         with torch.no_grad():
-            parts = [cut.top(val_batch(1, chosen)) for chosen in batches(len(val_images))]
-        return validation(torch.cat(parts)[: len(val_images)].numpy(), val_rows.labels)
+            chosen = list(batches(len(val_images)))
+            parts = spread(len(chosen), lambda i: [cut.top(val_batch(1, chosen[i])).numpy()])
+            scores = np.concatenate([part for (part,) in parts])
+        return validation(scores[: len(val_images)], val_rows.labels)
 
     trail = Trail(resume.folder / "trail.safetensors")
     epochs_run = fit(

@@ -21,7 +21,7 @@ from pipeline.learn.keep_best import Validation, keep_best, state_of, write_metr
 from pipeline.learn.metrics import validation
 from pipeline.learn.trail import Trail
 from pipeline.nets.fold import Precision, resolved
-from pipeline.nets.freeze import everything, freeze_all_but
+from pipeline.nets.freeze import everything, freeze_all_but, refuse_shared_statistics
 from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
 from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
@@ -60,6 +60,7 @@ def stage2(
     set_up_torch()
     packed = read_facts(prepared)
     refuse_larger("stage2", image_size, packed.size)
+    refuse_shared_statistics("stage2", batchnorm)
     network, meta = load(stage1, resolved(precision))
     refuse_other_classes("stage1", stage1, network.classes, packed.classes)
     rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")

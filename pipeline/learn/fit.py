@@ -18,7 +18,9 @@ from pipeline.learn.schedule import Schedule, layer_factors, rate
 from pipeline.learn.trail import Place, Trail
 from pipeline.nets.blocks import chain, is_inside
 from pipeline.progress import bar
+from pipeline.runtime import rank
 from pipeline.stage import Key
+from pipeline.team import add_up, own_part
 
 Ints = NDArray[np.int64]
 
@@ -96,7 +98,8 @@ def fit(
         start = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(n)
         if not begin.step:
-            torch.manual_seed(seed * 100_003 + epoch)  # dropout in the layers that train
+            # Of dropout in the layers that train, which drops other things in other processes.
+            torch.manual_seed(seed * 100_003 + epoch + (rank() << 32))
         model.train()
         total_loss, total_right, factor = begin.loss, begin.right, 0.0
         left = (steps - begin.step) * size  # images
@@ -113,23 +116,26 @@ def fit(
             )
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            logits = forward(batch(epoch, rows))
-            target = torch.from_numpy(labels[rows])
+            own = own_part(rows)
+            logits = forward(batch(epoch, own))
+            target = torch.from_numpy(labels[own])
             losses = F.cross_entropy(
                 logits, target, reduction="none", label_smoothing=recipe.label_smoothing
             )
-            loss = (losses * torch.from_numpy(weights[rows]).to(losses.dtype)).mean()
+            weighted = losses * torch.from_numpy(weights[own]).to(losses.dtype)
+            loss = weighted.mean() * (len(own) / len(rows))  # its share of the whole batch's
             loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
+            hits = float((logits.argmax(1) == target).sum())
+            value, right = add_up(model, loss.item(), hits)
             optimizer.step()
             optimizer.zero_grad()
-            value = loss.item()
             if not math.isfinite(value) or value > EXPLODED:
                 raise DivergedError(
                     f"epoch {epoch}: the loss is {value:g} at learning rate "
                     f"{recipe.lr * factor:g}; lower the stage's lr"
                 )
             total_loss += value
-            total_right += int((logits.argmax(1) == target).sum())
+            total_right += int(right)
             if trail and trail.is_due() and step + 1 < steps:
                 trail.save(model, optimizer, Place(epoch, step + 1, total_loss, total_right))
         yield Epoch(

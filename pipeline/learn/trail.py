@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import CheckpointError
 from pipeline.nets import checkpoint
 from pipeline.progress import say
-from pipeline.runtime import save_seconds
+from pipeline.runtime import rank, save_seconds
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class Trail:
         return time.monotonic() - self._saved >= save_seconds()
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, place: Place) -> None:
-        """Save where training is."""
+        """Save where training is; of several processes, which all are there, the first does."""
+        if rank() > 0:
+            return
         states = optimizer.state_dict()["state"].items()
         tensors = {
             **{f"model.{name}": t for name, t in model.state_dict().items()},

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.errors import ParamError
 from pipeline.nets.blocks import is_inside
+from pipeline.runtime import team_size
 
 
 def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> list[str]:
@@ -26,6 +28,16 @@ def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> 
         if not inside or (batchnorm == "frozen" and isinstance(module, _BatchNorm)):
             _stay_in_eval(module)
     return trainable
+
+
+def refuse_shared_statistics(stage: str, batchnorm: str) -> None:
+    """Raise ParamError where processes would each normalise by their own part of a batch."""
+    if batchnorm == "train" and team_size() > 1:
+        raise ParamError(
+            f"params.yaml: {stage}.batchnorm = 'train' (or weights from scratch) with several "
+            "processes: PyTorch has no SyncBatchNorm on processors, so statistics would be those "
+            "of parts of a batch; set it to frozen, or run one process"
+        )
 
 
 def everything(model: nn.Module) -> list[str]:

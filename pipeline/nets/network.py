@@ -16,6 +16,7 @@ from pipeline.errors import CheckpointError, ParamError
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
 from pipeline.nets.fold import NUMBER_FORMATS, fold
+from pipeline.team import spread
 
 # The size of a batch may change an image's last bits, its place in the batch doesn't: so one size.
 EVAL_BATCH = 32
@@ -179,8 +180,12 @@ def versions() -> dict[str, str]:
 
 def batches(n: int) -> Iterator[NDArray[np.int64]]:
     """Cut N rows into batches of one size; the last repeats its last row to be full."""
-    for start in range(0, n, EVAL_BATCH):
-        yield np.minimum(np.arange(start, start + EVAL_BATCH), n - 1)
+    return (batch(i, n) for i in range(-(-n // EVAL_BATCH)))
+
+
+def batch(i: int, n: int) -> NDArray[np.int64]:
+    """Give the i-th of these batches."""
+    return np.minimum(np.arange(i * EVAL_BATCH, (i + 1) * EVAL_BATCH), n - 1)
 
 
 def over(
@@ -191,8 +196,11 @@ def over(
     Yields its float32 outputs a batch, without the rows that only filled the last one.
     """
     n = len(images)
-    for i, rows in enumerate(batches(n)):
+
+    def outputs(i: int) -> list[NDArray[np.float32]]:
         with torch.inference_mode():
-            outputs = run(torch.from_numpy(images[rows]))
-        real = min(EVAL_BATCH, n - i * EVAL_BATCH)
-        yield [output[:real].float().numpy() for output in outputs]
+            found = run(torch.from_numpy(images[batch(i, n)]))
+        return [output.float().numpy() for output in found]
+
+    for i, parts in enumerate(spread(-(-n // EVAL_BATCH), outputs)):
+        yield [part[: n - i * EVAL_BATCH] for part in parts]

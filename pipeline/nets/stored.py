@@ -21,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.nets.network import EVAL_BATCH, Network, batches
+from pipeline.nets.network import EVAL_BATCH, Network, batch, batches
 from pipeline.progress import say, track
 from pipeline.resume import Resume
-from pipeline.runtime import cache_bytes, cache_folder
+from pipeline.runtime import cache_bytes, cache_folder, rank
+from pipeline.team import agree, spread
 
 Rows = NDArray[np.int64]
 Compute = Callable[[Sequence[int], Rows], Sequence[Tensor]]  # (views, rows) -> (B, ...) a view
@@ -82,17 +83,20 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     outputs = Resume(folder)
     with _locked(folder, name):
         _make_room(folder, needed)
-        missing = [view for view in range(1, views + 1) if not outputs.is_filled(str(view), n)]
+        missing = agree([v for v in range(1, views + 1) if not outputs.is_filled(str(v), n)])
 
         def computed(first: int) -> Iterator[Sequence[NDArray[Any]]]:
-            for start in range(first, n, EVAL_BATCH):
-                rows = np.minimum(np.arange(start, start + EVAL_BATCH), n - 1)
+            def outputs(i: int) -> list[NDArray[Any]]:
                 laid_out = (
-                    z.permute(0, 2, 3, 1) if channels_last else z for z in compute(missing, rows)
+                    z.permute(0, 2, 3, 1) if channels_last else z
+                    for z in compute(missing, first + batch(i, n - first))
                 )
                 # NumPy knows no bfloat16: its bits as whole numbers.
                 bits = (z.view(torch.int16) if z.dtype == torch.bfloat16 else z for z in laid_out)
-                yield [z[: n - start].numpy() for z in bits]
+                return [z.numpy() for z in bits]
+
+            for i, parts in enumerate(spread(-(-(n - first) // EVAL_BATCH), outputs)):
+                yield [part[: n - first - i * EVAL_BATCH] for part in parts]
 
         def shown(first: int) -> Iterator[Sequence[NDArray[Any]]]:
             total = (n - first) * len(missing)
@@ -116,7 +120,10 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
 
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold a folder of the cache, waiting for another run that fills it."""
+    """Hold a folder of the cache, waiting for another run that fills it: the first process does."""
+    if rank() > 0:
+        yield
+        return
     with (folder / LOCK).open("a") as lock:
         if not _lock(lock):
             say(f"{name}: another run computes the same; waiting for it")
@@ -134,6 +141,8 @@ def _lock(file: IO[str]) -> bool:
 
 def _make_room(own: Path, needed: int) -> None:
     """Delete what was used longest ago until `needed` bytes fit, but what is being filled."""
+    if rank() > 0:
+        return
     for path in own.parent.iterdir():
         if path.is_file():  # as earlier versions had them
             path.unlink()

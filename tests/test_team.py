@@ -1,0 +1,213 @@
+"""Several processes on one stage: the same experiment, whoever does which part of it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, Run
+from repository import change, dvc, environment, hashes
+from safetensors.numpy import load_file
+from test_graph import stages_run
+
+TOGETHER = """
+import sys
+import numpy as np, torch
+from torch import nn
+from pipeline.runtime import rank, team_size
+from pipeline.team import add_up, agree, own_part, spread, together
+
+with together():
+    assert agree(f"from {rank()}") == "from 0"
+    for n in (1, 2, 5):
+        found = list(spread(n, lambda i: [np.full((2, 3), i, np.float32), np.arange(i, i + 4)]))
+        assert len(found) == n
+        for i, (first, second) in enumerate(found):
+            assert first.dtype == np.float32 and (first == i).all() and first.shape == (2, 3)
+            assert second.tolist() == [i, i + 1, i + 2, i + 3]
+    rows = np.arange(7)
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    whole = nn.ModuleList([model, frozen])
+    x = torch.randn(7, 3, 8, 8)
+    model(x).square().mean(dim=(1, 2, 3)).mean().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    own = own_part(rows)
+    loss = model(x[own]).square().mean(dim=(1, 2, 3)).sum() / len(rows)
+    loss.backward()
+    layout = model.weight.grad.stride()
+    [total, number] = add_up(whole, loss.item(), len(own))
+    assert number == 7
+    for p, e in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, e, rtol=1e-5, atol=1e-7)
+    assert model.weight.grad.stride() == layout
+    assert all(p.grad is None for p in frozen.parameters())
+print("fine", flush=True)
+"""
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_what_processes_do_together_is_what_one_would_do(n, tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    words = ["--nproc-per-node", str(n), "--standalone", "--local-addr", "127.0.0.1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, str(tmp_path / "together.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fine") == n
+
+
+def with_processes(
+    folder: Path, n: int, *words: str, **env: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *words],
+        cwd=folder,
+        env={**environment(folder), "PIPELINE_PROCESSES": str(n), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(first: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process in float32, whose rounding is the only difference that is left."""
+    folder = shutil.copytree(first.folder, tmp_path_factory.mktemp("alone") / "repo")
+    change(folder, "precision", "fp32")
+    dvc(folder, "repro")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two processes, from nothing."""
+    folder = shutil.copytree(alone, tmp_path_factory.mktemp("shared") / "repo")
+    shutil.rmtree(folder / ".pipeline")
+    done = with_processes(folder, 2, "repro", "--force")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def rows_of(file: Path) -> np.ndarray:
+    return np.genfromtxt(file, delimiter=",", names=True, dtype=float)
+
+
+@pytest.mark.long
+def test_two_processes_compute_the_codes_of_one(alone, shared):
+    files = sorted((alone / "data/features").glob("*.npy"))
+    assert len(files) > 10
+    for file in files:
+        other = np.load(shared / "data/features" / file.name)
+        np.testing.assert_allclose(other, np.load(file), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_two_processes_train_as_one_does(stage, alone, shared):
+    one, two = (rows_of(f / f"models/{stage}/history.csv") for f in (alone, shared))
+    for column in ("epoch", "lr"):
+        np.testing.assert_array_equal(two[column], one[column])
+    for column in ("train_loss", "val_loss"):
+        np.testing.assert_allclose(two[column], one[column], atol=1e-3)
+    models = [load_file(f / f"models/{stage}/model.safetensors") for f in (alone, shared)]
+    for name, tensor in models[0].items():
+        np.testing.assert_allclose(models[1][name], tensor, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.long
+def test_two_processes_count_every_image_once(alone, shared):
+    one, two = (
+        json.loads((f / "models/report/metrics.json").read_text())["test"] for f in (alone, shared)
+    )
+    assert {m: v["accuracy"] for m, v in one.items()} == {m: v["accuracy"] for m, v in two.items()}
+
+
+@pytest.mark.long
+def test_the_number_of_processes_reruns_nothing(shared):
+    for n in (1, 2):
+        assert stages_run(with_processes(shared, n, "repro").stdout) == []
+
+
+@pytest.mark.long
+def test_two_processes_repeat_to_the_bit(shared, tmp_path):
+    folder = shutil.copytree(shared, tmp_path / "repo")
+    shutil.rmtree(folder / ".pipeline")
+    assert with_processes(folder, 2, "repro", "--force").returncode == 0
+    assert hashes(folder) == hashes(shared)
+
+
+def test_statistics_of_parts_of_a_batch_are_refused(repo):
+    change(repo, "stage2.batchnorm", "train")
+    done = with_processes(repo, 2, "repro", "stage2")
+    assert done.returncode != 0
+    line = "error: params.yaml: stage2.batchnorm = 'train' (or weights from scratch) with several"
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_param_is_told_once(repo):
+    change(repo, "stage2.lr", -1.0)
+    done = with_processes(repo, 2, "repro", "stage2")
+    assert done.returncode != 0
+    assert done.stderr.count("error: params.yaml: stage2.lr = -1.0") == 1
+
+
+def workers(folder: Path) -> dict[int, int]:
+    """Find the processes that share a stage in a folder: their ranks, by process."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and (process / "cwd").resolve() == folder:
+                env = (process / "environ").read_bytes().decode(errors="replace")
+                if rank := re.search(r"(?:^|\0)RANK=(\d+)", env):
+                    found[int(process.name)] = int(rank[1])
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others_and_the_stage_goes_on(victim, shared, tmp_path):
+    folder = shutil.copytree(shared, tmp_path / "repo").resolve()
+    change(folder, "stage2.epochs", 30)
+    expected = shutil.copytree(folder, tmp_path / "expected")
+    env = {"PIPELINE_SAVE_SECONDS": "0.2"}
+    assert with_processes(expected, 2, "repro", **env).returncode == 0
+    running = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro"],
+        cwd=folder,
+        env={**environment(folder), "PIPELINE_PROCESSES": "2", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    states = folder / ".pipeline/resume"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list(states.glob("stage2-*/trail.safetensors")):
+        time.sleep(0.05)
+    killed = [pid for pid, rank in workers(folder).items() if rank == victim]
+    assert killed
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert not workers(folder)
+    done = with_processes(folder, 2, "repro", **env)
+    assert done.returncode == 0, said + done.stdout + done.stderr
+    assert "going on at epoch" in done.stdout
+    assert hashes(folder) == hashes(expected)
