@@ -31,6 +31,7 @@ from pipeline.errors import PipelineError
 from pipeline.learn.verdict import difference
 from pipeline.progress import say
 from pipeline.stage import Loader, flat, one_line_errors, parser_of
+from pipeline.table import aligned
 
 HERE = "."
 REPORT = "models/report/metrics.json"
@@ -207,7 +208,7 @@ def table(runs: Sequence[Run]) -> list[str]:
         for run in runs:
             accuracies = [f"{run.test[m]['accuracy']:.4f}" if run.test else "-" for m in MODELS]
             lines.append([run.name, *accuracies, run.chosen, ", ".join(changed(run, runs[0]))])
-        return _aligned(lines)
+        return aligned(lines)
     rows = [["test accuracy", *(run.name for run in runs)]]
     for model in MODELS:
         cells = [
@@ -218,14 +219,7 @@ def table(runs: Sequence[Run]) -> list[str]:
         ]
         rows.append([model, *cells])
     rows.append(["chosen", *(run.chosen for run in runs)])
-    return _aligned(rows)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return aligned(rows)
 
 
 def said(one: Against) -> str:
@@ -255,7 +249,7 @@ def seeds(groups: Sequence[Sequence[Run]]) -> list[str]:
             told = _welch(values["chosen"], firsts)
         spread = [_spread(v) for v in values.values()]
         rows.append(["", str(len(tested)), *spread, told, ", ".join(params) or f"as {base.name}"])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _spread(values: Sequence[float]) -> str:

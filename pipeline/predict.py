@@ -36,6 +36,7 @@ from pipeline.nets.processor import set_up_torch
 from pipeline.pages import picture, render
 from pipeline.runtime import threads
 from pipeline.stage import one_line_errors, parser_of
+from pipeline.table import aligned
 
 NOT_SURE = "not sure"
 STDIN = "-"
@@ -201,9 +202,8 @@ def as_table(answers: Sequence[Answer], out: TextIO) -> None:
             first = place == 0
             name = label if answer.sure or not first else f"{label} ({NOT_SURE})"
             cells.append((answer.file if first else "", name, f"{p:.3f}"))
-    files, labels, _ = (max(map(len, column)) for column in zip(*cells, strict=True))
-    for file, label, said in cells:
-        print(f"{file:<{files}}  {label:<{labels}}  {said}", file=out)
+    for line in aligned(cells):
+        print(line, file=out)
 
 
 def page(answers: Sequence[Answer]) -> str:

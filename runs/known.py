@@ -2,7 +2,7 @@
 
     python -m runs.known
 
-Prints the lines for OURS in pipeline/learn/known.py, a table for the README (the expectation is
+Prints the lines for OURS in pipeline/learn/known.py, a table for docs/advice.md (the expectation is
 computed anew, without the runs on the same data), and how well each piece of evidence ranks the
 gains (Spearman), over the runs' means over seeds.
 """
