@@ -20,8 +20,8 @@ from bench.ratios import BATCH, PREPARED, WHOLE, network, unfolded
 from pipeline.images.pack import SPLITS, read_images, read_rows
 from pipeline.nets.backbone import head_name
 from pipeline.nets.depths import LAST
+from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import Network, over
-from pipeline.nets.processor import set_up_torch
 from pipeline.nets.taps import Taps
 from pipeline.progress import say
 from pipeline.viewing import Viewing, averaged
@@ -55,7 +55,7 @@ def main() -> None:
 def our_codes(ours: Network, images: NDArray[np.uint8]) -> Codes:
     """Compute the last codes (N, D) as extract does, of each image as it is."""
     with Taps(ours.model, [LAST], "average") as taps:
-        parts = over(images, averaged(ours, taps, Viewing("none", 1)))
+        parts = over(images, ours, averaged(ours, taps, Viewing("none", 1)))
         return np.concatenate([part[0] for part in parts])
 
 

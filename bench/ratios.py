@@ -37,10 +37,10 @@ from pipeline.nets.blocks import depths
 from pipeline.nets.convolve import convolve, shape_of
 from pipeline.nets.cut import cut_below
 from pipeline.nets.depths import LAST, SOURCE
+from pipeline.nets.device import set_up_torch
 from pipeline.nets.fold import resolved
 from pipeline.nets.freeze import everything, freeze_all_but
-from pipeline.nets.network import Network, batches, over
-from pipeline.nets.processor import set_up_torch
+from pipeline.nets.network import EVAL_BATCH, Network, over
 from pipeline.nets.stored import key_of, stored
 from pipeline.nets.taps import Taps
 from pipeline.progress import say
@@ -193,10 +193,10 @@ def forwards(images: Images, bare: Bare) -> dict[str, float]:
         for number, part in enumerate([*parts[:2], *parts]):
             start = time.perf_counter()
             with torch.inference_mode():
-                for _ in batches(len(part)):
+                for _ in range(-(-len(part) // EVAL_BATCH)):
                     plain.model(x)
             middle = time.perf_counter()
-            for _ in over(part, run):
+            for _ in over(part, tapped, run):
                 pass
             if number >= len(parts[:2]):
                 passes += middle - start

@@ -23,8 +23,8 @@ from pipeline.learn.known import LARGE, OURS, PUBLISHED, Expected, expected_gain
 from pipeline.learn.pace import Pace, measured
 from pipeline.learn.start import start_network, what_trains
 from pipeline.nets.depths import SOURCE
+from pipeline.nets.device import set_up_torch
 from pipeline.nets.fold import Precision, resolved
-from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
 from pipeline.stage import Key, Out, Seed, main
 

@@ -25,7 +25,8 @@ INTERRUPTED = "interrupted; the same command goes on where it was"
 PATIENCE = 5.0  # seconds until who was asked to end is made to
 LOOK = 0.5  # seconds between looks at whether DVC is still there
 PR_SET_PDEATHSIG = 1
-STARTED_BY_DVC = "DVC_STAGE"  # in the environment of what DVC starts
+LAUNCHED = "PIPELINE_LAUNCHED"  # in the environment of processes that share a stage
+STARTED_BY = ("DVC_STAGE", LAUNCHED)  # in the environment of what ends with who started it
 
 
 class BusyError(PipelineError):
@@ -67,11 +68,16 @@ def in_a_child(name: str) -> None:
     child = os.fork()
     if child:
         os._exit(_watch(name, child))
+    end_with(parent)
+    for number in ASKED:
+        signal.signal(number, _interrupt)
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # gone before that was set
         os._exit(1)
-    for number in ASKED:
-        signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -137,20 +143,21 @@ def _said(number: int) -> str:
 
 
 def _line_to_dvc() -> list[int]:
-    """List our process, its parent, ... up to DVC's; ours alone where DVC didn't start it."""
+    """List our process, its parent, ... up to DVC's; ours alone where nobody started it so."""
     line = [os.getpid()]
-    if STARTED_BY_DVC in os.environ:
-        while line[-1] > 1 and _started_by_dvc(line[-1]):
+    if any(name in os.environ for name in STARTED_BY):
+        while line[-1] > 1 and _was_started(line[-1]):
             line.append(_parent_of(line[-1]))
     return line
 
 
-def _started_by_dvc(pid: int) -> bool:
+def _was_started(pid: int) -> bool:
     try:
         environment = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return False
-    return any(v.startswith(f"{STARTED_BY_DVC}=".encode()) for v in environment.split(b"\0"))
+    marks = tuple(f"{name}=".encode() for name in STARTED_BY)
+    return any(value.startswith(marks) for value in environment.split(b"\0"))
 
 
 def _parent_of(pid: int) -> int:

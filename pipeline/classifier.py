@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from pipeline.errors import CheckpointError
+from pipeline.files import Rowwise
 from pipeline.learn.probes import Probe
 from pipeline.nets import checkpoint
 from pipeline.nets.depths import JOIN
@@ -20,12 +21,12 @@ Scores = NDArray[np.float64]
 
 
 def codes(
-    network: Network, depth: str, pooling: Pooling, images: NDArray[np.uint8], viewing: Viewing
+    network: Network, depth: str, pooling: Pooling, images: Rowwise, viewing: Viewing
 ) -> NDArray[np.float32]:
     """Compute codes (N, D) of packed images, averaged over views as extract does."""
     network.model.eval()
     with Taps(network.model, depth.split(JOIN), pooling) as taps:
-        parts = over(images, averaged(network, taps, viewing))
+        parts = over(images, network, averaged(network, taps, viewing))
         return np.concatenate([np.concatenate(part, axis=1) for part in parts])
 
 
@@ -41,7 +42,7 @@ class Classifier:
     sure_above: float  # below this probability the answer is "not sure"
     chosen: str  # the stage it comes from
 
-    def probabilities(self, images: NDArray[np.uint8]) -> Scores:
+    def probabilities(self, images: Rowwise) -> Scores:
         """Give calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
         if self.probe is None:
             scores = logits(self.network, images, self.viewing)
@@ -53,7 +54,7 @@ class Classifier:
     def save(self, file: Path, **more: Any) -> None:
         """Write everything into one safetensors file; `more` joins the metadata."""
         state = self.network.model.state_dict()
-        tensors = {f"network.{name}": t.contiguous().numpy() for name, t in state.items()}
+        tensors = {f"network.{name}": t.contiguous().cpu().numpy() for name, t in state.items()}
         if self.probe:
             tensors.update({f"probe.{name}": a for name, a in self.probe.arrays.items()})
         meta = {

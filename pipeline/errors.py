@@ -2,6 +2,8 @@
 
 PipelineError
 ├── ParamError        params.yaml: a key or a value
+├── SettingError      the environment: a variable that says where and how fast
+├── TeamError         processes that share a stage: one is gone, or can't be reached
 ├── DataError         the images, their folders, their labels
 ├── WeightsError      pretrained weights: not there, or not of this network
 └── CheckpointError   a checkpoint of ours: not one, or of another network
@@ -19,11 +21,23 @@ RECOVER = (
 
 
 class PipelineError(Exception):
-    """A user's error; the command line prints it as one line and exits with 1."""
+    """A user's error; the command line prints it as one line and exits with this code."""
+
+    exit_code = 1
 
 
 class ParamError(PipelineError):
     """A key or a value in params.yaml is wrong."""
+
+
+class SettingError(PipelineError):
+    """A variable of the environment is wrong."""
+
+
+class TeamError(PipelineError):
+    """Another process of the same stage is gone, or can't be reached."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: with those who are left it may go on
 
 
 class DataError(PipelineError):

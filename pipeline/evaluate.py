@@ -8,14 +8,13 @@ from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Interval
-from numpy.typing import NDArray
 from scipy.special import softmax
 
 from pipeline.classifier import Classifier, Scores
 from pipeline.errors import CheckpointError
 from pipeline.files import write_csv, write_json
 from pipeline.images.augment import Flips
-from pipeline.images.pack import Rows, read_facts, read_images, read_rows
+from pipeline.images.pack import Images, Rows, read_facts, read_images, read_rows
 from pipeline.learn.codes import read_codes
 from pipeline.learn.metrics import fit_temperature
 from pipeline.learn.probes import Probe, read_probes
@@ -29,15 +28,13 @@ from pipeline.learn.verdict import (
     sure_above,
 )
 from pipeline.nets.backbone import again, backbone_of
+from pipeline.nets.device import device, set_up_torch
 from pipeline.nets.fold import fold
 from pipeline.nets.network import Network, load, refuse_other_classes, versions
-from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
 from pipeline.resume import Resume
 from pipeline.stage import Out, Seed, main
 from pipeline.viewing import Viewing, logits_from
-
-Images = NDArray[np.uint8]
 
 # From simple to costly: of those that tie the final model is the first.
 CANDIDATES = ("probe", "stage1", "stage2")
@@ -151,7 +148,7 @@ def _networks(
             split: str, images: Images, name: str = name, network: Network = network
         ) -> Scores:
             def scored(first: int) -> Iterator[Sequence[Scores]]:
-                return logits_from(network, images[first:], viewing)
+                return logits_from(network, images, viewing, first)
 
             (scores,) = resume.filled([f"{name}-{split}"], len(images), scored)
             return scores
@@ -171,7 +168,8 @@ def _trunk(meta: dict[str, Any]) -> Network:
     """Build the network whose codes the probes took."""
     backbone = backbone_of(meta)
     facts = {k: meta[k] for k in Network.__dataclass_fields__ if k not in ("model", "backbone")}
-    return Network(fold(again(backbone).eval(), meta["precision"]), backbone, **facts)
+    model = fold(again(backbone).eval(), meta["precision"])
+    return Network(model, backbone, **facts).on(device())
 
 
 def _flips(file: Path, meta: dict[str, Any]) -> Flips:

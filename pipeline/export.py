@@ -21,8 +21,8 @@ from pipeline.classifier import Classifier, load
 from pipeline.errors import CheckpointError, DataError
 from pipeline.files import whole_folder, write_text
 from pipeline.images.pack import read_images
+from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import versions
-from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
 from pipeline.stage import one_line_errors, parser_of
 from pipeline.unfolded import Graph
@@ -96,8 +96,6 @@ def read_metrics(report: Path, classifier: Classifier) -> dict[str, Any]:
 def some_images(prepared: Path, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Take images that the model wasn't trained on, packed as it takes them."""
     for split in ("test", "val"):
-        if not (prepared / f"{split}.npy").exists():
-            raise DataError(f"{prepared}/{split}.npy: not there; run `dvc pull` or `dvc repro`")
         images = read_images(prepared, split)
         if len(images):
             break
@@ -106,7 +104,7 @@ def some_images(prepared: Path, shape: tuple[int, ...]) -> np.ndarray[Any, np.dt
             f"{prepared}: images of {images.shape[1:]}, the final model takes {shape}; "
             "run `dvc repro`"
         )
-    return np.array(images[np.linspace(0, len(images) - 1, min(CHECKED, len(images))).astype(int)])
+    return images[np.linspace(0, len(images) - 1, min(CHECKED, len(images))).astype(int)]
 
 
 def provenance(lock: Path) -> dict[str, Any]:

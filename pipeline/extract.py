@@ -6,25 +6,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from annotated_types import Interval
-from numpy.typing import NDArray
 
 from pipeline.errors import ParamError
 from pipeline.files import link, whole_folder, write_json
 from pipeline.images.augment import Flips
-from pipeline.images.pack import SPLITS, read_facts, read_images, read_rows
+from pipeline.images.pack import SPLITS, Images, read_facts, read_images, read_rows
 from pipeline.learn.codes import Labelled, codes_name, write_labels
 from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.depths import LAST, SOURCE
+from pipeline.nets.device import device, set_up_torch
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
-from pipeline.nets.processor import set_up_torch
 from pipeline.nets.taps import Pooling, Taps
 from pipeline.progress import track
 from pipeline.resume import Resume
 from pipeline.stage import Key, Out, Seed, main
+from pipeline.team import Parts
 from pipeline.viewing import Run, Viewing, averaged
 
 
@@ -75,14 +74,14 @@ def extract(
         packed.fit,
         packed.channels,
         resolved(precision),
-    )
+    ).on(device())
     seconds, n_images = 0.0, 0
     with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST, SOURCE], pooling) as taps:
         for split in SPLITS:
             images = read_images(prepared, split)
             start = time.perf_counter()
             run = averaged(network, taps, Viewing(flips, views))
-            n_images += _extract(run, taps.depths, images, split, resume, folder)
+            n_images += _extract(network, run, taps.depths, images, split, resume, folder)
             seconds += time.perf_counter() - start
         of_codes = {"depths": taps.depths, "pooling": pooling}
         viewing = {"viewing": asdict(Viewing(flips, views))}
@@ -96,9 +95,10 @@ def extract(
 
 
 def _extract(
+    network: Network,
     run: Run,
     depths: Sequence[str],
-    images: NDArray[np.uint8],
+    images: Images,
     split: str,
     resume: Resume,
     out: Path,
@@ -107,10 +107,10 @@ def _extract(
     names = [codes_name(split, depth) for depth in depths]
     n, begun = len(images), 0
 
-    def codes(first: int) -> Iterable[Sequence[NDArray[np.float32]]]:
+    def codes(first: int) -> Iterable[Parts]:
         nonlocal begun
         begun = first
-        outputs = over(images[first:], run)
+        outputs = over(images, network, run, first)
         return track(outputs, n - first, f"codes {split}", width=lambda part: len(part[0]))
 
     resume.filled(names, n, codes)

@@ -29,10 +29,11 @@ from PIL import Image
 from pipeline import classifier, portable
 from pipeline.errors import DataError
 from pipeline.files import files_below, write_text
-from pipeline.images.decode import Pixels, decode
+from pipeline.images.decode import decode
+from pipeline.images.pack import Pixels
 from pipeline.images.sources import SUFFIXES
-from pipeline.nets.network import EVAL_BATCH
-from pipeline.nets.processor import set_up_torch
+from pipeline.nets.device import set_up_torch
+from pipeline.nets.network import eval_batch
 from pipeline.pages import picture, render
 from pipeline.runtime import threads
 from pipeline.stage import one_line_errors, parser_of
@@ -87,8 +88,8 @@ def predict(model: Model, files: Sequence[Path], top: int = 1) -> Iterator[Answe
             return error
 
     with ThreadPoolExecutor(threads()) as pool:
-        for start in range(0, len(files), EVAL_BATCH):
-            batch = files[start : start + EVAL_BATCH]
+        for start in range(0, len(files), eval_batch()):
+            batch = files[start : start + eval_batch()]
             found = list(pool.map(read, batch))
             pixels = [one for one in found if not isinstance(one, DataError)]
             answers = iter(model.probabilities(np.stack(pixels)) if pixels else ())

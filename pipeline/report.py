@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
 from pipeline.activation import activation_maps, explained_block
 from pipeline.classifier import Classifier, load
-from pipeline.files import reading, write_text
+from pipeline.files import Rowwise, reading, write_text
 from pipeline.images.findings import findings
 from pipeline.images.pack import read_images
 from pipeline.learn.calibration import calibration_error, reliability
 from pipeline.learn.probes import read_probes
 from pipeline.learn.verdict import helped
 from pipeline.nets import checkpoint
-from pipeline.nets.processor import set_up_torch
+from pipeline.nets.device import set_up_torch
 from pipeline.pages import charts, evidence_picture, percent, picture, render
 from pipeline.progress import say
 from pipeline.stage import STAGES, Out, Params, flat, main
@@ -265,7 +264,7 @@ def _calibration(predictions: Sequence[Row], chosen: str) -> dict[str, Any] | No
 
 
 def _galleries(
-    predictions: Sequence[Row], images: NDArray[np.uint8], classifier: Classifier
+    predictions: Sequence[Row], images: Rowwise, classifier: Classifier
 ) -> list[dict[str, Any]]:
     """Choose test images to look at: mistakes, doubts, and what it is right and sure about."""
     if not predictions:

@@ -17,9 +17,17 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import TeamError
 from pipeline.files import files_below, link, new_array, write_json
 from pipeline.progress import say
-from pipeline.runtime import cache_folder, rank, save_seconds, team_size, threads
+from pipeline.runtime import (
+    cache_folder,
+    may_shrink,
+    rank,
+    save_seconds,
+    team_size,
+    threads,
+)
 from pipeline.team import agree, wait
 
 T = TypeVar("T")
@@ -160,21 +168,29 @@ def resume_of(stage: str, arguments: dict[str, Any], inputs: Iterable[Path]) -> 
     """Give the state of a stage with these arguments on these inputs, and make room for it.
 
     States whose stage DVC has recorded since then are deleted, and so are all but the last ones.
-    Processes that share a stage share its state, which the first one keeps.
+    Processes that share a stage share its state, which the first one keeps. If they may go on with
+    fewer when a host is lost, their number is no part of its name.
+
+    Raises TeamError where a process doesn't see the first one's cache.
     """
     depends = [
         str(Path.cwd()),  # two projects may share a cache, not a state
         sorted((name, repr(value)) for name, value in arguments.items()),
         [(str(path), _contents(path)) for path in inputs],
         [(str(file), hashlib.sha256(file.read_bytes()).hexdigest()) for file in _code()],
-        threads(),
-        team_size(),
-        os.environ.get("OMP_NUM_THREADS"),
+        os.environ.get("PIPELINE_DEVICE"),
+        None if may_shrink() else (threads(), team_size(), os.environ.get("OMP_NUM_THREADS")),
     ]
-    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    key = agree(hashlib.sha256(json.dumps(depends).encode()).hexdigest())
     root = cache_folder() / "resume"
     own = root / f"{stage}-{key[:24]}"
     if rank() > 0:
+        wait()
+        if not own.is_dir():
+            raise TeamError(
+                f"{own.absolute()}: not seen by process {rank()}; processes that share a stage "
+                "need one folder at one place, and one PIPELINE_CACHE"
+            )
         return Resume(own)
     lock = Path("dvc.lock")
     recorded = lock.read_text(encoding="utf-8") if lock.exists() else ""
@@ -186,6 +202,7 @@ def resume_of(stage: str, arguments: dict[str, Any], inputs: Iterable[Path]) -> 
             _delete(folder)
     own.mkdir(parents=True, exist_ok=True)
     os.utime(own)
+    wait()
     return Resume(own)
 
 

@@ -26,13 +26,13 @@ import yaml
 from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.alone import INTERRUPTED, alone, in_a_child
+from pipeline.alone import INTERRUPTED, LAUNCHED, alone, in_a_child
 from pipeline.errors import RECOVER, ParamError, PipelineError, near
 from pipeline.files import write_json
-from pipeline.launch import STARTED, launch
+from pipeline.launch import adopt_slurm, is_shared, launch
 from pipeline.progress import duration, say
 from pipeline.resume import Resume, resume_of
-from pipeline.runtime import cache_folder, processes, rank, team_size
+from pipeline.runtime import cache_folder, rank, team_size
 from pipeline.team import agree, together
 
 Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
@@ -250,18 +250,16 @@ def main(stage: Stage) -> None:
     options = vars(parser.parse_args())
     params, timing = options.pop("params"), options.pop("timing")
     with one_line_errors(INTERRUPTED, RECOVER):
+        adopt_slurm()
         in_a_child(stage.__name__)
         chosen = arguments(stage, read_params(params))
-        if team_size() > 1:
-            # One at a time, which the first process sees to where none of ours has started it.
-            own = rank() == 0 and STARTED not in os.environ
-            with alone(stage.__name__) if own else nullcontext(), together():
-                _run(stage, options, chosen, timing)
-        elif processes() > 1 and stage.__name__ in SHARED:
-            with alone(stage.__name__):
+        launched = LAUNCHED in os.environ  # by a process of ours, which sees to the next two
+        one_at_a_time = not launched and rank() == 0
+        spread_out = not launched and team_size() == 1 and stage.__name__ in SHARED and is_shared()
+        with alone(stage.__name__) if one_at_a_time else nullcontext():
+            if spread_out:
                 sys.exit(launch(f"pipeline.{stage.__name__}", sys.argv[1:]))
-        else:
-            with alone(stage.__name__):
+            with together() if team_size() > 1 else nullcontext():
                 _run(stage, options, chosen, timing)
 
 
@@ -311,7 +309,8 @@ def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iter
             raise
         ways = f"; {recover}" if recover else ""
         if isinstance(error, PipelineError):
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
         if isinstance(error, MemoryError):
             sys.exit(f"error: out of memory; use smaller images or batches{ways}")
         place = f"{error.filename}: " if error.filename else ""

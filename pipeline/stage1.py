@@ -20,15 +20,15 @@ from pipeline.learn.metrics import validation
 from pipeline.learn.start import start_network, what_trains
 from pipeline.learn.trail import Trail
 from pipeline.nets.cut import cut_below
+from pipeline.nets.device import set_up_torch
+from pipeline.nets.feed import Feed
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import freeze_all_but, refuse_shared_statistics
-from pipeline.nets.network import batches, refuse_larger, versions
-from pipeline.nets.processor import set_up_torch
+from pipeline.nets.network import in_batches, refuse_larger, versions
 from pipeline.nets.stored import Batch, key_of, stored
 from pipeline.progress import say
 from pipeline.resume import Resume
 from pipeline.stage import Key, Out, Seed, main
-from pipeline.team import spread
 
 
 def stage1(
@@ -75,10 +75,11 @@ def stage1(
 
     rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
     images, val_images = read_images(prepared, "train"), read_images(prepared, "val")
+    feed, val_feed = Feed(images, network.device), Feed(val_images, network.device)
 
     @torch.no_grad()
     def trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
-        pixels = torch.from_numpy(images[chosen])
+        pixels = feed(chosen)
         if how.crop == 1:  # once for all: without crops, it is the same before and after
             pixels = network.shrink(pixels)
         augmented = (augment(pixels, rows.ids[chosen], epoch, seed, how) for epoch in epochs)
@@ -86,7 +87,7 @@ def stage1(
 
     @torch.no_grad()
     def val_trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
-        return [cut.trunk(network.normalise(torch.from_numpy(val_images[chosen])))]
+        return [cut.trunk(network.normalise(val_feed(chosen)))]
 
     start = time.perf_counter()
 
@@ -95,19 +96,22 @@ def stage1(
 
     batch: Batch = live
     if views:
-        key = key_of(network, cut.name, images, how=asdict(how), seed=seed, ids=rows.ids.tolist())
+        key = key_of(
+            network, cut.name, images.key, how=asdict(how), seed=seed, ids=rows.ids.tolist()
+        )
         batch = stored(trunk_of, len(images), views, key, "trunk train")
-    key = key_of(network, cut.name, val_images)
+    key = key_of(network, cut.name, val_images.key)
     val_batch = stored(val_trunk_of, len(val_images), 1, key, "trunk val")
     trunk_seconds = time.perf_counter() - start
 
     def validate() -> Validation:
         network.model.eval()
         with torch.no_grad():
-            chosen = list(batches(len(val_images)))
-            parts = spread(len(chosen), lambda i: [cut.top(val_batch(1, chosen[i])).numpy()])
+            parts = in_batches(
+                len(val_images), lambda chosen: [cut.top(val_batch(1, chosen)).cpu().numpy()]
+            )
             scores = np.concatenate([part for (part,) in parts])
-        return validation(scores[: len(val_images)], val_rows.labels)
+        return validation(scores, val_rows.labels)
 
     trail = Trail(resume.folder / "trail.safetensors")
     epochs_run = fit(

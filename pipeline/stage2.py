@@ -20,10 +20,11 @@ from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best, state_of, write_metrics
 from pipeline.learn.metrics import validation
 from pipeline.learn.trail import Trail
+from pipeline.nets.device import set_up_torch
+from pipeline.nets.feed import Feed
 from pipeline.nets.fold import Precision, resolved
 from pipeline.nets.freeze import everything, freeze_all_but, refuse_shared_statistics
 from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
-from pipeline.nets.processor import set_up_torch
 from pipeline.progress import say
 from pipeline.resume import Resume
 from pipeline.stage import Key, Out, Seed, main
@@ -79,12 +80,12 @@ def stage2(
         say(f"from {sizes}, before any step: {100 * gain:+.1f} points on validation")
     say(f"epoch   0  val loss {before[-1]['loss']:.4f} acc {before[-1]['accuracy']:.4f}")
 
+    feed = Feed(images, network.device)
     start_state = state_of(network.model)
     freeze_all_but(network.model, everything(network.model), batchnorm)
 
     def batch(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
-        pixels = torch.from_numpy(images[chosen])
-        return network.normalise(augment(pixels, rows.ids[chosen], epoch, seed, how))
+        return network.normalise(augment(feed(chosen), rows.ids[chosen], epoch, seed, how))
 
     start = time.perf_counter()
     trail = Trail(resume.folder / "trail.safetensors")

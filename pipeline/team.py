@@ -5,7 +5,9 @@ runs the same stage, on its part of every batch, and all come to the same number
 writes. Every function here is called by all of them, in the same order.
 """
 
+import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError
-from pipeline.runtime import patience, rank, team_size
+from pipeline.errors import TeamError
+from pipeline.runtime import device_asked, patience, rank, team_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,50 +25,88 @@ T = TypeVar("T")
 Parts = Sequence[NDArray[Any]]
 
 
-class TeamError(PipelineError):
-    """Another process of the same stage is gone, or can't be reached."""
-
-
 @contextmanager
 def together() -> Iterator[None]:
-    """Meet the other processes, and part once all are done."""
+    """Meet the other processes, and part once all are done.
+
+    Raises TeamError where others are gone, or don't answer.
+    """
     from datetime import timedelta
 
+    import torch
     import torch.distributed as dist
 
-    if os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever this machine's name leads to
-    dist.init_process_group("gloo", timeout=timedelta(seconds=patience()))
+    # Gloo would take the interface that this machine's name leads to, often one to nobody else.
+    interface = interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
     try:
+        # Gradients on GPUs by NCCL, which raises an error here where one is lost, and all else by
+        # Gloo.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+        on_gpus = torch.cuda.is_available() and device_asked() != "cpu"
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience()))
         yield
-        dist.barrier()
+        wait()
+        dist.destroy_process_group()
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        said = " ".join(str(error).split())
+        if "gloo" not in said and not isinstance(error, dist.DistError):
             raise
-        said = " ".join(str(error).split())[:120]
         raise TeamError(
-            f"process {rank()} lost the others that share this stage ({said})"
+            f"process {rank()} lost the others that share this stage ({said[:120]})"
         ) from None
-    dist.destroy_process_group()
+
+
+def address_towards(host: str, port: int) -> str:
+    """Give the address of this machine from which it reaches another.
+
+    Raises TeamError if there is no way to it.
+    """
+    try:
+        family, _, _, _, there = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as way:
+            way.connect(there)  # sends nothing
+            return str(way.getsockname()[0])
+    except OSError as error:
+        raise TeamError(f"{host}: can't be reached ({error.strerror})") from None
+
+
+def interface_towards(host: str, port: int) -> str:
+    """Name this machine's network interface towards another machine."""
+    import psutil
+
+    own = address_towards(host, port)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            return str(name)
+    return "lo"  # 127.0.0.2 and the like stand nowhere
 
 
 def wait() -> None:
     """Wait until all are here: what the first wrote before is there for all after."""
     if team_size() > 1:
+        import torch
         import torch.distributed as dist
 
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))  # on processors, also where gradients are on GPUs
 
 
 def agree(value: T) -> T:
-    """Give all what the first one says."""
+    """Give all what the first one says: what JSON can hold."""
     if team_size() == 1:
         return value
+    import torch
     import torch.distributed as dist
 
-    said = [value]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
+    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    length = torch.tensor(len(said))
+    dist.broadcast(length, src=0)
+    message = said if rank() == 0 else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(message, src=0)
+    agreed: T = json.loads(message.numpy().tobytes())
+    return agreed
 
 
 def spread(n: int, compute: Callable[[int], Parts]) -> Iterator[Parts]:
@@ -111,7 +151,8 @@ def add_up(model: "nn.Module", *numbers: float) -> list[float]:
 
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    message = torch.cat([*(g.flatten() for g in gradients), torch.tensor(numbers)])
+    mine = torch.tensor(numbers, device=trained[0].device)
+    message = torch.cat([*(g.flatten() for g in gradients), mine])
     dist.all_reduce(message)
     begin = 0
     for parameter, gradient in zip(trained, gradients, strict=True):

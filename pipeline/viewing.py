@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.files import Rowwise
 from pipeline.images.augment import Flips, dihedral, views
 from pipeline.nets.network import Network, over
 
@@ -37,15 +38,16 @@ def averaged(network: Network, compute: Run, viewing: Viewing) -> Run:
     return run
 
 
-def logits(network: Network, images: NDArray[np.uint8], viewing: Viewing) -> NDArray[np.float64]:
+def logits(network: Network, images: Rowwise, viewing: Viewing) -> NDArray[np.float64]:
     """Compute a network's logits (N, C) of packed images (N, H, W[, 3]), averaged over views."""
     return np.concatenate([part[0] for part in logits_from(network, images, viewing)])
 
 
 def logits_from(
-    network: Network, images: NDArray[np.uint8], viewing: Viewing
+    network: Network, images: Rowwise, viewing: Viewing, first: int = 0
 ) -> Iterator[Sequence[NDArray[np.float64]]]:
-    """Compute them a batch at a time."""
+    """Compute them a batch at a time, from the `first` image on."""
     network.model.eval()
-    for part in over(images, averaged(network, lambda x: [network.model(x)], viewing)):
+    run = averaged(network, lambda x: [network.model(x)], viewing)
+    for part in over(images, network, run, first):
         yield [part[0].astype(np.float64)]

@@ -151,7 +151,7 @@ def test_export_refuses_what_does_not_belong_together(finished, tmp_path):
     for changes, line in (
         ({"report": tmp_path / "metrics.json"}, "metrics.json: chose"),
         ({"report": tmp_path / "none.json"}, "none.json: not there; run `dvc repro`"),
-        ({"prepared": tmp_path}, "test.npy: not there; run `dvc pull`"),
+        ({"prepared": tmp_path}, "facts.json: not there; run `dvc repro prepare`"),
         ({"lock": tmp_path / "dvc.lock"}, "dvc.lock: not there; run `dvc repro`"),
         ({"out": tmp_path / "mine"}, "mine: holds other things than an export"),
     ):

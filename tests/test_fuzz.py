@@ -217,7 +217,7 @@ def test_damaged_index_files_are_read_or_refused_in_a_line(more, finished, tmp_p
     cases: list[tuple[Path, Callable[[], object]]] = [
         (prepared / "index.csv", lambda: [read_rows(prepared, split) for split in SPLITS]),
         (prepared / "facts.json", lambda: read_facts(prepared)),
-        (prepared / "train.npy", lambda: read_images(prepared, "train")),
+        (prepared / "images/00000.npy", lambda: read_images(prepared, "train")[:]),
         (features / "labels.csv", lambda: read_labels(features, "train")),
         (features / "facts.json", lambda: read_feature_facts(features)),
     ]

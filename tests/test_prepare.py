@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 
 from pipeline.errors import DataError
 from pipeline.images.decode import decode, header
-from pipeline.images.pack import SPLITS
-from pipeline.images.split import draw, together
+from pipeline.images.pack import SPLITS, read_images
+from pipeline.images.split import draw, numbered, together
 
 # The ants and bees of PyTorch's transfer-learning tutorial, where a copy is at hand.
 HYMENOPTERA = Path(os.environ.get("HYMENOPTERA", ROOT / "data" / "hymenoptera"))
@@ -44,8 +44,7 @@ def read_json(out: Path, name: str) -> dict[str, Any]:
 
 
 def pixels(out: Path, split: str) -> NDArray[np.uint8]:
-    array: NDArray[np.uint8] = np.load(out / "prepared" / f"{split}.npy")
-    return array
+    return read_images(out / "prepared", split)[:]
 
 
 def of_split(rows: list[Row], split: str) -> list[Row]:
@@ -137,12 +136,15 @@ def test_index_names_every_file_and_its_hash(photos, tmp_path):
 def test_facts_say_what_later_stages_must_know(photos, tmp_path):
     prepared(tmp_path, path=str(photos), size=32, fit="pad")
     facts = {"classes": ["class0", "class1"], "size": 32, "fit": "pad", "channels": 3}
+    content = (tmp_path / "prepared/images/00000.npy").read_bytes()[-32 * 32 * 32 * 3 :]
+    digest = hashlib.sha256(hashlib.sha256(content).digest()).hexdigest()
+    facts |= {"storage": "raw", "pixels": digest}
     assert facts == read_json(tmp_path, "facts.json")
 
 
 def test_only_the_named_files_are_left(photos, tmp_path):
     prepared(tmp_path, path=str(photos))
-    names = {"index.csv", "facts.json", "audit.json", "train.npy", "val.npy", "test.npy"}
+    names = {"index.csv", "facts.json", "audit.json", "images"}
     assert names == {file.name for file in (tmp_path / "prepared").iterdir()}
 
 
@@ -549,7 +551,7 @@ def test_equal_files_never_straddle_splits(split_by, seed, photos, tmp_path):
 
 
 def digests(out: Path) -> dict[str, str]:
-    files = sorted((out / "prepared").iterdir())
+    files = sorted(file for file in (out / "prepared").rglob("*") if file.is_file())
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -573,7 +575,7 @@ def test_drawn_groups_are_whole_and_near_the_fraction(fraction, seed):
     random = np.random.default_rng(seed)
     groups = np.repeat(np.arange(60), random.integers(1, 30, 60))
     labels = random.integers(0, 3, len(groups))
-    chosen = draw(labels, [str(group) for group in groups], fraction, seed)
+    chosen = draw(labels, np.array(groups), fraction, seed)
     for group in range(60):
         assert len(set(chosen[groups == group])) == 1
     for label in range(3):
@@ -583,7 +585,7 @@ def test_drawn_groups_are_whole_and_near_the_fraction(fraction, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_drawn_images_are_the_fraction_of_each_class_to_one_image(seed):
     labels = np.random.default_rng(seed).choice(4, 997, p=[0.6, 0.3, 0.09, 0.01])
-    chosen = draw(labels, [str(i) for i in range(997)], 0.15, seed)
+    chosen = draw(labels, np.arange(997), 0.15, seed)
     for label, n in Counter(labels.tolist()).items():
         assert 0.15 * n == pytest.approx(chosen[labels == label].sum(), abs=1)
     assert round(0.15 * 997) == chosen.sum()
@@ -591,11 +593,12 @@ def test_drawn_images_are_the_fraction_of_each_class_to_one_image(seed):
 
 def test_one_group_cannot_be_drawn_from():
     with pytest.raises(ValueError, match="one group only"):
-        draw(np.zeros(3, np.int64), ["a", "a", "a"], 0.5, 0)
+        draw(np.zeros(3, np.int64), np.zeros(3, np.int64), 0.5, 0)
 
 
 def test_ties_chain_and_empty_names_tie_nothing():
-    numbers = together(["a", "a", "b", "c", "d", "e"], ["", "x", "x", "", "", "y"])
+    names = (["a", "a", "b", "c", "d", "e"], ["", "x", "x", "", "", "y"])
+    numbers = together(*map(numbered, names)).tolist()
     assert numbers[0] == numbers[1] == numbers[2]
     assert len(set(numbers)) == 4
 

@@ -62,6 +62,33 @@ def test_without_a_terminal_there_are_lines_alone():
     assert "\x1b" not in said
 
 
+PARTS = """
+import time
+from pipeline import progress
+progress.LINE_SECONDS = 0.1
+parts = progress.Parts(lambda item: "ants" if item < 30 else "bees", {"ants": 30, "bees": 10})
+for item in progress.track(range(40), 40, "work", parts=parts):
+    time.sleep(0.02)
+"""
+
+
+def test_without_a_terminal_a_long_task_says_now_and_then_how_far_it_is_and_where():
+    said = subprocess.run(
+        [sys.executable, "-c", PARTS], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    found = [
+        re.fullmatch(r"work +(\d+) of 40 (\w+) (\d+)/(\d+), \d+/s, 0\.\d s left", line)
+        for line in said[:-1]
+    ]
+    assert 3 <= len(found) <= 8
+    for match in found:
+        assert match is not None
+        done, part, of_part, size = match.groups()
+        first = part == "ants"
+        assert size == ("30" if first else "10")
+        assert int(of_part) == (int(done) if first else int(done) - 30)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [

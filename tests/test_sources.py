@@ -22,6 +22,7 @@ from test_prepare import HYMENOPTERA, prepared, splits_by
 
 from pipeline.errors import DataError, ParamError
 from pipeline.images import sources
+from pipeline.images.pack import read_images
 from pipeline.images.published import SETS
 from pipeline.vision import torchvision
 
@@ -44,7 +45,7 @@ def test_a_csv_file_gives_what_its_folders_would(tmp_path, photos):
     found = prepared(tmp_path / "b", source="csv", path=str(table))
     assert found == expected
     for split in ("train", "val", "test"):
-        first, second = (np.load(tmp_path / f / "prepared" / f"{split}.npy") for f in "ab")
+        first, second = (read_images(tmp_path / f / "prepared", split)[:] for f in "ab")
         assert np.array_equal(first, second)
 
 
@@ -346,7 +347,7 @@ def test_a_set_of_torchvision_comes_from_a_copy_of_its_files(tmp_path):
     assert Counter(row["split"] for row in rows) == {"train": 68, "val": 22, "test": 30}
     assert len({row["label"] for row in rows}) == 10
     assert {row["label"] for row in rows} >= {"T-shirt-top", "Ankle boot"}
-    found = np.load(tmp_path / "prepared" / "test.npy")
+    found = read_images(tmp_path / "prepared", "test")[:]
     test = [row for row in rows if row["split"] == "test"]
     for row, image in zip(test, found, strict=True):
         number = int(Path(row["path"]).stem)

@@ -188,14 +188,14 @@ def test_a_test_of_header_alone_needs_no_pixels(tmp_path):
         ("facts.json", b'{"classes": []}', "facts.json: damaged (TypeError"),
         ("index.csv", b"id,path\n1,2\n", "index.csv: damaged (KeyError: 'split')"),
         ("index.csv", b"\xff\xfe", "index.csv: damaged (UnicodeDecodeError"),
-        ("train.npy", b"no array", "train.npy: damaged (ValueError"),
-        ("train.npy", b"", "train.npy: damaged (EOFError"),
+        ("images/00000.npy", b"no array", "00000.npy: damaged (ValueError"),
+        ("images/00000.npy", b"", "00000.npy: damaged (EOFError"),
     ],
 )
 def test_a_damaged_file_of_prepare_is_named(name, content, line, finished, tmp_path):
     prepared = shutil.copytree(paths(finished)["prepare"]["out"], tmp_path / "prepared")
     (prepared / name).write_bytes(content)
-    read = read_images if name == "train.npy" else read_rows
+    read = read_images if name.startswith("images") else read_rows
     with pytest.raises(DataError) as caught:
         read(prepared, "train")
     assert line in str(caught.value)
@@ -204,15 +204,15 @@ def test_a_damaged_file_of_prepare_is_named(name, content, line, finished, tmp_p
 
 def test_an_array_that_holds_objects_is_not_unpickled(finished, tmp_path):
     prepared = shutil.copytree(paths(finished)["prepare"]["out"], tmp_path / "prepared")
-    np.save(prepared / "train.npy", np.array([{}], object), allow_pickle=True)
-    with pytest.raises(DataError, match=r"train\.npy: damaged"):
+    np.save(prepared / "images/00000.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"00000\.npy: damaged"):
         read_images(prepared, "train")
 
 
 def test_packed_images_of_another_shape_are_refused(finished, tmp_path):
     prepared = shutil.copytree(paths(finished)["prepare"]["out"], tmp_path / "prepared")
-    np.save(prepared / "train.npy", np.zeros((3, 9, 9), np.uint8))
-    with pytest.raises(DataError, match=r"train.npy: damaged \(ValueError: uint8 of shape"):
+    np.save(prepared / "images/00000.npy", np.zeros((3, 9, 9), np.uint8))
+    with pytest.raises(DataError, match=r"00000\.npy: damaged \(ValueError: uint8 of shape"):
         read_images(prepared, "train")
 
 
@@ -312,7 +312,7 @@ def test_a_stage_on_a_full_disk_ends_in_a_line_and_goes_on_with_room(small_disk,
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE": f"{small_disk}/cache"}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    line = "pixels.npy: No space left on device; the same command goes on where it was; `git"
+    line = "00000.npy: No space left on device; the same command goes on where it was; `git"
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (small_disk / "prepared").exists()

@@ -9,6 +9,8 @@ from scipy.fft import dctn
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from pipeline.files import Rowwise
+
 SIDE = 32  # pixels a side of the thumbnails that are compared
 BANDS = 8  # 8 bits each: hashes that differ in at most 7 bits agree in one of them
 MOST_BITS = 7
@@ -16,32 +18,27 @@ LEAST_CORRELATION = 0.99  # between thumbnails, once the hashes are as close as 
 BATCH = 128
 
 Pairs = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
 
 
-def clusters_alike(images: NDArray[np.uint8]) -> list[str]:
-    """Name the cluster of near duplicates of each image (N, H, W[, 3]); empty for one on its own.
+def clusters_alike(images: Rowwise, hashes: Hashes) -> NDArray[np.int64]:
+    """Number the cluster of near duplicates of each image (N, H, W[, 3]); -1 for one on its own.
 
-    Two are in one cluster if a chain of near duplicates links them.
+    Two are in one cluster if a chain of near duplicates links them. The hashes are (N,).
     """
-    pairs, n = near_duplicates(images), len(images)
+    pairs, n = near_duplicates(images, hashes), len(images)
     graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
     clusters = connected_components(graph, directed=False)[1]
-    sizes = np.bincount(clusters)
-    return [f"alike-{c}" if sizes[c] > 1 else "" for c in clusters]
+    return np.where(np.bincount(clusters, minlength=1)[clusters] > 1, clusters, -1)
 
 
-def near_duplicates(images: NDArray[np.uint8]) -> Pairs:
+def near_duplicates(images: Rowwise, hashes: Hashes) -> Pairs:
     """Find pairs of images (N, H, W[, 3]) that show the same: (P, 2), each pair once.
 
-    Candidates have perceptual hashes (the signs of low frequencies around their median; Zauner
-    2010) that differ in at most 7 of 64 bits; they are kept if their grey thumbnails correlate.
-    That finds other sizes, compressions and brightnesses of one picture, no cut-outs of it. Of many
-    images with one hash each is compared with the first. Memory grows by 8 bytes an image.
+    Candidates have perceptual hashes (N,) that differ in at most 7 of 64 bits; they are kept if
+    their grey thumbnails correlate. That finds other sizes, compressions and brightnesses of one
+    picture, no cut-outs of it. Of many images with one hash each is compared with the first.
     """
-    hashes = np.concatenate(
-        [_hashes(_thumbnails(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
-        or [np.empty(0, np.uint64)]
-    )
     _, first, of = np.unique(hashes, return_index=True, return_inverse=True)
     pairs = [np.stack([first[of], np.arange(len(hashes))], 1)]  # equal hashes, by their first
     unique = hashes[first]
@@ -81,14 +78,18 @@ def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.stack([np.asarray(image, np.float32) for image in small])
 
 
-def _hashes(thumbnails: NDArray[np.float32]) -> NDArray[np.uint64]:
-    low = dctn(thumbnails, axes=(1, 2))[:, :8, :8].reshape(len(thumbnails), 64)
+def hashes_of(images: NDArray[np.uint8]) -> Hashes:
+    """Hash what images (N, H, W[, 3]) show: the signs of low frequencies around their median.
+
+    Source: Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions.
+    """
+    low = dctn(_thumbnails(images), axes=(1, 2))[:, :8, :8].reshape(len(images), 64)
     # The first is the mean brightness, which says nothing.
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
 
-def _correlations(images: NDArray[np.uint8], pairs: Pairs) -> NDArray[np.float64]:
+def _correlations(images: Rowwise, pairs: Pairs) -> NDArray[np.float64]:
     if not len(pairs):
         return np.empty(0)
     a, b = (_thumbnails(images[pairs[:, side]]).reshape(len(pairs), -1) for side in (0, 1))

@@ -1,50 +1,53 @@
 """What is in a data set besides good images: counts, duplicates, files that can't be read."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.images.sources import Item
 
 
-def clusters(names: Sequence[str]) -> list[list[int]]:
-    """List the positions that share a name, a list a name, where two or more do; "" is no name."""
-    where = defaultdict(list)
-    for position, name in enumerate(names):
-        if name:
-            where[name].append(position)
-    return [positions for positions in where.values() if len(positions) > 1]
+def clusters(numbers: NDArray[np.int64]) -> list[list[int]]:
+    """List the positions that share a number, a list each, where two or more do; -1 is none."""
+    order = np.argsort(numbers, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(numbers[order])) + 1, len(order))
+    starts = np.append(0, ends[:-1])
+    several = (ends - starts > 1) & (numbers[order[starts]] >= 0) if len(order) else []
+    pairs = zip(starts[several], ends[several], strict=True)
+    return sorted(order[start:end].tolist() for start, end in pairs)
 
 
-def sides(short: Sequence[int], long: Sequence[int], size: int) -> dict[str, float]:
+def sides(short: NDArray[np.int64], long: NDArray[np.int64], size: int) -> dict[str, float]:
     """Summarise the images' sides in pixels; `enlarged` have a side below the packed `size`."""
     return {
-        "shortest": min(short),
-        "median_short": median(short),
-        "longest": max(long),
-        "enlarged": sum(side < size for side in short),
+        "shortest": int(short.min()),
+        "median_short": float(np.median(short)),
+        "longest": int(long.max()),
+        "enlarged": int((short < size).sum()),
     }
 
 
 def report(
     items: Sequence[Item],
     splits: Sequence[str],
-    hashes: Sequence[str],
-    alike: Sequence[str],
+    copies: NDArray[np.int64],
+    alike: NDArray[np.int64],
     sides: dict[str, float],
     not_images: Sequence[str],
     unreadable: dict[str, str],
 ) -> dict[str, Any]:
     """Gather the audit of a data set, as it is written to audit.json.
 
-    Equal files share a hash, near duplicates a name in `alike`. Both are listed by path;
+    Equal files share a number in `copies`, near duplicates one in `alike`. Both are listed by path;
     `across_splits` and `across_labels` are those that would make a score too good or a label wrong.
     An empty split is that of a copy that was left out.
     """
 
-    def listed(names: Sequence[str]) -> dict[str, list[list[str]]]:
-        found = clusters(names)
+    def listed(numbers: NDArray[np.int64]) -> dict[str, list[list[str]]]:
+        found = clusters(numbers)
         paths = [[items[i].path for i in cluster] for cluster in found]
 
         def across(values: Sequence[str]) -> list[list[str]]:
@@ -68,6 +71,6 @@ def report(
         "skipped_not_images": list(not_images),
         "skipped_unreadable": unreadable,
         "skipped_copies": [i.path for i, split in zip(items, splits, strict=True) if not split],
-        "equal_files": listed(hashes),
+        "equal_files": listed(copies),
         "near_duplicates": listed(alike),
     }

@@ -44,7 +44,7 @@ def augment(pixels: Tensor, ids: NDArray[np.int64], epoch: int, seed: int, how: 
     if how.crop < 1:
         x = _cropped(x, u[:, 1:5], how.crop)
     if how.light > 0:
-        factors = torch.from_numpy(1 + how.light * (2 * u[:, 5:7] - 1)).to(torch.float32)
+        factors = torch.from_numpy(1 + how.light * (2 * u[:, 5:7] - 1)).to(x)
         shape = (-1, *[1] * (x.ndim - 1))
         mean = x.mean(tuple(range(1, x.ndim)), keepdim=True)
         x = (x - mean) * factors[:, 0].view(shape) + mean * factors[:, 1].view(shape)
@@ -91,8 +91,6 @@ def _cropped(x: Tensor, u: NDArray[np.float64], smallest: float) -> Tensor:
     theta[:, 0, 2] = (1 - width) * (2 * u[:, 2] - 1)
     theta[:, 1, 2] = (1 - height) * (2 * u[:, 3] - 1)
     planes = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
-    grid = F.affine_grid(
-        torch.from_numpy(theta).to(torch.float32), list(planes.shape), align_corners=False
-    )
+    grid = F.affine_grid(torch.from_numpy(theta).to(x), list(planes.shape), align_corners=False)
     planes = F.grid_sample(planes, grid, padding_mode="reflection", align_corners=False)
     return planes[:, 0] if x.ndim == 3 else planes.permute(0, 2, 3, 1)

@@ -4,13 +4,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.errors import DataError
-from pipeline.images.pack import Fit
-
-Pixels = NDArray[np.uint8]
+from pipeline.images.pack import Fit, Pixels
 
 # A picture may claim any size in its header; Pillow warns from here on and refuses only later.
 MOST_PIXELS = 89_478_485

@@ -4,6 +4,8 @@ import csv
 import hashlib
 import importlib.metadata
 import math
+import os
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -35,7 +37,7 @@ HYMENOPTERA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 HYMENOPTERA_FILES = "41771d210287175073b7b183f7b57163e019b854f530d8edd91705379c9212ae"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image: where it lies, what it shows, and what must stay together with it."""
 
@@ -94,14 +96,15 @@ def folder(path: Path) -> Source:
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; set prepare.path to the folder of your images")
-    files = sorted(files_below(path))
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
-    not_images = [file.as_posix() for file in files if file.suffix.lower() not in SUFFIXES]
+    # As texts, of which a million take a tenth of the memory of paths; folder by folder.
+    files = sorted((f.as_posix() for f in files_below(path)), key=lambda f: f.replace("/", "\0"))
+    images = [file for file in files if _suffix(file) in SUFFIXES]
+    not_images = [file for file in files if _suffix(file) not in SUFFIXES]
     if not images:
         raise DataError(
             f"{path}: no images here; expected {path}/CLASS/*.jpg or {path}/train/CLASS/*.jpg"
         )
-    top = {file.parts[0] for file in images if len(file.parts) > 1}
+    top = {file.partition("/")[0] for file in images if "/" in file}
     splits = {name: SPLIT_NAMES[name.lower()] for name in top if name.lower() in SPLIT_NAMES}
     if splits and (others := sorted(top - set(splits))):
         raise DataError(f"{path}: {others[0]} lies beside {sorted(splits)[0]}; use splits or none")
@@ -192,10 +195,15 @@ def hymenoptera(path: Path) -> Source:
     return found
 
 
-def _folder_item(path: Path, file: Path, splits: dict[str, str]) -> Item:
-    split = splits.get(file.parts[0], "")
-    below = file.parts[1:] if split else file.parts
-    if len(below) < 2:
+def _folder_item(path: Path, file: str, splits: dict[str, str]) -> Item:
+    *above, _ = file.split("/")
+    split = splits.get(above[0], "") if above else ""
+    below = above[1:] if split else above
+    if not below:
         raise DataError(f"{path / file}: lies in no class folder; move it into one")
-    group = "/".join(below[:-1]) if len(below) > 2 else ""
-    return Item(file.as_posix(), below[0], split, group)
+    group = "/".join(below) if len(below) > 1 else ""
+    return Item(file, sys.intern(below[0]), split, group)
+
+
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()

@@ -1,6 +1,6 @@
 """Cut images into train, validation and test so that what belongs together stays together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,17 +11,19 @@ DRAWS = 400  # more no longer brings the class counts of 44 groups closer
 
 
 def draw(
-    labels: NDArray[np.int64], groups: Sequence[str], fraction: float, seed: int
+    labels: NDArray[np.int64], groups: NDArray[np.int64], fraction: float, seed: int
 ) -> NDArray[np.bool_]:
     """Choose whole groups that hold about `fraction` of each class.
 
     Of many seeded random orders of the groups, each cut where it comes closest to the fraction of
     all images, take the one whose class counts are closest to it. With groups of one image this
-    is a stratified random split. Labels are (N,); returns the chosen (N,).
+    is a stratified random split. Labels and groups are (N,); returns the chosen (N,).
 
     Raises ValueError if there are fewer than two groups.
     """
-    _, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    numbers, group_of = np.unique(groups, return_inverse=True)
+    # In the order of their numbers as texts, which earlier versions had: the same groups are drawn.
+    group_of = np.argsort(np.argsort(numbers.astype(str)))[group_of]
     n_groups, n_classes = int(group_of.max()) + 1, int(labels.max()) + 1
     if n_groups < 2:
         raise ValueError("one group only")
@@ -57,19 +59,23 @@ def _stratified(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArra
     return chosen
 
 
-def together(*ties: Sequence[str]) -> list[int]:
+def together(*ties: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number the images so that two get the same number if any chain of ties links them.
 
-    Each tie gives a name to every image; equal names tie, an empty name ties to nothing.
+    Each tie gives every image a number, (N,): equal ones tie, negative ones tie to nothing.
     """
     n = len(ties[0])
     images = np.arange(n)
     edges = [(images, images)]
     for tie in ties:
-        first: dict[str, int] = {}
-        edges.append(
-            (images, np.array([first.setdefault(t, i) if t else i for i, t in enumerate(tie)]))
-        )
+        _, first, of = np.unique(tie, return_index=True, return_inverse=True)
+        edges.append((images, np.where(tie >= 0, first[of], images)))
     rows, columns = (np.concatenate(side) for side in zip(*edges, strict=True))
     graph = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(n, n))
-    return [int(number) for number in connected_components(graph, directed=False)[1]]
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def numbered(names: Iterable[str]) -> NDArray[np.int64]:
+    """Give equal names equal numbers, (N,); an empty name gets -1."""
+    numbers: dict[str, int] = {"": -1}
+    return np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.int64)

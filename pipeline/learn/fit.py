@@ -118,11 +118,11 @@ def fit(
                 group["lr"] = peak * factor
             own = own_part(rows)
             logits = forward(batch(epoch, own))
-            target = torch.from_numpy(labels[own])
+            target = torch.from_numpy(labels[own]).to(logits.device)
             losses = F.cross_entropy(
                 logits, target, reduction="none", label_smoothing=recipe.label_smoothing
             )
-            weighted = losses * torch.from_numpy(weights[own]).to(losses.dtype)
+            weighted = losses * torch.from_numpy(weights[own]).to(losses)
             loss = weighted.mean() * (len(own) / len(rows))  # its share of the whole batch's
             loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
             hits = float((logits.argmax(1) == target).sum())

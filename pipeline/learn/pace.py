@@ -10,11 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.files import Rowwise
 from pipeline.images.augment import Augment, augment
 from pipeline.learn.fit import Recipe, fit
 from pipeline.nets.cut import cut_below
+from pipeline.nets.device import finish
+from pipeline.nets.feed import Feed
 from pipeline.nets.freeze import everything, freeze_all_but
-from pipeline.nets.network import EVAL_BATCH, Network
+from pipeline.nets.network import Network, eval_batch
 
 BATCHES = 4  # timed, after some that aren't
 
@@ -33,7 +36,7 @@ class Pace:
 def measured(
     network: Network,
     trained: list[str],
-    images: NDArray[np.uint8],
+    images: Rowwise,
     sizes: tuple[int, int],
     batch_size: int,
     how: Augment,
@@ -45,15 +48,16 @@ def measured(
 
     def normalised(epoch: int, rows: NDArray[np.int64]) -> Tensor:
         rows = rows % len(images)
-        return network.normalise(augment(torch.from_numpy(images[rows]), rows, epoch, 0, how))
+        return network.normalise(augment(feed(rows), rows, epoch, 0, how))
 
-    some = np.arange(EVAL_BATCH)
+    feed = Feed(images, network.device)
+    some = np.arange(eval_batch())
     network.image_size = sizes[0]
     network.model.eval()
     with torch.no_grad():
-        first = _seconds(lambda: network.model(normalised(1, some))) / EVAL_BATCH
+        first = _seconds(lambda: network.model(normalised(1, some))) / len(some)
         cut = cut_below(network.model, trained)
-        trunk = _seconds(lambda: cut.trunk(normalised(1, some))) / EVAL_BATCH
+        trunk = _seconds(lambda: cut.trunk(normalised(1, some))) / len(some)
         kept = cut.trunk(normalised(1, np.arange(batch_size)))
     freeze_all_but(network.model, trained, "frozen")
     top = _training(network, cut.top, lambda epoch, rows: kept, batch_size)
@@ -61,7 +65,7 @@ def measured(
 
     network.image_size = sizes[1]
     with torch.no_grad():
-        second = _seconds(lambda: network.model(normalised(1, some))) / EVAL_BATCH
+        second = _seconds(lambda: network.model(normalised(1, some))) / len(some)
     freeze_all_but(network.model, everything(network.model), "frozen")
     step = _training(network, network.model, normalised, batch_size)
     return Pace(trunk, top, step, first, second)
@@ -69,10 +73,12 @@ def measured(
 
 def _seconds(run: Callable[[], object]) -> float:
     run()
+    finish()
     taken = []
     for _ in range(BATCHES):
         start = time.perf_counter()
         run()
+        finish()
         taken.append(time.perf_counter() - start)
     return median(taken)
 

@@ -10,6 +10,7 @@ from pipeline.images.pack import Facts
 from pipeline.learn.probes import head_of, read_probes
 from pipeline.nets.backbone import again, backbone_of, head_name, set_head
 from pipeline.nets.blocks import match, trained_with
+from pipeline.nets.device import device
 from pipeline.nets.fold import fold
 from pipeline.nets.freeze import everything
 from pipeline.nets.network import Network, refuse_other_classes
@@ -48,7 +49,7 @@ def start_network(
         packed.fit,
         packed.channels,
         precision,
-    )
+    ).on(device())
     return network, meta
 
 

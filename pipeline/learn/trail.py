@@ -71,6 +71,8 @@ class Trail:
         optimizer.load_state_dict({**settings, "state": state})
         if place.step:
             torch.set_rng_state(self._tensors["random"])
+            if "random_cuda" in self._tensors:
+                torch.cuda.set_rng_state(self._tensors["random_cuda"])
         self._tensors = {}
         at = f", step {place.step}" if place.step else ""
         say(f"going on at epoch {place.epoch}{at}")
@@ -91,6 +93,8 @@ class Trail:
             **{f"optimizer.{i}.{k}": t for i, s in states for k, t in s.items() if t is not None},
             "random": torch.get_rng_state(),
         }
-        arrays = {name: t.detach().contiguous().numpy() for name, t in tensors.items()}
+        if torch.cuda.is_available():
+            tensors["random_cuda"] = torch.cuda.get_rng_state()
+        arrays = {name: t.detach().contiguous().cpu().numpy() for name, t in tensors.items()}
         checkpoint.write(self.file, arrays, {"place": asdict(place), "kept": self.kept.facts})
         self._saved = time.monotonic()

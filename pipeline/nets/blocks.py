@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ParamError, near
 from pipeline.nets.backbone import head_name
+from pipeline.nets.device import device_of
 
 TRACE_SIZE = 96  # pixels; enough for five halvings
 
@@ -54,7 +55,7 @@ def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
     try:
         model.eval()
         with torch.inference_mode():
-            model(torch.zeros(2, 3, size, size))
+            model(torch.zeros(2, 3, size, size, device=device_of(model)))
     except (AssertionError, RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:80]
         raise ParamError(

@@ -56,7 +56,7 @@ def divided(padding: int) -> tuple[int, int]:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, act: Act) -> Tensor:
     """Convolve (B, D, H, W), all in one number format, then clip as the activation does."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and x.device.type == "cpu":  # cuDNN's gradients are fast
         y: Tensor = _Convolution.apply(x, weight, bias, shape, act)  # type: ignore[no-untyped-call]
         return y
     return _forward(x, weight, bias, shape, act)
@@ -64,7 +64,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, act: 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, act: Act) -> Tensor:
     x, weight, padding = _evenly(x, weight, shape)
-    if HAS_FUSED and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
+    if HAS_FUSED and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
         attr, scalars = FUSED[act]
         fused: Tensor = torch.ops.mkldnn._convolution_pointwise(
             *(x, weight, bias, padding, shape.stride, shape.dilation, shape.groups),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.nets.backbone import head_name
 from pipeline.nets.blocks import chain, is_inside, trace
+from pipeline.nets.device import device_of
 
 
 def cut_below(model: nn.Module, trained: Sequence[str]) -> "Cut":
@@ -108,7 +109,8 @@ class Cut:
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         with torch.inference_mode():
-            x = torch.linspace(-1, 1, 8 * 3 * 64 * 64).view(8, 3, 64, 64)
+            x = torch.linspace(-1, 1, 8 * 3 * 64 * 64, device=device_of(self.model))
+            x = x.view(8, 3, 64, 64)
             try:
                 same = torch.equal(self.top(self.trunk(x)), self.model(x))
             except (RuntimeError, ValueError):  # an operation that its input no longer fits

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.nets.blocks import TRACE_SIZE
 from pipeline.nets.convolve import ACTS, Act, convolve, shape_of
+from pipeline.nets.device import device, device_of
 
 Precision = Literal["auto", "fp32", "bf16"]
 NUMBER_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,7 +37,7 @@ def resolved(precision: Precision) -> Literal["fp32", "bf16"]:
     """Turn `auto` into the number format that this machine is good at, by its flags alone."""
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
@@ -126,7 +127,7 @@ def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
     training = [m for m in model.modules() if m.training]
     model.eval()
     with torch.no_grad():  # inference mode counts no versions
-        model(torch.zeros(1, 3, TRACE_SIZE, TRACE_SIZE))
+        model(torch.zeros(1, 3, TRACE_SIZE, TRACE_SIZE, device=device_of(model)))
     for handle in handles:
         handle.remove()
     for module in training:
@@ -141,9 +142,11 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
     bn = follower.bn if follower else None
     depthwise = conv.groups == conv.in_channels == conv.out_channels
 
-    sources = [conv.weight, conv.bias]
-    if bn is not None:
-        sources += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+    def sources() -> list[Tensor]:
+        # Asked for anew each time: a network that is brought to a GPU has other buffers there.
+        of_bn = (bn.weight, bn.bias, bn.running_mean, bn.running_var) if bn is not None else ()
+        return [t for t in (conv.weight, conv.bias, *of_bn) if t is not None]
+
     kept: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
 
     def folded(dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -159,9 +162,10 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
     def folded_once() -> tuple[Tensor, Tensor | None]:
         # What doesn't train changes by loading alone, which its tensors count; fused optimisers
         # write without counting.
-        if any(t.requires_grad for t in sources if t is not None):
+        tensors = sources()
+        if any(t.requires_grad for t in tensors):
             return folded(low)
-        versions = tuple(t._version for t in sources if t is not None)
+        versions = tuple(t._version for t in tensors)
         if versions not in kept:
             kept.clear()
             kept[versions] = folded(low)
@@ -174,7 +178,9 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
             return convolve(x.float(), conv.weight, conv.bias, shape, "none")
         if not torch.is_grad_enabled():
             return convolve(x.to(low), *folded_once(), shape, act)
-        dtype = torch.float32 if conv.groups > 1 and not depthwise else low
+        # oneDNN's gradients of groups are poor in bfloat16.
+        slow = conv.groups > 1 and not depthwise and x.device.type == "cpu"
+        dtype = torch.float32 if slow else low
         return convolve(x.to(dtype), *folded(dtype), shape, act)
 
     act: Act = follower.act if follower else "none"

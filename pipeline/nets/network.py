@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ParamError
+from pipeline.files import Rowwise
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
+from pipeline.nets.device import device, device_of
+from pipeline.nets.feed import Feed
 from pipeline.nets.fold import NUMBER_FORMATS, fold
-from pipeline.team import spread
+from pipeline.team import Parts, spread
 
 # The size of a batch may change an image's last bits, its place in the batch doesn't: so one size.
-EVAL_BATCH = 32
+EVAL_BATCH, ON_A_GPU = 32, 256
 
 
 @dataclass
@@ -42,6 +45,16 @@ class Network:
         assert isinstance(head, nn.Linear)
         return head.out_features
 
+    @property
+    def device(self) -> torch.device:
+        """Give where the network is."""
+        return device_of(self.model)
+
+    def on(self, device: torch.device) -> "Network":
+        """Bring the network to a device; gives it."""
+        self.model.to(device)
+        return self
+
     def facts(self) -> dict[str, Any]:
         """Give everything but the weights, for a checkpoint's metadata."""
         facts = {name: value for name, value in vars(self).items() if name != "model"}
@@ -50,7 +63,8 @@ class Network:
     def save(self, file: Path, **more: Any) -> None:
         """Write the checkpoint; `more` joins the metadata."""
         tensors = {
-            name: t.detach().contiguous().numpy() for name, t in self.model.state_dict().items()
+            name: t.detach().contiguous().cpu().numpy()
+            for name, t in self.model.state_dict().items()
         }
         checkpoint.write(file, tensors, {**self.facts(), **more})
 
@@ -82,7 +96,7 @@ class Network:
         # Grey: one plane for all channels that are normalised alike.
         kinds = list(zip(means, stds, strict=True))
         planes = {(m, s): _standardised(x, [m], [s]).to(dtype) for m, s in set(kinds)}
-        y = torch.empty(*x.shape, len(kinds), dtype=dtype)
+        y = torch.empty(*x.shape, len(kinds), dtype=dtype, device=x.device)
         for channel, kind in enumerate(kinds):
             y[..., channel] = planes[kind]
         return y.permute(0, 3, 1, 2)
@@ -109,7 +123,8 @@ def _standardised(pixels: Tensor, means: Sequence[float], stds: Sequence[float])
     In float32 inside, whatever the input's format, in one pass over whole rows.
     """
     rows = pixels.flatten(2).flatten(0, 1)  # (B * H, W * D)
-    mean, std = (255 * torch.tensor(values).repeat(pixels.shape[2]) for values in (means, stds))
+    columns = torch.tensor([means, stds], device=pixels.device).repeat(1, pixels.shape[2])
+    mean, std = 255 * columns
     return F.batch_norm(rows, mean, std**2, eps=0).view(pixels.shape)
 
 
@@ -148,7 +163,7 @@ def from_checkpoint(
         network = Network(fold(model, facts["precision"]), **facts)
         network.load_state(tensors, file)
     network.model.eval().requires_grad_(False)
-    return network
+    return network.on(device())
 
 
 def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:
@@ -178,29 +193,39 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name).split("+")[0] for name in names}
 
 
-def batches(n: int) -> Iterator[NDArray[np.int64]]:
-    """Cut N rows into batches of one size; the last repeats its last row to be full."""
-    return (batch(i, n) for i in range(-(-n // EVAL_BATCH)))
+def eval_batch() -> int:
+    """Give how many images go through a network at once where nothing trains."""
+    return EVAL_BATCH if device().type == "cpu" else ON_A_GPU
 
 
-def batch(i: int, n: int) -> NDArray[np.int64]:
-    """Give the i-th of these batches."""
-    return np.minimum(np.arange(i * EVAL_BATCH, (i + 1) * EVAL_BATCH), n - 1)
+def in_batches(
+    n: int, compute: Callable[[NDArray[np.int64]], Parts], first: int = 0
+) -> Iterator[Parts]:
+    """Compute a function of rows for rows `first` to n - 1, in batches of one size.
+
+    The last repeats row n - 1 to be full; what comes of that is left out. Processes that share the
+    stage share the batches.
+    """
+    size = eval_batch()
+
+    def batch(i: int) -> NDArray[np.int64]:
+        return np.minimum(np.arange(first + i * size, first + (i + 1) * size), n - 1)
+
+    for i, parts in enumerate(spread(-(-(n - first) // size), lambda i: compute(batch(i)))):
+        yield [part[: n - first - i * size] for part in parts]
 
 
 def over(
-    images: NDArray[np.uint8], run: Callable[[Tensor], Sequence[Tensor]]
-) -> Iterator[list[NDArray[np.float32]]]:
-    """Run a function on all images (N, H, W[, 3]) in batches, in inference mode.
+    images: Rowwise, network: Network, run: Callable[[Tensor], Sequence[Tensor]], first: int = 0
+) -> Iterator[Parts]:
+    """Run a function on images (N, H, W[, 3]) from the `first` on, in inference mode.
 
-    Yields its float32 outputs a batch, without the rows that only filled the last one.
+    Yields its float32 outputs a batch. It gets them where the network is.
     """
-    n = len(images)
+    feed = Feed(images, network.device)
 
-    def outputs(i: int) -> list[NDArray[np.float32]]:
+    def outputs(rows: NDArray[np.int64]) -> Parts:
         with torch.inference_mode():
-            found = run(torch.from_numpy(images[batch(i, n)]))
-        return [output.float().numpy() for output in found]
+            return [output.float().cpu().numpy() for output in run(feed(rows))]
 
-    for i, parts in enumerate(spread(-(-n // EVAL_BATCH), outputs)):
-        yield [part[: n - i * EVAL_BATCH] for part in parts]
+    return in_batches(len(images), outputs, first)

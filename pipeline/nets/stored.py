@@ -21,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.nets.network import EVAL_BATCH, Network, batch, batches
+from pipeline.nets.device import has_room, kernels
+from pipeline.nets.network import Network, eval_batch, in_batches
 from pipeline.progress import say, track
 from pipeline.resume import Resume
 from pipeline.runtime import cache_bytes, cache_folder, rank
-from pipeline.team import agree, spread
+from pipeline.team import Parts, agree
 
 Rows = NDArray[np.int64]
 Compute = Callable[[Sequence[int], Rows], Sequence[Tensor]]  # (views, rows) -> (B, ...) a view
@@ -34,22 +35,22 @@ LOCK = "lock"
 CODE = (*Path(__file__).parent.glob("*.py"), Path(__file__).parents[1] / "images/augment.py")
 
 
-def key_of(network: Network, block: str, images: NDArray[np.uint8], **augmentation: Any) -> str:
+def key_of(network: Network, block: str, pixels: str, **augmentation: Any) -> str:
     """Name the trunk's outputs below a block by a hash of all that they depend on.
 
-    Packed images (N, H, W[, 3]) and how they are augmented, the network, the code and the libraries
-    that compute, the processor's kernels and the threads: another number of them rounds otherwise.
+    The images, by a hash, and how they are augmented, the network, the code and the libraries that
+    compute, the processor's kernels and the threads, of which another number rounds otherwise.
     """
     facts = network.facts()
     facts.pop("classes")
     depends = {
         **facts,
         "block": block,
-        "pixels": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
+        "pixels": pixels,
         "augmentation": augmentation,
         "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(CODE)],
         "versions": [metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")],
-        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels(),
         "threads": torch.get_num_threads(),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
@@ -65,16 +66,20 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     def view_of(epoch: int) -> int:
         return (epoch - 1) % views + 1
 
-    [sample] = compute([1], np.zeros(EVAL_BATCH, np.int64))
+    size = eval_batch()
+    [sample] = compute([1], np.zeros(size, np.int64))
     needed = views * n * sample[0].numel() * sample.element_size()
     if needed > cache_bytes():
         say(f"{name}: {needed / 1e9:.1f} GB don't fit into the cache")
-        return lambda epoch, rows: torch.cat(
-            [
-                compute([view_of(epoch)], rows[np.minimum(part, len(rows) - 1)])[0]
-                for part in batches(len(rows))
-            ]
-        )[: len(rows)]
+
+        def anew(epoch: int, rows: Rows) -> Tensor:
+            # In batches of the one size, as they would be stored.
+            whole = (np.arange(i, i + size) for i in range(0, len(rows), size))
+            parts = [rows[np.minimum(part, len(rows) - 1)] for part in whole]
+            found = [compute([view_of(epoch)], part)[0] for part in parts]
+            return torch.cat(found)[: len(rows)]
+
+        return anew
 
     # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it.
     channels_last = sample.ndim == 4
@@ -85,22 +90,17 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
         _make_room(folder, needed)
         missing = agree([v for v in range(1, views + 1) if not outputs.is_filled(str(v), n)])
 
-        def computed(first: int) -> Iterator[Sequence[NDArray[Any]]]:
-            def outputs(i: int) -> list[NDArray[Any]]:
-                laid_out = (
-                    z.permute(0, 2, 3, 1) if channels_last else z
-                    for z in compute(missing, first + batch(i, n - first))
-                )
-                # NumPy knows no bfloat16: its bits as whole numbers.
-                bits = (z.view(torch.int16) if z.dtype == torch.bfloat16 else z for z in laid_out)
-                return [z.numpy() for z in bits]
+        def computed(rows: Rows) -> Parts:
+            found = compute(missing, rows)
+            laid_out = (z.permute(0, 2, 3, 1) if channels_last else z for z in found)
+            # NumPy knows no bfloat16: its bits as whole numbers.
+            bits = (z.view(torch.int16) if z.dtype == torch.bfloat16 else z for z in laid_out)
+            return [z.cpu().numpy() for z in bits]
 
-            for i, parts in enumerate(spread(-(-(n - first) // EVAL_BATCH), outputs)):
-                yield [part[: n - first - i * EVAL_BATCH] for part in parts]
-
-        def shown(first: int) -> Iterator[Sequence[NDArray[Any]]]:
+        def shown(first: int) -> Iterator[Parts]:
             total = (n - first) * len(missing)
-            return track(computed(first), total, name, lambda p: len(p[0]) * len(missing))
+            batches = in_batches(n, computed, first)
+            return track(batches, total, name, lambda part: len(part[0]) * len(missing))
 
         if missing:
             outputs.filled([str(view) for view in missing], n, shown)
@@ -110,9 +110,12 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
         kept = {v: np.load(outputs.file(str(v)), mmap_mode="c") for v in range(1, views + 1)}
     os.utime(folder)  # used now: the last to make room
     by_view = {view: torch.from_numpy(array).view(sample.dtype) for view, array in kept.items()}
+    if has_room(needed, sample.device):
+        by_view = {view: z.to(sample.device) for view, z in by_view.items()}
 
     def read(epoch: int, rows: Rows) -> Tensor:
-        z = by_view[view_of(epoch)][torch.from_numpy(rows)]
+        kept_there = by_view[view_of(epoch)]
+        z = kept_there[torch.from_numpy(rows).to(kept_there.device)].to(sample.device)
         return z.permute(0, 3, 1, 2) if channels_last else z
 
     return read

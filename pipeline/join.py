@@ -1,0 +1,42 @@
+"""Share the work of the stages that another host runs.
+
+    PIPELINE_MEET=10.0.0.1:29400 python -m pipeline.join
+
+In the project's folder, which all hosts see at the same place, with its caches. PIPELINE_MEET is
+where the host meets the others that runs `PIPELINE_HOSTS=1:2 PIPELINE_MEET=... dvc repro`. It waits
+for stages until it is ended (Ctrl-C).
+"""
+
+import os
+import time
+
+from pipeline.launch import LOST, offered, take_part
+from pipeline.progress import say
+from pipeline.runtime import meeting_point
+from pipeline.stage import one_line_errors, parser_of
+
+LOOK = 0.5  # seconds between two looks
+
+
+def main() -> None:
+    """Take part in each stage that is offered, once unless others were lost in it."""
+    parser_of("join", __doc__ or "").parse_args()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else warns of names of addresses
+    with one_line_errors("left; the stage goes on without this host if it may"):
+        meet, done = meeting_point(), ""
+        say(f"waiting for stages from {meet[0]}:{meet[1]}")
+        while True:
+            work = offered(meet)
+            if work is None or work.run == done:
+                time.sleep(LOOK)
+                continue
+            stage = work.module.rpartition(".")[2]
+            say(f"{stage}: taking part")
+            code = take_part(work, meet, leads=False)
+            if code != LOST:
+                done = work.run
+                say(f"{stage}: " + ("done" if code == 0 else "given up here"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Networks on another device than the processor: a GPU where there is one, and one made up."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, paths, read_params, write_photos
+from safetensors.numpy import load_file
+from second_device import DEVICE, second_device
+from test_team import rows_of
+from torch.optim import optimizer as optimizers
+
+from pipeline.errors import SettingError
+from pipeline.nets import device as devices
+from pipeline.nets import feed, stored
+
+ON_IT = ("extract", "advise", "stage1", "stage2", "evaluate", "report")
+# Room for nothing, and for all: images and trunk outputs stay on the processor, or don't.
+ROOMS = {"sent in batches": False, "kept there": True}
+
+
+def small(folder: Path) -> dict[str, Any]:
+    changes = {"augment": {"crop": 0.7, "light": 0.1}, "flips": "dihedral", "precision": "fp32"}
+    changes["prepare"] = {"path": str(folder / "photos"), "size": 96}
+    return read_params(**changes, evaluate={"views": 2})
+
+
+@pytest.fixture(scope="module")
+def on_the_processor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run there, in float32."""
+    folder = tmp_path_factory.mktemp("processor")
+    write_photos(folder / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIPELINE_CACHE", str(folder / "cache"))
+        patch.setenv("PIPELINE_DEVICE", "cpu")
+        for name, ways in paths(folder).items():
+            call(name, ways, small(folder))
+    return folder
+
+
+def run_there(processor: Path, folder: Path) -> None:
+    """Run the stages that compute with networks on what the processor's run prepared."""
+    shutil.copytree(processor / "prepared", folder / "prepared")
+    ways = paths(folder)
+    for name in ("extract", "probe", *ON_IT[1:]):
+        call(name, ways[name], small(processor))
+
+
+def agree(one: Path, two: Path, off: float) -> None:
+    """Refuse a run whose codes, losses or weights are others than rounding makes them."""
+    for file in sorted((one / "features").glob("*.npy")):
+        other = np.load(two / "features" / file.name)
+        np.testing.assert_allclose(other, np.load(file), rtol=off, atol=off, err_msg=file.name)
+    for stage in ("stage1", "stage2"):
+        histories = [rows_of(f / f"models/{stage}/history.csv") for f in (one, two)]
+        for column in ("train_loss", "val_loss"):
+            np.testing.assert_allclose(histories[1][column], histories[0][column], atol=10 * off)
+        models = [load_file(f / f"models/{stage}/model.safetensors") for f in (one, two)]
+        for name, tensor in models[0].items():
+            np.testing.assert_allclose(models[1][name], tensor, atol=10 * off, err_msg=name)
+
+
+@pytest.fixture(params=ROOMS)
+def second(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The made-up device as the one that networks run on, with room or without."""
+    original = devices.device
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pipeline.") and getattr(module, "device", None) is original:
+            monkeypatch.setattr(module, "device", lambda: DEVICE)
+    for module in (feed, stored):
+        monkeypatch.setattr(module, "has_room", lambda *asked: ROOMS[request.param])
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    with second_device():
+        yield request.param
+
+
+def test_all_stages_run_on_another_device_and_agree(second, on_the_processor, tmp_path):
+    run_there(on_the_processor, tmp_path)
+    agree(on_the_processor, tmp_path, 1e-4)
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_told(monkeypatch):
+    monkeypatch.setenv("PIPELINE_DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SettingError, match=r"PIPELINE_DEVICE = 'cuda': PyTorch \S+ (is|finds) "):
+        devices.device()
+    monkeypatch.setenv("PIPELINE_DEVICE", "")
+    assert devices.device() == torch.device("cpu")
+
+
+def test_each_process_has_a_gpu_of_its_own_or_there_are_too_few(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for place in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(place))
+        assert devices.device() == torch.device("cuda", place)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SettingError, match=r"more processes than GPUs here \(2\); start one a GPU"):
+        devices.device()
+    monkeypatch.setenv("PIPELINE_DEVICE", "cpu")
+    assert devices.device() == torch.device("cpu")
+
+
+# Where there is a GPU
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=devices.no_gpu())
+
+
+@needs_a_gpu
+def test_a_gpu_agrees_with_the_processor(on_the_processor, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIPELINE_DEVICE", "cuda")
+    run_there(on_the_processor, tmp_path)
+    agree(on_the_processor, tmp_path, 1e-3)
+
+
+@needs_a_gpu
+def test_a_gpu_repeats_to_the_bit(on_the_processor, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIPELINE_DEVICE", "cuda")
+    for name in ("one", "two"):
+        monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / name / "cache"))
+        run_there(on_the_processor, tmp_path / name)
+    for file in ("models/stage1/model.safetensors", "models/stage2/model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@needs_a_gpu
+def test_a_gpu_keeps_images_that_fit():
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
+    batches = feed.Feed(images, torch.device("cuda"))
+    rows = np.array([39, 0, 7, 7])
+    assert batches(rows).is_cuda
+    assert torch.equal(batches(rows).cpu(), torch.from_numpy(images[rows]))

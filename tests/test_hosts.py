@@ -1,0 +1,294 @@
+"""Several hosts on one stage: each a network namespace of its own; and what Slurm says of them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from repository import change, environment
+from safetensors.numpy import load_file
+from test_team import alone, rows_of
+
+from pipeline import launch
+from pipeline.errors import SettingError
+from pipeline.runtime import (
+    cache_bytes,
+    device_asked,
+    hosts,
+    may_shrink,
+    meeting_point,
+    processes,
+    rank,
+    save_seconds,
+    team_size,
+    threads,
+)
+
+__all__ = ["alone"]  # the fixture
+
+MEET = "10.231.77.1"
+PORT = 29411
+HOSTS = {"leader": MEET, "other": "10.231.77.2"}
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def network() -> Iterator[dict[str, str]]:
+    """Two hosts with a cable between them; gives their namespaces."""
+    names = {host: f"{host}-{os.getpid()}" for host in HOSTS}
+    ends = {host: f"v{host[0]}{os.getpid()}" for host in HOSTS}
+    try:
+        ip("netns", "add", names["leader"])
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no right to make network namespaces here (root, and iproute2)")
+    try:
+        ip("netns", "add", names["other"])
+        ip("link", "add", ends["leader"], "type", "veth", "peer", "name", ends["other"])
+        for host, address in HOSTS.items():
+            ip("link", "set", ends[host], "netns", names[host], "name", "cable")
+            ip("-n", names[host], "addr", "add", f"{address}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", names[host], "link", "set", device, "up")
+        yield names
+    finally:
+        for name in names.values():
+            for pid in pids(name):
+                os.kill(pid, signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def pids(name: str) -> list[int]:
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def start(name: str, folder: Path, *words: str, **env: str) -> "subprocess.Popen[str]":
+    """Run one of the pipeline's commands, or DVC, on a host."""
+    return subprocess.Popen(
+        ["ip", "netns", "exec", name, sys.executable, "-m", *words],
+        cwd=folder,
+        env={
+            **environment(folder),
+            "PIPELINE_MEET": f"{MEET}:{PORT}",
+            "PIPELINE_THREADS": "1",
+            "PIPELINE_SAVE_SECONDS": "0.2",
+            "PIPELINE_PATIENCE_SECONDS": "6",
+            **env,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("loss", ["killed", "cut off"])
+def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_path):
+    expected = shutil.copytree(alone, tmp_path / "expected")
+    change(expected, "stage2.epochs", 30)
+    folder = shutil.copytree(expected, tmp_path / "repo")
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro"],
+        cwd=expected,
+        env=environment(expected),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    other = start(network["other"], folder, "pipeline.join")
+    running = start(network["leader"], folder, "dvc", "repro", PIPELINE_HOSTS="1:2")
+    states = folder / ".pipeline/resume"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list(states.glob("stage2-*/trail.safetensors")):
+        time.sleep(0.05)
+    assert running.poll() is None
+    if loss == "killed":
+        for pid in pids(network["other"]):
+            os.kill(pid, signal.SIGKILL)
+    else:
+        ip("-n", network["other"], "link", "set", "cable", "down")
+    said, _ = running.communicate(timeout=240)
+    assert running.returncode == 0, said
+    assert "a host is lost; going on with those that are left" in said
+    assert "going on at epoch" in said
+    other.kill()
+    for pid in pids(network["other"]):
+        os.kill(pid, signal.SIGKILL)
+    heard, _ = other.communicate(timeout=60)
+    assert "stage2: taking part" in heard
+
+    one, two = (rows_of(f / "models/stage2/history.csv") for f in (expected, folder))
+    for column in ("epoch", "lr"):
+        np.testing.assert_array_equal(two[column], one[column])
+    for column in ("train_loss", "val_loss"):
+        np.testing.assert_allclose(two[column], one[column], atol=1e-3)
+    models = [load_file(f / "models/stage2/model.safetensors") for f in (expected, folder)]
+    for name, tensor in models[0].items():
+        np.testing.assert_allclose(models[1][name], tensor, atol=2e-3, err_msg=name)
+
+
+# What is asked for, and what Slurm says
+
+
+@pytest.mark.parametrize(
+    ("said", "found"), [("", (1, 1)), ("2", (2, 2)), ("1:4", (1, 4)), ("1", (1, 1))]
+)
+def test_hosts_are_a_number_or_a_range(said, found, monkeypatch):
+    monkeypatch.setenv("PIPELINE_HOSTS", said)
+    assert hosts() == found
+    assert may_shrink() == (found == (1, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "ask", "line"),
+    [
+        ("PIPELINE_HOSTS", "2:1", hosts, "expected a number such as 2, or 1:2"),
+        ("PIPELINE_HOSTS", "0", hosts, "expected a number such as 2, or 1:2"),
+        ("PIPELINE_HOSTS", "two", hosts, "expected a number such as 2, or 1:2"),
+        ("PIPELINE_MEET", "", meeting_point, "expected where hosts meet, such as 10.0.0.1:29400"),
+        ("PIPELINE_MEET", "host", meeting_point, "expected where hosts meet"),
+        ("PIPELINE_MEET", "host:99999", meeting_point, "expected where hosts meet"),
+        ("PIPELINE_PROCESSES", "two", processes, "'two': expected a number from 1 on"),
+        ("PIPELINE_PROCESSES", "0", processes, "'0': expected a number from 1 on"),
+        ("PIPELINE_THREADS", "-1", threads, "'-1': expected a number from 0 on"),
+        ("PIPELINE_SAVE_SECONDS", "soon", save_seconds, "'soon': expected a number from 0 on"),
+        ("PIPELINE_CACHE_GB", "nan", cache_bytes, "'nan': expected a number from 0 on"),
+        ("PIPELINE_DEVICE", "gpu", device_asked, "'gpu': expected cpu or cuda"),
+    ],
+)
+def test_a_wrong_variable_is_named(name, said, ask, line, monkeypatch):
+    monkeypatch.setenv(name, said)
+    with pytest.raises(SettingError) as caught:
+        ask()
+    assert name in str(caught.value)
+    assert line in str(caught.value)
+
+
+def test_a_wrong_variable_ends_a_stage_in_a_line(repo):
+    for name, said in {"PIPELINE_PROCESSES": "two", "PIPELINE_HOSTS": "2"}.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "repro", "--force", "extract", "--single-item"],
+            cwd=repo,
+            env={**environment(repo), name: said},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert ("PIPELINE_MEET" if said == "2" else name) in lines[0]
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        ("node7", "node7"),
+        ("node7,node9", "node7"),
+        ("node[07-09,12],gpu1", "node07"),
+        ("rack[2-3]n5,x", "rack2n5"),
+        ("a-b[1,3]", "a-b1"),
+    ],
+)
+def test_the_first_host_of_slurms_list(said, first):
+    assert launch.first_host(said) == first
+
+
+@pytest.mark.parametrize(
+    ("said", "tasks"), [("2", [2]), ("2(x3),1", [2, 2, 2, 1]), ("1,4(x2)", [1, 4, 4])]
+)
+def test_tasks_of_slurms_hosts(said, tasks):
+    assert launch.tasks_per_node(said) == tasks
+
+
+STEP = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "node[07-09]",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_CPUS_PER_TASK": "4",
+}
+
+
+def test_a_task_of_srun_knows_its_place(monkeypatch):
+    monkeypatch.setattr(os, "environ", {**STEP})
+    launch.adopt_slurm()
+    assert (rank(), team_size(), threads()) == (3, 5, 4)
+    assert os.environ["LOCAL_RANK"] == "1"
+    assert os.environ["MASTER_ADDR"] == "node07"
+    assert 1024 < int(os.environ["MASTER_PORT"]) < 32768  # below where systems take any from
+
+
+def test_a_batch_script_is_one_process(monkeypatch):
+    job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    monkeypatch.setattr(os, "environ", job)
+    launch.adopt_slurm()
+    assert team_size() == 1
+
+
+SRUN = """
+import os, subprocess, sys
+n = int(sys.argv[1])
+step = dict(SLURM_JOB_ID="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS=str(n), SLURM_NODEID="0")
+step |= dict(SLURM_STEP_TASKS_PER_NODE=str(n), SLURM_STEP_NODELIST="localhost")
+tasks = []
+for i in range(n):
+    own = {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+    tasks.append(subprocess.Popen(sys.argv[2:], env={**os.environ, **step, **own}))
+sys.exit(max(abs(task.wait()) for task in tasks))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("by", ["srun", "torchrun"])
+def test_a_command_may_start_the_processes(by, alone, tmp_path):
+    """A stand-in for srun, which says what srun does; and torchrun itself."""
+    (tmp_path / "srun.py").write_text(SRUN)
+    command = {
+        "srun": f"{sys.executable} {tmp_path}/srun.py 2",
+        "torchrun": f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 "
+        "--local-addr 127.0.0.1 --no-python",
+    }[by]
+    folder = shutil.copytree(alone, tmp_path / "repo")
+    shutil.rmtree(folder / ".pipeline")
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "extract"],
+        cwd=folder,
+        env={**environment(folder), "PIPELINE_LAUNCHER": command},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("extract took") == 1
+    for file in sorted((alone / "data/features").glob("*.npy")):
+        other = np.load(folder / "data/features" / file.name)
+        np.testing.assert_allclose(other, np.load(file), rtol=1e-4, atol=1e-5)
+
+
+def test_a_command_that_is_not_there_is_named(repo):
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "extract"],
+        cwd=repo,
+        env={**environment(repo), "PIPELINE_LAUNCHER": "no-such-srun -n 2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "error: PIPELINE_LAUNCHER = 'no-such-srun -n 2': No such file" in done.stderr
+    assert "Traceback" not in done.stderr
