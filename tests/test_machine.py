@@ -42,7 +42,7 @@ def test_a_network_that_computes_wrongly_is_noticed(form, monkeypatch, capsys):
 
     def wrong(model: torch.nn.Module, precision: str) -> torch.nn.Module:
         folded = fold(model, precision)
-        folded.blocks[1].register_forward_hook(lambda module, given, output: -3 * output)
+        folded.classifier.register_forward_hook(lambda module, given, output: 2 * output)
         return folded
 
     monkeypatch.setattr(machine, "fold", wrong)

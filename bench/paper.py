@@ -1,0 +1,103 @@
+"""What many images would cost, on paper: the rates of the last run here, times how many.
+
+    dvc repro && python -m bench.paper
+    python -m bench.paper --images 1.3e6 14e6 1e9
+
+Times are those of this machine, with the params and the shares of train, validation and test of that
+run; nothing is said of what a machine with more of anything would do. The search for near duplicates
+is timed on drawn hashes, and grows with the square of their number.
+"""
+
+import argparse
+import csv
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from pipeline.images.alike import near_duplicates
+from pipeline.progress import duration, say
+from pipeline.table import aligned
+
+HASHES = 200_000  # drawn, to time the search
+LISTED = 400  # bytes of memory an image while prepare lists and splits them (bench/large.py)
+
+
+class Blank:
+    """Images that are all the same: none is compared, as no two hashes are close."""
+
+    def __len__(self) -> int:
+        return HASHES
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return np.zeros((len(rows), 32, 32), np.uint8)
+
+
+def main() -> None:
+    """Print a column a number of images."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--images", type=float, nargs="+", default=[1.3e6, 14e6, 1e9])
+    parser.add_argument("--root", type=Path, default=Path(), help="where the run is")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    near_duplicates(Blank(), np.random.default_rng(0).integers(0, 2**63, HASHES, dtype=np.uint64))
+    search = (time.perf_counter() - start) / HASHES**2
+    columns = [costs(options.root, int(n), search) for n in options.images]
+    rows = [["", *(f"{int(n):,} images" for n in options.images)]]
+    rows += [[what, *(column[what] for column in columns)] for what in columns[0]]
+    for line in aligned(rows):
+        say(line)
+
+
+def costs(root: Path, n: int, search: float) -> dict[str, str]:
+    """Say what n images cost, by subject."""
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    timings: dict[str, dict[str, float]] = {}
+    for file in root.glob("models/*/timing.json"):
+        timings |= json.loads(file.read_text())
+    with (root / "data/prepared/index.csv").open() as lines:
+        counts = Counter(row["split"] for row in csv.DictReader(lines))
+    here = sum(counts.values())
+    train, others = (counts["train"] * n / here, (counts["val"] + counts["test"]) * n / here)
+    val = counts["val"] * n / here
+    one, two = params["stage1"], params["stage2"]
+    trunk = timings["stage1"]["trunk_seconds"] / (one["views"] * counts["train"] + counts["val"])
+    top = timings["stage1"]["epochs_seconds"] / one["epochs"] / (counts["train"] + counts["val"])
+    step = timings["stage2"]["epochs_seconds"] / two["epochs"] / (counts["train"] + counts["val"])
+    tested = timings["evaluate"]["seconds"] / (counts["val"] + counts["test"])
+    packed, codes = (bytes_below(root / "data" / f) for f in ("prepared/images", "features"))
+    anew = one["epochs"] * (train * (trunk + top) + val * top) + val * trunk
+    return {
+        "prepare: decode and pack": duration(n / timings["prepare"]["images_per_second"]),
+        "prepare: search for near duplicates": duration(search * n**2),
+        "prepare: memory": size(LISTED * n),
+        f"packed, {params['prepare']['storage']}": size(packed * n / here),
+        f"extract, {params['extract']['views']} views": duration(
+            n / timings["extract"]["images_per_second"]
+        ),
+        "codes": size(codes * n / here),
+        f"stage 1, {one['epochs']} epochs, trunk run anew in each": duration(anew),
+        f"stage 2, {two['epochs']} epochs": duration(two["epochs"] * (train + val) * step),
+        "evaluate": duration(others * tested),
+    }
+
+
+def bytes_below(folder: Path) -> int:
+    """Add up the sizes of a folder's files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def size(n_bytes: float) -> str:
+    """Write a number of bytes as people say it."""
+    for unit in ("MB", "GB", "TB"):
+        n_bytes /= 1e3 if unit != "MB" else 1e6
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+    return f"{n_bytes:.0f} TB"
+
+
+if __name__ == "__main__":
+    main()
