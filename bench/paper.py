@@ -3,9 +3,9 @@
     dvc repro && python -m bench.paper
     python -m bench.paper --images 1.3e6 14e6 1e9
 
-Times are those of this machine, with the params and the shares of train, validation and test of that
-run; nothing is said of what a machine with more of anything would do. The search for near duplicates
-is timed on drawn hashes, and grows with the square of their number.
+Times are those of this machine, with the params and the shares of train, validation and test of
+that run; nothing is said of what a machine with more of anything would do. The search for near
+duplicates is timed on drawn hashes, and grows with the square of their number.
 """
 
 import argparse

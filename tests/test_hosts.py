@@ -90,6 +90,14 @@ def start(name: str, folder: Path, *words: str, **env: str) -> "subprocess.Popen
     )
 
 
+def wait_for_a_trail(folder: Path) -> None:
+    """Wait until stage 2 has saved its state for the first time."""
+    states = folder / ".pipeline/resume"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list(states.glob("stage2-*/trail.safetensors")):
+        time.sleep(0.05)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("loss", ["killed", "cut off"])
 def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_path):
@@ -108,10 +116,7 @@ def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_pat
 
     other = start(network["other"], folder, "pipeline.join")
     running = start(network["leader"], folder, "dvc", "repro", PIPELINE_HOSTS="1:2")
-    states = folder / ".pipeline/resume"
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not list(states.glob("stage2-*/trail.safetensors")):
-        time.sleep(0.05)
+    wait_for_a_trail(folder)
     assert running.poll() is None
     if loss == "killed":
         for pid in pids(network["other"]):
@@ -136,6 +141,25 @@ def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_pat
     models = [load_file(f / "models/stage2/model.safetensors") for f in (expected, folder)]
     for name, tensor in models[0].items():
         np.testing.assert_allclose(models[1][name], tensor, atol=2e-3, err_msg=name)
+
+
+@pytest.mark.long
+def test_a_host_that_comes_later_is_taken_in(alone, network, tmp_path):
+    folder = shutil.copytree(alone, tmp_path / "repo")
+    change(folder, "stage2.epochs", 600)
+    running = start(network["leader"], folder, "dvc", "repro", "stage2", PIPELINE_HOSTS="1:2")
+    wait_for_a_trail(folder)
+    other = start(network["other"], folder, "pipeline.join")
+    said, _ = running.communicate(timeout=240)
+    assert running.returncode == 0, said
+    assert said.count("going on at epoch") == 1
+    assert "a host is lost" not in said
+    other.send_signal(signal.SIGINT)
+    for pid in pids(network["other"]):
+        os.kill(pid, signal.SIGINT)
+    heard, _ = other.communicate(timeout=60)
+    assert "stage2: taking part\nstage2: done" in heard
+    assert len(rows_of(folder / "models/stage2/history.csv")) == 601
 
 
 # What is asked for, and what Slurm says

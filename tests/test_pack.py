@@ -12,18 +12,18 @@ from PIL import Image
 from test_prepare import prepared, read_index
 from test_resume import Killed, contents
 
-from pipeline import prepare as stage
 from pipeline.errors import DataError
-from pipeline.images import pack
+from pipeline.images import pack, packing
 from pipeline.images.decode import decode
 from pipeline.images.pack import SPLITS, read_images, read_rows
+from pipeline.prepare import prepare
 from pipeline.resume import Resume
 from pipeline.stage import arguments
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pack, stage):
+    for module in (pack, packing):
         monkeypatch.setattr(module, "SHARD", 5)
 
 
@@ -95,15 +95,15 @@ def test_a_killed_run_goes_on_at_the_shard_where_it_was(storage, photos, tmp_pat
         decoded.append(file)
         return decode(file, *how)
 
-    monkeypatch.setattr(stage, "decode", watched)
-    monkeypatch.setattr(stage, "AT_ONCE", 1)
+    monkeypatch.setattr(packing, "decode", watched)
+    monkeypatch.setattr(packing, "AT_ONCE", 1)
     monkeypatch.setenv("PIPELINE_THREADS", "1")
-    given = arguments(stage.prepare, params)
+    given = arguments(prepare, params)
     with pytest.raises(Killed):
-        stage.prepare(out=tmp_path / "out", **given, resume=Resume(tmp_path / "state"))
+        prepare(out=tmp_path / "out", **given, resume=Resume(tmp_path / "state"))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(stage, "decode", lambda *how: decoded.append(how[0]) or decode(*how))
-    stage.prepare(out=tmp_path / "out", **given, resume=Resume(tmp_path / "state"))
+    monkeypatch.setattr(packing, "decode", lambda *how: decoded.append(how[0]) or decode(*how))
+    prepare(out=tmp_path / "out", **given, resume=Resume(tmp_path / "state"))
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     # Three shards of five were whole; of the fourth two images were, which are decoded again.
     assert len(decoded) == 32 + 2
