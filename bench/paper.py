@@ -67,22 +67,29 @@ def costs(root: Path, n: int, search: float) -> dict[str, str]:
     trunk = timings["stage1"]["trunk_seconds"] / (one["views"] * counts["train"] + counts["val"])
     top = timings["stage1"]["epochs_seconds"] / one["epochs"] / (counts["train"] + counts["val"])
     step = timings["stage2"]["epochs_seconds"] / two["epochs"] / (counts["train"] + counts["val"])
-    tested = timings["evaluate"]["seconds"] / (counts["val"] + counts["test"])
+    # As advise timed it: of few images, what evaluate takes is mostly its start.
+    tested = timings["advise"]["evaluate_expected_seconds"] / (counts["val"] + counts["test"])
     packed, codes = (bytes_below(root / "data" / f) for f in ("prepared/images", "features"))
     anew = one["epochs"] * (train * (trunk + top) + val * top) + val * trunk
     return {
-        "prepare: decode and pack": duration(n / timings["prepare"]["images_per_second"]),
-        "prepare: search for near duplicates": duration(search * n**2),
+        "prepare: decode and pack": long(n / timings["prepare"]["images_per_second"]),
+        "prepare: search for near duplicates": long(search * n**2),
         "prepare: memory": size(LISTED * n),
         f"packed, {params['prepare']['storage']}": size(packed * n / here),
-        f"extract, {params['extract']['views']} views": duration(
-            n / timings["extract"]["images_per_second"]
-        ),
+        "extract": long(n / timings["extract"]["images_per_second"]),
         "codes": size(codes * n / here),
-        f"stage 1, {one['epochs']} epochs, trunk run anew in each": duration(anew),
-        f"stage 2, {two['epochs']} epochs": duration(two["epochs"] * (train + val) * step),
-        "evaluate": duration(others * tested),
+        f"stage 1, {one['epochs']} epochs, trunk run anew in each": long(anew),
+        f"stage 2, {two['epochs']} epochs": long(two["epochs"] * (train + val) * step),
+        "evaluate": long(others * tested),
     }
+
+
+def long(seconds: float) -> str:
+    """Write a time that may be years."""
+    days = seconds / 86_400
+    if days < 2:
+        return duration(seconds)
+    return f"{days:.0f} days" if days < 730 else f"{days / 365:.0f} years"
 
 
 def bytes_below(folder: Path) -> int:
