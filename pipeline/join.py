@@ -13,7 +13,7 @@ import time
 from pipeline.launch import LOST, offered, take_part
 from pipeline.progress import say
 from pipeline.runtime import meeting_point
-from pipeline.stage import one_line_errors, parser_of
+from pipeline.stage import SHARED, one_line_errors, parser_of
 
 LOOK = 0.5  # seconds between two looks
 
@@ -27,10 +27,10 @@ def main() -> None:
         say(f"waiting for stages from {meet[0]}:{meet[1]}")
         while True:
             work = offered(meet)
-            if work is None or work.run == done:
+            stage = work.module.removeprefix("pipeline.") if work else ""
+            if work is None or work.run == done or stage not in SHARED:
                 time.sleep(LOOK)
                 continue
-            stage = work.module.rpartition(".")[2]
             say(f"{stage}: taking part")
             code = take_part(work, meet, leads=False)
             if code != LOST:

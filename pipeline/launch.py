@@ -73,6 +73,8 @@ def launch(module: str, arguments: Sequence[str]) -> int:
             f"PIPELINE_MEET = {meet[0]}:{meet[1]}: can't listen there ({said}); it has to be an "
             "address of this host, and a port that is free"
         ) from None
+    if least > 1:
+        say(f"waiting for {least} hosts; `python -m pipeline.join` makes one take part")
     for attempt in count():
         work = Work(run, attempt, module, arguments, least, most)
         store.set(OFFER, json.dumps(asdict(work)))
@@ -93,7 +95,7 @@ def offered(meet: tuple[str, int]) -> Work | None:
         limit = timedelta(seconds=REACH_SECONDS)
         store = TCPStore(*meet, is_master=False, multi_tenant=True, timeout=limit)
         return Work(**json.loads(store.get(OFFER)))
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError, TypeError):  # nobody, or nobody of ours
         return None
 
 
@@ -137,7 +139,7 @@ def take_part(work: Work, meet: tuple[str, int], leads: bool) -> int:
         except (RendezvousError, DistError) as error:
             if leads:
                 raise SettingError(
-                    f"PIPELINE_HOSTS = {work.least}:{work.most}: no so many hosts came "
+                    f"PIPELINE_HOSTS = {work.least}:{work.most}: not so many hosts came "
                     f"({type(error).__name__}); start `python -m pipeline.join` there, or ask "
                     "for fewer"
                 ) from None

@@ -1,5 +1,6 @@
 """Several hosts on one stage: each a network namespace of its own; and what Slurm says of them."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from repository import change, environment
 from safetensors.numpy import load_file
 from test_team import alone, rows_of
+from torch.distributed import TCPStore
 
 from pipeline import launch
 from pipeline.errors import SettingError
@@ -160,6 +163,41 @@ def test_a_host_that_comes_later_is_taken_in(alone, network, tmp_path):
     heard, _ = other.communicate(timeout=60)
     assert "stage2: taking part\nstage2: done" in heard
     assert len(rows_of(folder / "models/stage2/history.csv")) == 601
+
+
+def test_who_joins_takes_part_in_stages_alone(tmp_path):
+    """What listens there may be anybody's: it can't make this host run other modules."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    bait = {
+        "run": "1",
+        "attempt": 0,
+        "module": "http.server",
+        "arguments": [],
+        "least": 1,
+        "most": 2,
+    }
+    for offer in (json.dumps(bait), json.dumps({**bait, "module": "pipeline.export"}), "[1]", "{"):
+        store.set(launch.OFFER, offer)
+        joined = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.join"],
+            cwd=tmp_path,
+            env={
+                **environment(tmp_path),
+                "PYTHONPATH": str(ROOT),
+                "PIPELINE_MEET": f"127.0.0.1:{store.port}",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            joined.wait(5)
+        joined.send_signal(signal.SIGINT)
+        said, _ = joined.communicate(timeout=20)
+        assert said.splitlines() == [
+            f"waiting for stages from 127.0.0.1:{store.port}",
+            "left; the stage goes on without this host if it may",
+        ]
 
 
 # What is asked for, and what Slurm says

@@ -84,12 +84,11 @@ class Images:
 
     def __getitem__(self, which: int | slice | NDArray[np.int64]) -> Pixels:
         rows = np.atleast_1d(self._rows[which])
+        pixels = np.empty((len(rows), *self.shape[1:]), np.uint8)
         if self._facts.storage == "jpeg":
-            pixels = np.empty((len(rows), *self.shape[1:]), np.uint8)
             for i, image in enumerate(self._pool.map(self._decoded, rows.tolist())):
                 pixels[i] = image
         else:
-            pixels = np.empty((len(rows), *self.shape[1:]), np.uint8)
             of = rows // SHARD
             for shard in np.unique(of):
                 pixels[of == shard] = self._shards[shard].content[rows[of == shard] % SHARD]
@@ -129,12 +128,15 @@ class Images:
         with reading(self._folder / f"{number:05}.jpgs", "prepare"):
             file = content[ends[place - 1] if place else 0 : ends[place]].tobytes()
             try:
-                image = np.asarray(Image.open(io.BytesIO(file)))
+                found = Image.open(io.BytesIO(file), formats=("JPEG",))
+                if found.size != (self._facts.size, self._facts.size):
+                    raise ValueError(f"an image of {found.size} pixels")
+                pixels = np.asarray(found)
             except OSError:  # as Pillow calls any damage
                 raise ValueError("no image at its place") from None
-            if image.shape != self.shape[1:]:
-                raise ValueError(f"an image of shape {image.shape}")
-        return image
+            if pixels.shape != self.shape[1:]:
+                raise ValueError(f"an image of shape {pixels.shape}")
+        return pixels
 
 
 def shard_files(folder: Path, name: str, facts: Facts) -> list[Path]:
