@@ -23,7 +23,7 @@ from pipeline.progress import duration, say
 from pipeline.table import aligned
 
 HASHES = 200_000  # drawn, to time the search
-LISTED = 400  # bytes of memory an image while prepare lists and splits them (bench/large.py)
+LISTED = 524  # bytes of memory an image while prepare lists and splits them (bench/large.py)
 
 
 class Blank:
