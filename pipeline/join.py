@@ -19,20 +19,26 @@ LOOK = 0.5  # seconds between two looks
 
 
 def main() -> None:
-    """Take part in each stage that is offered, once unless others were lost in it."""
+    """Take part in each stage that is offered, and again when it starts anew without a lost host.
+
+    Where one host is enough, not in a stage that runs already: it would have to start anew.
+    """
     parser_of("join", __doc__ or "").parse_args()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else warns of names of addresses
     with one_line_errors("left; the stage goes on without this host if it may"):
         meet, done = meeting_point(), ""
         say(f"waiting for stages from {meet[0]}:{meet[1]}")
+        running = offered(meet)
+        last = (running.run, running.attempt) if running and running.least == 1 else None
         while True:
             work = offered(meet)
             stage = work.module.removeprefix("pipeline.") if work else ""
-            if work is None or work.run == done or stage not in SHARED:
+            known = work and (work.run == done or (work.run, work.attempt) == last)
+            if work is None or known or stage not in SHARED:
                 time.sleep(LOOK)
                 continue
             say(f"{stage}: taking part")
-            code = take_part(work, meet, leads=False)
+            code, last = take_part(work, meet, leads=False), (work.run, work.attempt)
             if code != LOST:
                 done = work.run
                 say(f"{stage}: " + ("done" if code == 0 else "given up here"))

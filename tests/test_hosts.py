@@ -147,21 +147,21 @@ def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_pat
 
 
 @pytest.mark.long
-def test_a_host_that_comes_later_is_taken_in(alone, network, tmp_path):
+def test_a_host_that_comes_later_takes_part_from_the_next_stage_on(alone, network, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "repo")
     change(folder, "stage2.epochs", 600)
-    running = start(network["leader"], folder, "dvc", "repro", "stage2", PIPELINE_HOSTS="1:2")
+    running = start(network["leader"], folder, "dvc", "repro", "evaluate", PIPELINE_HOSTS="1:2")
     wait_for_a_trail(folder)
     other = start(network["other"], folder, "pipeline.join")
     said, _ = running.communicate(timeout=240)
     assert running.returncode == 0, said
-    assert said.count("going on at epoch") == 1
-    assert "a host is lost" not in said
+    assert "going on" not in said
     time.sleep(1)  # it says so a moment after the leader ends
     for pid in pids(network["other"]):
         os.kill(pid, signal.SIGKILL)
     heard, _ = other.communicate(timeout=60)
-    assert "stage2: taking part\nstage2: done" in heard
+    assert "evaluate: taking part\nevaluate: done" in heard
+    assert "stage2" not in heard
     assert len(rows_of(folder / "models/stage2/history.csv")) == 601
 
 
