@@ -11,13 +11,13 @@ the system can't take back: anonymous memory, the highest of any moment.
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from bench.memory import anonymous, children
 from pipeline.progress import say, track
 
 ROOT = Path(__file__).parent.parent
@@ -111,17 +112,12 @@ def watched(stage: str, folder: Path, until: float = float("inf")) -> tuple[floa
         cwd=folder,
         env={**env, "PIPELINE_SAVE_SECONDS": "10"},
     )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None:
-        try:
-            for worker in children.read_text().split():  # the stage works in a child
-                status = Path(f"/proc/{worker}/status").read_text()
-                found = re.findall(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
-                highest = max(highest, *(1024 * int(kilobytes) for kilobytes in found), 0)
-                if time.perf_counter() - start > until:
-                    os.kill(int(worker), signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError):
-            pass
+        for worker in children(process.pid):  # the stage works in a child
+            highest = max(highest, anonymous(worker))
+            if time.perf_counter() - start > until:
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
         time.sleep(0.05)
     if (process.returncode == 0) != (until == float("inf")):
         sys.exit(f"error: {stage} ended with {process.returncode}")

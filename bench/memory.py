@@ -93,20 +93,33 @@ def peak(command: list[str], folder: Path) -> int:
     env = {**os.environ, "PIPELINE_CACHE": str(folder / "cache")}
     process = subprocess.Popen([sys.executable, *command], cwd=folder, env=env)
     highest = 0
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None:
-        try:
-            # A stage works in a child of the process that was started.
-            for worker in (process.pid, *children.read_text().split()):
-                status = Path(f"/proc/{worker}/status").read_text()
-                found = re.findall(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
-                highest = max(highest, *(1024 * int(kilobytes) for kilobytes in found), 0)
-        except (FileNotFoundError, ProcessLookupError):
-            pass
+        # A stage works in a child of the process that was started.
+        highest = max(highest, *map(anonymous, [process.pid, *children(process.pid)]))
         time.sleep(0.02)
     if process.wait():
         sys.exit(f"error: {' '.join(command)} ended with {process.returncode}")
     return highest
+
+
+def children(pid: int) -> list[int]:
+    """List the processes that a process started; none if it is gone."""
+    try:
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def anonymous(pid: int) -> int:
+    """Give a process's anonymous memory in bytes, 0 if it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
 
 
 if __name__ == "__main__":

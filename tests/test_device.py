@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import call, paths, read_params, write_photos
+from conftest import read_params, run, write_photos
 from safetensors.numpy import load_file
 from second_device import DEVICE, second_device
 from test_team import rows_of
@@ -19,7 +19,7 @@ from pipeline.errors import SettingError
 from pipeline.nets import device as devices
 from pipeline.nets import feed, stored
 
-ON_IT = ("extract", "advise", "stage1", "stage2", "evaluate", "report")
+AFTER = ("extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 # Room for nothing, and for all: images and trunk outputs stay on the processor, or don't.
 ROOMS = {"sent in batches": False, "kept there": True}
 
@@ -38,17 +38,14 @@ def on_the_processor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIPELINE_CACHE", str(folder / "cache"))
         patch.setenv("PIPELINE_DEVICE", "cpu")
-        for name, ways in paths(folder).items():
-            call(name, ways, small(folder))
+        run(folder, small(folder))
     return folder
 
 
 def run_there(processor: Path, folder: Path) -> None:
-    """Run the stages that compute with networks on what the processor's run prepared."""
+    """Run all stages after prepare on what the processor's run prepared."""
     shutil.copytree(processor / "prepared", folder / "prepared")
-    ways = paths(folder)
-    for name in ("extract", "probe", *ON_IT[1:]):
-        call(name, ways[name], small(processor))
+    run(folder, small(processor), *AFTER)
 
 
 def agree(one: Path, two: Path, off: float) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from repository import change, environment
+from repository import change, dvc, environment
 from safetensors.numpy import load_file
-from test_team import alone, rows_of
+from test_team import alone, rows_of, wait_for_a_trail, with_processes
 from torch.distributed import TCPStore
 
 from pipeline import launch
@@ -35,6 +35,7 @@ from pipeline.runtime import (
 
 __all__ = ["alone"]  # the fixture
 
+EXTRACT = ("repro", "--force", "--single-item", "extract")
 MEET = "10.231.77.1"
 PORT = 29411
 HOSTS = {"leader": MEET, "other": "10.231.77.2"}
@@ -93,29 +94,13 @@ def start(name: str, folder: Path, *words: str, **env: str) -> "subprocess.Popen
     )
 
 
-def wait_for_a_trail(folder: Path) -> None:
-    """Wait until stage 2 has saved its state for the first time."""
-    states = folder / ".pipeline/resume"
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not list(states.glob("stage2-*/trail.safetensors")):
-        time.sleep(0.05)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("loss", ["killed", "cut off"])
 def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_path):
     expected = shutil.copytree(alone, tmp_path / "expected")
     change(expected, "stage2.epochs", 30)
     folder = shutil.copytree(expected, tmp_path / "repo")
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro"],
-        cwd=expected,
-        env=environment(expected),
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    dvc(expected, "repro")
 
     other = start(network["other"], folder, "pipeline.join")
     running = start(network["leader"], folder, "dvc", "repro", PIPELINE_HOSTS="1:2")
@@ -238,14 +223,7 @@ def test_a_wrong_variable_is_named(name, said, ask, line, monkeypatch):
 
 def test_a_wrong_variable_ends_a_stage_in_a_line(repo):
     for name, said in {"PIPELINE_PROCESSES": "two", "PIPELINE_HOSTS": "2"}.items():
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", "repro", "--force", "extract", "--single-item"],
-            cwd=repo,
-            env={**environment(repo), name: said},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = with_processes(repo, 1, *EXTRACT, **{name: said})
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
         assert ("PIPELINE_MEET" if said == "2" else name) in lines[0]
@@ -327,14 +305,7 @@ def test_a_command_may_start_the_processes(by, alone, tmp_path):
     }[by]
     folder = shutil.copytree(alone, tmp_path / "repo")
     shutil.rmtree(folder / ".pipeline")
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "extract"],
-        cwd=folder,
-        env={**environment(folder), "PIPELINE_LAUNCHER": command},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = with_processes(folder, 1, *EXTRACT, PIPELINE_LAUNCHER=command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("extract took") == 1
     for file in sorted((alone / "data/features").glob("*.npy")):
@@ -343,13 +314,6 @@ def test_a_command_may_start_the_processes(by, alone, tmp_path):
 
 
 def test_a_command_that_is_not_there_is_named(repo):
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "extract"],
-        cwd=repo,
-        env={**environment(repo), "PIPELINE_LAUNCHER": "no-such-srun -n 2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = with_processes(repo, 1, *EXTRACT, PIPELINE_LAUNCHER="no-such-srun -n 2")
     assert "error: PIPELINE_LAUNCHER = 'no-such-srun -n 2': No such file" in done.stderr
     assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import call, paths, read_params, write_photos
+from conftest import call, read_params, run, write_photos
 from PIL import Image
 from test_prepare import prepared, read_index
 from test_resume import Killed, contents
@@ -157,8 +157,7 @@ def test_the_key_of_images_tells_pixels_and_rows_apart(photos, tmp_path):
 def test_all_stages_run_on_jpeg(tmp_path):
     write_photos(tmp_path / "photos")
     params = read_params(prepare={"path": str(tmp_path / "photos"), "storage": "jpeg"})
-    for name, ways in paths(tmp_path).items():
-        call(name, ways, params)
+    run(tmp_path, params)
     assert len(read_index(tmp_path)) == 32
     assert len(read_rows(tmp_path / "prepared", "val").ids) == len(
         read_images(tmp_path / "prepared", "val")

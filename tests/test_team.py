@@ -166,6 +166,14 @@ def test_a_wrong_param_is_told_once(repo):
     assert done.stderr.count("error: params.yaml: stage2.lr = -1.0") == 1
 
 
+def wait_for_a_trail(folder: Path) -> None:
+    """Wait until stage 2 has saved its state for the first time."""
+    states = folder / ".pipeline/resume"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list(states.glob("stage2-*/trail.safetensors")):
+        time.sleep(0.05)
+
+
 def workers(folder: Path) -> dict[int, int]:
     """Find the processes that share a stage in a folder: their ranks, by process."""
     found = {}
@@ -196,10 +204,7 @@ def test_a_process_that_dies_ends_the_others_and_the_stage_goes_on(victim, share
         stderr=subprocess.STDOUT,
         text=True,
     )
-    states = folder / ".pipeline/resume"
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not list(states.glob("stage2-*/trail.safetensors")):
-        time.sleep(0.05)
+    wait_for_a_trail(folder)
     killed = [pid for pid, rank in workers(folder).items() if rank == victim]
     assert killed
     for pid in killed:
