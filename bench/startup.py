@@ -57,7 +57,7 @@ def main() -> None:
 def importing(names: list[str]) -> str:
     """Write the program that imports modules by name, of which some are no module's own."""
     # torchvision needs two operators declared first, beside a CPU build of PyTorch.
-    first = "import pipeline.vision\n" if "torchvision" in names else ""
+    first = "from pipeline.vision import torchvision\n" if "torchvision" in names else ""
     return (
         f"import importlib\n{first}"
         f"for name in {names!r}:\n"

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipeline import vision
 from pipeline.errors import DataError, ParamError, near
 from pipeline.progress import track
 from pipeline.runtime import cache_folder
@@ -73,9 +74,7 @@ def published(name: str, path: Path) -> Path:
 
 
 def _opened(name: str, arguments: dict[str, Any], path: Path) -> Any:
-    from pipeline.vision import torchvision
-
-    make = getattr(torchvision.datasets, name)
+    make = getattr(vision.torchvision.datasets, name)
     try:
         return make(root=str(path), download=False, **arguments)
     except (RuntimeError, OSError):
