@@ -6,7 +6,6 @@ outputs of the next. Linux alone can do this (prctl, /proc).
 """
 
 import ctypes
-import fcntl
 import os
 import select
 import signal
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
+
+from filelock import FileLock, Timeout
 
 from pipeline.errors import RECOVER, PipelineError
 
@@ -40,24 +41,16 @@ def alone(name: str, patience: float = 10.0) -> Iterator[None]:
     Waits a while for one that is just being ended. Raises BusyError naming the other process.
     """
     file = Path(".pipeline") / "locks" / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+", encoding="utf-8") as lock:
-        give_up = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    lock.seek(0)
-                    raise BusyError(
-                        f"{name} runs in this folder already (process {lock.read().strip()}); "
-                        "wait for it, or end it with kill"
-                    ) from None
-                time.sleep(0.1)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    holder = file.with_name(f"{name}.pid")
+    try:
+        lock = FileLock(file).acquire(timeout=patience)
+    except Timeout:
+        raise BusyError(
+            f"{name} runs in this folder already (process {holder.read_text(encoding='utf-8')}); "
+            "wait for it, or end it with kill"
+        ) from None
+    with lock:
+        holder.write_text(str(os.getpid()), encoding="utf-8")
         yield
 
 
