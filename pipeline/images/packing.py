@@ -23,6 +23,7 @@ from pipeline.progress import Parts, say, track
 from pipeline.resume import Resume
 from pipeline.runtime import threads
 
+NOTED = ("digests", "hashes", "read")  # of every image of a shard, an array each
 AT_ONCE = 128  # images that threads are given to work on, which wait in memory
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ def pack(
     """
     n, shards = len(found.items), resume.folder / "shards"
     parts = {shards / f"{i // SHARD:05}": slice(i, min(i + SHARD, n)) for i in range(0, n, SHARD)}
-    missing = {shard: part for shard, part in parts.items() if not shard.exists()}
+    missing = {shard: part for shard, part in parts.items() if not _is_whole(shard, facts)}
     left = sum(part.stop - part.start for part in missing.values())
     if left < n:
         say(f"going on at {n - left} of {n}")
@@ -96,7 +97,7 @@ def pack(
     by_class = Parts[Item](lambda item: item.label, sizes)
     for _ in track(made(), left, "decode", parts=by_class) if left else ():
         pass  # it is done when all have gone by
-    noted: dict[str, list[NDArray[Any]]] = {"digests": [], "hashes": [], "read": []}
+    noted: dict[str, list[NDArray[Any]]] = {name: [] for name in NOTED}
     pixels = sha256()
     for shard in parts:
         for file in shard_files(shard, shard.name, facts):
@@ -109,6 +110,12 @@ def pack(
         if found.items[i].path not in unreadable:
             _packable(found, found.items[i], facts, unreadable)  # an earlier run's, for the reason
     return Packed(digests, hashes, read, pixels.hexdigest(), left)
+
+
+def _is_whole(shard: Path, facts: Facts) -> bool:
+    """Tell whether an earlier run's shard has all its files."""
+    noted = [shard / name for name in (*(f"{name}.npy" for name in NOTED), "sha256")]
+    return all(file.exists() for file in (*shard_files(shard, shard.name, facts), *noted))
 
 
 def _write_shard(
@@ -126,7 +133,8 @@ def _write_shard(
             digest.update(one.content)
             write(one.content)
             yield item
-    for name, noted in (("digests", digests), ("hashes", hashes), ("read", read)):
+    arrays: list[NDArray[Any]] = [digests, hashes, read]
+    for name, noted in zip(NOTED, arrays, strict=True):
         np.save(folder / f"{name}.npy", noted)
     (folder / "sha256").write_bytes(digest.digest())
     for file in folder.iterdir():  # before the folder gets its name, also after a power cut
