@@ -1,25 +1,30 @@
 """How far a stage got, kept outside its outputs, so that after a kill it goes on from there.
 
 The state lies in the local cache, in a folder named by a hash of all that the stage's result
-depends on: another param, line of code, input or number of threads starts anew. A finished stage's
-outputs stay there too, until DVC has recorded them: killed in between, they are put back.
+depends on: another param, line of the stage's own code, input or number of threads starts anew.
+The project's folder is no part of it, so a run goes on in another one. A finished stage's outputs
+stay there too, until DVC has recorded them: killed in between, they are put back.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.cache_entries import discard, hold, make_room
 from pipeline.errors import TeamError
 from pipeline.files import files_below, link, new_array, write_json
-from pipeline.progress import say
+from pipeline.progress import bar, say
 from pipeline.runtime import (
     cache_folder,
     may_shrink,
@@ -33,7 +38,7 @@ from pipeline.team import agree, wait
 T = TypeVar("T")
 Array = NDArray[Any]
 CODE = Path(__file__).parent
-STATES = 2  # kept of each stage, the last ones used
+DAY = 24 * 3600.0  # seconds that a finished stage's outputs are kept for who runs the same
 
 
 class Resume:
@@ -97,12 +102,12 @@ class Resume:
     def remember(self, name: str, compute: Callable[[], T]) -> T:
         """Compute a value once: numbers, texts, lists, dictionaries, as JSON holds them."""
         file = self.folder / "values" / hashlib.sha256(name.encode()).hexdigest()[:20]
-        if not agree(file.exists()):
+        if not agree("value" in _read(file)):
             computed = compute()
             if rank() == 0:
-                write_json(file, computed)
+                write_json(file, {"value": computed})
             wait()
-        value: T = json.loads(file.read_text(encoding="utf-8"))
+        value: T = json.loads(file.read_text(encoding="utf-8"))["value"]
         return value
 
     def keep(self, outs: Sequence[Path], timing: Path, since: float) -> None:
@@ -121,16 +126,20 @@ class Resume:
 
     def put_back(self) -> bool:
         """Put the outputs of a finished stage back; tells whether there were any."""
-        kept = self.folder / "kept.json"
-        if not kept.exists():
+        if not _is_finished(self.folder):
             return False
         try:
-            for i, file in enumerate(json.loads(kept.read_text(encoding="utf-8"))["files"]):
+            for i, file in enumerate(_read(self.folder / "kept.json")["files"]):
                 link(self.folder / "outs" / str(i), Path(file))
-        except FileNotFoundError:  # somebody cleaned up: the stage runs once more
-            _delete(self.folder)
+        except (FileNotFoundError, KeyError):  # somebody cleaned up: the stage runs once more
+            self.clear()
             return False
         return True
+
+    def clear(self) -> None:
+        """Delete what is kept."""
+        for path in self.folder.iterdir():
+            _delete(path)
 
     def _begun(self, names: Sequence[str], n: int) -> tuple[list[Array], int]:
         """Open arrays that are partly filled; none if one of them isn't whole."""
@@ -153,82 +162,149 @@ class Resume:
         write_json(self._progress_file, {**self._progress(), **dict.fromkeys(names, done)})
 
     def _progress(self) -> dict[str, int]:
-        try:
-            progress: dict[str, int] = json.loads(self._progress_file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
-        return progress
+        return {k: n for k, n in _read(self._progress_file).items() if isinstance(n, int)}
 
     @property
     def _progress_file(self) -> Path:
         return self.folder / "progress.json"
 
 
-def resume_of(stage: str, arguments: dict[str, Any], inputs: Iterable[Path]) -> Resume:
-    """Give the state of a stage with these arguments on these inputs, and make room for it.
+@contextmanager
+def resume_of(
+    stage: str,
+    arguments: dict[str, Any],
+    inputs: Sequence[Path],
+    sources: Sequence[Path] = (),
+) -> Iterator[Resume]:
+    """Hold the state of a stage with these arguments, on these inputs, for as long as it runs.
 
-    States whose stage DVC has recorded since then are deleted, and so are all but the last ones.
-    Processes that share a stage share its state, which the first one keeps. If they may go on with
-    fewer when a host is lost, their number is no part of its name.
+    Waits for another run that holds it. Inputs count by their content, sources, which are read
+    once, by size and time. Processes that share a stage share its state, which the first one keeps.
 
     Raises TeamError where a process doesn't see the first one's cache.
     """
-    depends = [
-        str(Path.cwd()),  # two projects may share a cache, not a state
-        sorted((name, repr(value)) for name, value in arguments.items()),
-        [(str(path), _contents(path)) for path in inputs],
-        [(str(file), hashlib.sha256(file.read_bytes()).hexdigest()) for file in _code()],
-        os.environ.get("PIPELINE_DEVICE"),
-        None if may_shrink() else (threads(), team_size(), os.environ.get("OMP_NUM_THREADS")),
-    ]
-    key = agree(hashlib.sha256(json.dumps(depends).encode()).hexdigest())
-    root = cache_folder() / "resume"
-    own = root / f"{stage}-{key[:24]}"
-    if rank() > 0:
-        wait()
+    key = agree(_key(arguments, inputs, sources) if rank() == 0 else "")
+    own = cache_folder() / "resume" / f"{stage}-{key[:24]}"
+    with hold(own, stage):
         if not own.is_dir():
             raise TeamError(
                 f"{own.absolute()}: not seen by process {rank()}; processes that share a stage "
                 "need one folder at one place, and one PIPELINE_CACHE"
             )
-        return Resume(own)
-    lock = Path("dvc.lock")
+        resume = Resume(own)
+        if rank() == 0:
+            _clean_up(resume, stage)
+        yield resume
+
+
+def _clean_up(resume: Resume, stage: str) -> None:
+    """Delete states that nobody goes on with, but none that a run holds.
+
+    A finished one goes when DVC has recorded its outputs here, or after a day. Others stay as long
+    as those that no run holds fit into the cache; the ones used longest ago go first.
+    """
+    own, lock = resume.folder, Path("dvc.lock")
     recorded = lock.read_text(encoding="utf-8") if lock.exists() else ""
-    states = sorted(root.glob(f"{stage}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    others = 0
-    for folder in states:
-        others += folder != own
-        if _is_recorded(folder, recorded) or (folder != own and others >= STATES):
-            _delete(folder)
-    own.mkdir(parents=True, exist_ok=True)
-    os.utime(own)
-    wait()
-    return Resume(own)
+    if _is_recorded(own, recorded):
+        resume.clear()
+
+    def useless(folder: Path) -> bool:
+        if not _is_finished(folder):
+            return False
+        of_stage = folder.name.startswith(f"{stage}-")
+        return (of_stage and _is_recorded(folder, recorded)) or _age(folder) > DAY
+
+    discard(own, useless)
+    make_room(own, count_held=False)
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "kept.json").exists()
 
 
 def _is_recorded(folder: Path, lock: str) -> bool:
     """Tell whether dvc.lock has the outputs that a state keeps: no two runs take equally long."""
-    kept = folder / "kept.json"
-    return kept.exists() and json.loads(kept.read_text(encoding="utf-8"))["recorded"] in lock
+    recorded = _read(folder / "kept.json").get("recorded")
+    return isinstance(recorded, str) and recorded in lock
 
 
-def _code() -> list[Path]:
-    """List the files of the code, and the one that names the libraries' versions."""
+def _age(folder: Path) -> float:
+    """Return for how many seconds a stage has been finished."""
+    return time.time() - (folder / "kept.json").stat().st_mtime
+
+
+def _key(arguments: dict[str, Any], inputs: Sequence[Path], sources: Sequence[Path]) -> str:
+    """Hash all that a stage's result depends on.
+
+    Paths count as they are given, most often relative, and not by the folder that they start from.
+    The number of processes doesn't count where a stage may go on with fewer when a host is lost.
+    """
+    depends = [
+        sorted((name, repr(value)) for name, value in arguments.items()),
+        _contents(inputs),
+        [(str(path), _sizes_and_times(path)) for path in sources],
+        [(str(file.relative_to(CODE.parent)), _digest(file)) for file in own_code()],
+        os.environ.get("PIPELINE_DEVICE"),
+        None if may_shrink() else (threads(), team_size(), os.environ.get("OMP_NUM_THREADS")),
+    ]
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+
+
+def own_code() -> list[Path]:
+    """List the code that this process has loaded of the project, and what names the versions.
+
+    The templates beside a module are code, too.
+    """
+    modules = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    files = {Path(file) for file in modules if file and Path(file).is_relative_to(CODE)}
+    packages = {file.parent for file in files if file.name == "__init__.py"}
+    templates = {template for package in packages for template in package.glob("*.html")}
     versions = CODE.parent / "pyproject.toml"
-    return sorted(CODE.rglob("*.py")) + ([versions] if versions.exists() else [])
+    return sorted(files | templates) + ([versions] if versions.exists() else [])
 
 
-def _contents(path: Path) -> list[tuple[str, int, int]]:
+def _contents(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
+    """List the files at some paths, with their places below the path and hashes of their bytes."""
+    places = [(path, file) for path in paths for file in _files_at(path)]
+    with ThreadPoolExecutor(threads()) as pool:
+        hashed = pool.map(lambda place: _digest(place[0] / place[1]), places)
+        digests = list(bar(hashed, len(places), "hash inputs"))
+    return [(str(p), str(f), d) for (p, f), d in zip(places, digests, strict=True)]
+
+
+def _digest(file: Path) -> str:
+    """Return the SHA-256 of a file; nothing for a link to nothing."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+def _sizes_and_times(path: Path) -> list[tuple[str, int, int]]:
     """List the files at a path with their sizes and times, by which DVC knows them too."""
-    files = [path] if path.is_file() else [path / file for file in files_below(path)]
     found = []
-    for file in files:
+    for file in _files_at(path):
         try:
-            stat = file.stat()
+            stat = (path / file).stat()
         except OSError:  # a link to nothing
             continue
         found.append((str(file), stat.st_size, stat.st_mtime_ns))
-    return sorted(found)
+    return found
+
+
+def _files_at(path: Path) -> list[Path]:
+    """List the files below a folder, relative to it, in order; a file is itself."""
+    return [Path()] if path.is_file() else sorted(files_below(path))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a dictionary; empty if it isn't there or isn't readable."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _written(outs: Sequence[Path], since: float) -> list[Path]:

@@ -130,11 +130,10 @@ def path_names(stage: Stage) -> list[str]:
     return [name for name, hint in get_type_hints(stage).items() if hint is Path]
 
 
-def _data(stage: Stage, paths: dict[str, Path], params: dict[str, Any]) -> list[Path]:
-    """List what a stage reads: of its paths, and where its params point to."""
+def _sources(stage: Stage, params: dict[str, Any]) -> list[Path]:
+    """List where a stage's params point to, for it to read."""
     hints = get_type_hints(stage, include_extras=True)
-    named = [n for n, hint in hints.items() if READS in getattr(hint, "__metadata__", ())]
-    return [paths[n] for n in paths if hints[n] is Path] + [Path(params[n]) for n in named]
+    return [Path(params[n]) for n, h in hints.items() if READS in getattr(h, "__metadata__", ())]
 
 
 def read_params(file: Path) -> dict[str, Any]:
@@ -264,13 +263,22 @@ def main(stage: Stage) -> None:
 
 
 def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path) -> None:
-    """Run a stage, or put its outputs back that a killed run finished."""
+    """Run a stage, or put its outputs back that another run finished."""
+    name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
+    inputs = [path for n, path in paths.items() if hints[n] is Path]
+    with resume_of(name, {**paths, **params}, inputs, _sources(stage, params)) as resume:
+        if agree(rank() == 0 and resume.put_back()):
+            say(f"{name} was finished, but not recorded: its outputs are back")
+        else:
+            _compute(stage, paths, params, timing, resume)
+
+
+def _compute(
+    stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path, resume: Resume
+) -> None:
+    """Run a stage from where it was, and keep what it wrote until DVC has recorded it."""
     started, start = time.time(), time.perf_counter()
     name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
-    resume = resume_of(name, {**paths, **params}, _data(stage, paths, params))
-    if agree(rank() == 0 and resume.put_back()):
-        say(f"{name} was finished, but not recorded: its outputs are back")
-        return
     resumes = {n: resume for n, hint in hints.items() if hint is Resume}
     if rank() > 0:  # does its part; what it would write, the first one writes
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:

@@ -42,6 +42,24 @@ for stage in sys.argv[1:]:
 json.dump(found, sys.stdout)
 """
 
+# The code that a state belongs to, as `python -m pipeline.STAGE` finds it when it starts.
+START_EACH = """
+import json, runpy, sys
+from pathlib import Path
+found = {}
+for stage in sys.argv[1:]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "pipeline"]:
+        del sys.modules[name]
+    sys.modules.pop("__mp_main__", None)  # joblib's second name of the stage before
+    import pipeline.stage
+    from pipeline.resume import own_code
+    def note(_):
+        found[stage] = [str(file.relative_to(Path.cwd())) for file in own_code()]
+    pipeline.stage.main = note
+    runpy.run_module(f"pipeline.{stage}", run_name="__main__", alter_sys=True)
+json.dump(found, sys.stdout)
+"""
+
 each_stage = pytest.mark.parametrize("stage", STAGES)
 
 
@@ -119,6 +137,25 @@ def test_code_deps_hold_every_module_that_importing_a_stage_loads():
         loads = {str(Path(file).relative_to(ROOT)) for file in files}
         assert f"pipeline/{stage}.py" in loads
         assert set() == loads - set(listed(stage, "deps"))
+
+
+def test_a_state_belongs_to_the_code_that_its_stage_depends_on_and_the_versions():
+    """So an edit of `compare` leaves a half-trained stage 2, and one of `learn/fit` doesn't."""
+    done = subprocess.run(
+        [sys.executable, "-c", START_EACH, *STAGES],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {stage: set(files) for stage, files in json.loads(done.stdout).items()}
+    assert set(STAGES) == set(found)
+    for stage, code in found.items():
+        deps = {file for file in listed(stage, "deps") if file.startswith("pipeline/")}
+        beside = {file for file in code if file.endswith(".html")}  # templates of other pages
+        assert code == deps | beside | {"pyproject.toml"}, stage
+    assert "pipeline/compare.py" not in found["stage2"]
+    assert "pipeline/learn/fit.py" in found["stage2"]
 
 
 @pytest.mark.parametrize(

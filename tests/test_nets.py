@@ -1,5 +1,4 @@
 import copy
-import fcntl
 import os
 from dataclasses import replace
 
@@ -9,6 +8,7 @@ import torch
 from conftest import TINY
 from torch import nn
 
+from pipeline.cache_entries import hold
 from pipeline.images.augment import dihedral
 from pipeline.layers import as_table, layers
 from pipeline.learn.fit import Recipe, fit, make_optimizer
@@ -452,10 +452,20 @@ def test_the_cache_keeps_to_its_size_by_what_was_used_last(tmp_path, monkeypatch
     for name, used in (("running", 0), ("old", 1), ("new", 2)):
         stored(numbered([]), 45, 1, name, "test")
         os.utime(folder / name, (used, used))
-    with (folder / "running" / "lock").open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with hold(folder / "running", "test"):
+        os.utime(folder / "running", (0, 0))
         stored(numbered([]), 45, 1, "third", "test")
-    assert {path.name for path in folder.iterdir()} == {"running", "new", "third"}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"running", "new", "third"}
+
+
+def test_outputs_stay_readable_when_another_run_deletes_the_files(tmp_path, monkeypatch):
+    compute = numbered([])
+    kept = stored(compute, 45, 1, "key", "test")
+    monkeypatch.setenv("PIPELINE_CACHE_GB", "0.000006")
+    stored(compute, 45, 1, "other", "test")
+    assert not (tmp_path / "cache" / "trunk" / "key").exists()
+    rows = np.arange(45)
+    assert torch.equal(kept(1, rows), compute([1], rows)[0])
 
 
 def test_the_key_tells_apart_whatever_changes_the_trunks_outputs():

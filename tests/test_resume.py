@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import time
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from conftest import STAGES, paths, read_params
 from torch import nn
 
 from pipeline import resume as states
+from pipeline.cache_entries import hold
 from pipeline.learn.fit import Recipe, fit
 from pipeline.learn.trail import Kept, Place, Trail
 from pipeline.nets.stored import stored
@@ -228,29 +231,68 @@ def project(tmp_path, monkeypatch):
 
 
 def state() -> Path:
-    return resume_of("stage", {"lr": 0.1}, [Path("in")]).folder
+    return opened("stage", {"lr": 0.1}, [Path("in")])
 
 
-def test_a_state_belongs_to_params_code_inputs_threads_and_folder(project, monkeypatch):
+def opened(stage: str, arguments: dict[str, Any], *paths: list[Path]) -> Path:
+    """Hold a state for a moment, as a run that is killed at once does."""
+    with resume_of(stage, arguments, *paths) as resume:
+        return resume.folder
+
+
+def finish(stage: str, arguments: dict[str, Any]) -> Path:
+    """Finish a stage that writes two files."""
+    Path("out").mkdir(exist_ok=True)
+    Path("out/model").write_text("model")
+    Path("timing.json").write_text(f"{stage}, {arguments}")
+    with resume_of(stage, arguments, []) as resume:
+        resume.keep([Path("out")], Path("timing.json"), 0)
+        return resume.folder
+
+
+def kept(resume: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((resume / "kept.json").read_text())
+    return found
+
+
+def test_a_state_belongs_to_params_code_inputs_and_threads(project, monkeypatch):
     states_seen = {state(), state()}
-    states_seen.add(resume_of("stage", {"lr": 0.2}, [Path("in")]).folder)
-    states_seen.add(resume_of("other", {"lr": 0.1}, [Path("in")]).folder)
+    states_seen.add(opened("stage", {"lr": 0.2}, [Path("in")]))
+    states_seen.add(opened("other", {"lr": 0.1}, [Path("in")]))
     (project / "in" / "a").write_text("b")
-    os.utime(project / "in" / "a", (1, 1))
+    states_seen.add(state())
+    (project / "in" / "a").rename(project / "in" / "c")
     states_seen.add(state())
     monkeypatch.setenv("PIPELINE_THREADS", "1")
     states_seen.add(state())
     code = project / "code"
     code.mkdir()
     (code / "stage.py").write_text("pass")
+    monkeypatch.setattr(states, "own_code", lambda: [code / "stage.py"])
     monkeypatch.setattr(states, "CODE", code)
     states_seen.add(state())
-    (project / "pyproject.toml").write_text("another version")
-    states_seen.add(state())
-    elsewhere = shutil.copytree(project, project.parent / "copy")
-    monkeypatch.chdir(elsewhere)
+    (code / "stage.py").write_text("pass  # changed")
     states_seen.add(state())
     assert len(states_seen) == 8
+
+
+def test_a_state_belongs_to_no_folder_and_to_no_times_of_inputs(project, monkeypatch):
+    expected = state()
+    monkeypatch.chdir(shutil.copytree(project, project.parent / "copy"))
+    os.utime("in/a", (1, 1))
+    assert state() == expected
+    assert opened("stage", {"lr": 0.1}, [Path("in").absolute()]) != expected
+
+
+def test_images_that_are_read_once_count_by_their_sizes_and_times(project):
+    (project / "in" / "a").write_text("a")
+    os.utime("in/a", (1, 1))
+    expected = opened("stage", {}, [], [Path("in")])
+    (project / "in" / "a").write_text("b")
+    os.utime("in/a", (1, 1))
+    assert opened("stage", {}, [], [Path("in")]) == expected
+    os.utime("in/a", (2, 2))
+    assert opened("stage", {}, [], [Path("in")]) != expected
 
 
 def test_outputs_are_kept_until_dvc_has_recorded_them(project):
@@ -272,15 +314,113 @@ def test_outputs_are_kept_until_dvc_has_recorded_them(project):
     assert (project / "out" / "model").read_text() == "model"
     assert (project / "timing.json").read_text() == "12.3"
 
-    recorded = json.loads((resume.folder / "kept.json").read_text())["recorded"]
-    (project / "dvc.lock").write_text(f"stages:\n  stage:\n    outs:\n    - md5: {recorded}\n")
+    record(resume.folder)
     assert not Resume(state()).put_back()
 
 
-def test_of_a_stage_the_last_two_states_are_kept(project):
-    folders = []
-    for i in range(4):
-        folders.append(resume_of("stage", {"lr": i}, []).folder)
-        os.utime(folders[-1], (i + 1, i + 1))
-    resume_of("other", {}, [])
-    assert [f.exists() for f in folders] == [False, False, True, True]
+def record(*finished: Path) -> None:
+    """Record finished stages as DVC does."""
+    lines = [f"    - md5: {kept(folder)['recorded']}\n" for folder in finished]
+    Path("dvc.lock").write_text("stages:\n  stage:\n    outs:\n" + "".join(lines))
+
+
+def test_no_run_deletes_a_state_that_another_goes_on_with(project):
+    """Three at once, and three that were killed; each has another param."""
+    with ExitStack() as alive:
+        held = [alive.enter_context(resume_of("stage", {"lr": i}, [])).folder for i in range(3)]
+        killed = [opened("stage", {"lr": i}, []) for i in range(3, 6)]
+        for i, folder in enumerate([*held, *killed]):
+            (folder / "trail").write_text("how far it got")
+            os.utime(folder, (i + 1, i + 1))
+        opened("stage", {"lr": 6}, [])
+        assert all((folder / "trail").exists() for folder in (*held, *killed))
+
+
+def test_a_finished_state_goes_when_it_is_recorded_here_or_after_a_day(project):
+    finished = [finish("stage", {"lr": i}) for i in range(4)]
+    other = finish("other", {})
+    record(finished[0], other)
+    os.utime(finished[1] / "kept.json", (time.time() - 25 * 3600,) * 2)
+    with resume_of("stage", {"lr": 2}, []) as resume:
+        assert resume.put_back()
+    # Who waits for the other stage's may still take it.
+    assert [f.exists() for f in (*finished, other)] == [False, False, True, True, True]
+
+
+def test_a_finished_state_that_a_run_holds_stays(project):
+    folder = finish("stage", {})
+    record(folder)
+    with hold(folder, "another run"):
+        opened("stage", {"lr": 1}, [])
+        assert (folder / "kept.json").exists()
+    opened("stage", {"lr": 1}, [])
+    assert not folder.exists()
+
+
+def test_states_that_no_run_holds_fit_into_the_cache(project, monkeypatch):
+    folders = [opened("stage", {"lr": i}, []) for i in range(4)]
+    for i, folder in enumerate(folders):
+        (folder / "trail").write_bytes(bytes(100_000))
+        os.utime(folder, (i + 1, i + 1))
+    monkeypatch.setenv("PIPELINE_CACHE_GB", "0.00025")
+    with hold(folders[1], "another run"):
+        os.utime(folders[1], (2, 2))
+        opened("stage", {"lr": 0}, [])  # its own is never deleted, and counts for nothing
+        assert [f.exists() for f in folders] == [True, True, True, True]
+        os.utime(folders[0], (1, 1))
+        opened("stage", {"lr": 5}, [])
+    assert [f.exists() for f in folders] == [False, True, True, True]
+
+
+def test_who_asks_for_what_another_run_computes_waits_and_takes_it(project, capfd):
+    """Two processes in two folders, as two clones with one cache are."""
+    first = os.fork()
+    if not first:
+        try:
+            with resume_of("stage", {}, []) as resume:
+                Path("started").touch()
+                time.sleep(1)
+                Path("out").mkdir()
+                Path("out/model").write_text("of the first")
+                Path("timing.json").write_text("1.0")
+                resume.keep([Path("out")], Path("timing.json"), 0)
+        finally:
+            os._exit(0)
+    while not Path("started").exists():
+        time.sleep(0.01)
+    elsewhere = project.parent / "elsewhere"
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+    with resume_of("stage", {}, []) as resume:
+        assert resume.put_back()
+    assert os.waitpid(first, 0)[1] == 0
+    assert (elsewhere / "out" / "model").read_text() == "of the first"
+    said = capfd.readouterr().out
+    assert said.count("stage: another run computes the same; waiting for it") == 1
+
+
+@pytest.mark.parametrize(
+    "damage", ["no files", "half of an output", "kept.json", "progress.json", "a value"]
+)
+def test_a_damaged_state_starts_anew(damage, project):
+    folder = finish("stage", {})
+    if damage == "no files":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif damage == "half of an output":
+        (folder / "outs" / "0").unlink()
+    elif damage == "kept.json":
+        (folder / "kept.json").write_bytes(b"\xff{")
+    else:
+        shutil.rmtree(folder)
+        Resume(folder).remember("x", lambda: 1)
+        Resume(folder).filled(["x"], 1, lambda first: [[np.ones(1)]])
+        file = folder / "progress.json"
+        if damage == "a value":
+            [file] = (folder / "values").iterdir()
+        file.write_text('{"x"')
+    with resume_of("stage", {}, []) as resume:
+        assert not resume.put_back()
+        assert resume.remember("x", lambda: 2) == (1 if damage == "progress.json" else 2)
+        (array,) = resume.filled(["x"], 2, lambda first: [[np.full(2, 7.0)]])
+        assert array.tolist() == [7.0, 7.0]

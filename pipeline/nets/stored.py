@@ -5,22 +5,19 @@ whoever asks for the same again, in this run or a later one, reads them. What is
 makes room.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.cache_entries import hold, make_room
 from pipeline.nets.device import has_room, kernels
 from pipeline.nets.network import Network, eval_batch, in_batches
 from pipeline.progress import say, track
@@ -31,7 +28,6 @@ from pipeline.team import Parts, agree
 Rows = NDArray[np.int64]
 Compute = Callable[[Sequence[int], Rows], Sequence[Tensor]]  # (views, rows) -> (B, ...) a view
 Batch = Callable[[int, Rows], Tensor]  # (epoch from 1, rows) -> (B, ...)
-LOCK = "lock"
 CODE = (*Path(__file__).parent.glob("*.py"), Path(__file__).parents[1] / "images/augment.py")
 
 
@@ -84,10 +80,10 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it.
     channels_last = sample.ndim == 4
     folder = cache_folder() / "trunk" / key
-    folder.mkdir(parents=True, exist_ok=True)
     outputs = Resume(folder)
-    with _locked(folder, name):
-        _make_room(folder, needed)
+    with hold(folder, name):
+        if rank() == 0:
+            make_room(folder, needed)
         missing = agree([v for v in range(1, views + 1) if not outputs.is_filled(str(v), n)])
 
         def computed(rows: Rows) -> Parts:
@@ -106,9 +102,9 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
             outputs.filled([str(view) for view in missing], n, shown)
         else:
             say(f"{name}: kept from an earlier run")
-        # To be changed in memory at most: PyTorch wants no arrays that can't be.
+        # To be changed in memory at most: PyTorch wants no arrays that can't be. What is mapped
+        # stays readable when another run deletes the files.
         kept = {v: np.load(outputs.file(str(v)), mmap_mode="c") for v in range(1, views + 1)}
-    os.utime(folder)  # used now: the last to make room
     by_view = {view: torch.from_numpy(array).view(sample.dtype) for view, array in kept.items()}
     if has_room(needed, sample.device):
         by_view = {view: z.to(sample.device) for view, z in by_view.items()}
@@ -119,43 +115,3 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
         return z.permute(0, 3, 1, 2) if channels_last else z
 
     return read
-
-
-@contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold a folder of the cache, waiting for another run that fills it: the first process does."""
-    if rank() > 0:
-        yield
-        return
-    with (folder / LOCK).open("a") as lock:
-        if not _lock(lock):
-            say(f"{name}: another run computes the same; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _make_room(own: Path, needed: int) -> None:
-    """Delete what was used longest ago until `needed` bytes fit, but what is being filled."""
-    if rank() > 0:
-        return
-    for path in own.parent.iterdir():
-        if path.is_file():  # as earlier versions had them
-            path.unlink()
-    others = {path: path.stat().st_mtime for path in own.parent.iterdir() if path != own}
-    sizes = {path: sum(f.stat().st_blocks * 512 for f in path.glob("*")) for path in others}
-    kept = sum(sizes.values())
-    for path in sorted(others, key=lambda path: others[path]):
-        if kept + needed <= cache_bytes():
-            return
-        with (path / LOCK).open("a") as lock:
-            if _lock(lock):
-                shutil.rmtree(path, ignore_errors=True)
-                kept -= sizes[path]
