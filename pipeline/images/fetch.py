@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 import requests
 
+from pipeline.cache_entries import hold
 from pipeline.errors import DataError
 from pipeline.progress import track
 from pipeline.runtime import cache_folder
@@ -48,20 +49,21 @@ def fetched(url: str, sha256: str = "") -> Path:
     if urlparse(url).scheme not in ("http", "https") or not name.lower().endswith(ARCHIVES):
         raise DataError(f"prepare.url = {url!r}: expected http(s)://.../NAME{'|'.join(ARCHIVES)}")
     # Keyed by the address: two archives may have one name.
-    file = _folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+    file = sources_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
     part = file.with_name(file.name + ".part")
-    if not file.is_file():
-        resumed = part.exists()
-        _download(url, part)
-        # What was begun may have been another version of the file: once more from the start.
-        if resumed and sha256 and hash_of(part) != sha256:
-            part.unlink()
+    with hold(sources_folder(), "fetch"):
+        if not file.is_file():
+            resumed = part.exists()
             _download(url, part)
-        os.replace(part, file)
-    digest = hash_of(file)
-    if sha256 and digest != sha256:
-        file.unlink()
-        raise DataError(f"{url}: its SHA-256 is {digest}, prepare.sha256 says {sha256}")
+            # What was begun may have been another version of the file: once more from the start.
+            if resumed and sha256 and hash_of(part) != sha256:
+                part.unlink()
+                _download(url, part)
+            os.replace(part, file)
+        digest = hash_of(file)
+        if sha256 and digest != sha256:
+            file.unlink()
+            raise DataError(f"{url}: its SHA-256 is {digest}, prepare.sha256 says {sha256}")
     return file
 
 
@@ -73,18 +75,24 @@ def unpacked(archive: Path) -> Path:
 
     Raises DataError naming the archive, and the member, if it is damaged or not to be trusted.
     """
-    target = _folder() / hash_of(archive)[:16]
-    if not target.is_dir():
-        fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=_folder()))
-        try:
-            _unpack(archive, fresh)
-            os.replace(fresh, target)
-        except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, RuntimeError) as error:
-            raise DataError(f"{archive}: can't be unpacked ({error})") from None
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    target = sources_folder() / hash_of(archive)[:16]
+    with hold(sources_folder(), "unpack"):
+        if not target.is_dir():
+            fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+            try:
+                _unpack(archive, fresh)
+                os.replace(fresh, target)
+            except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, RuntimeError) as error:
+                raise DataError(f"{archive}: can't be unpacked ({error})") from None
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
     inside = [p for p in target.iterdir() if p.name != "__MACOSX" and not p.name.startswith(".")]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else target
+
+
+def sources_folder() -> Path:
+    """Return the folder of fetched sets, an entry of the cache: a run that fetches holds it."""
+    return cache_folder() / "sources"
 
 
 def hash_of(file: Path) -> str:
@@ -96,12 +104,6 @@ def hash_of(file: Path) -> str:
 def is_within(path: PurePosixPath) -> bool:
     """Tell whether a path stays within the folder that it is relative to."""
     return not path.is_absolute() and ".." not in path.parts
-
-
-def _folder() -> Path:
-    folder = cache_folder() / "sources"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _download(url: str, part: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import vision
+from pipeline.cache_entries import hold
 from pipeline.errors import DataError, ParamError, near
+from pipeline.images.fetch import sources_folder
 from pipeline.progress import track
-from pipeline.runtime import cache_folder
 
 Splits = dict[str, dict[str, Any]]  # our split ("" for none) to the arguments of theirs
 
@@ -60,16 +61,16 @@ def published(name: str, path: Path) -> Path:
         known = [f"torchvision/{known}" for known in SETS]
         hint = near(f"torchvision/{name}", known)
         raise ParamError(f"params.yaml: prepare.source = 'torchvision/{name}': {hint}")
-    target = cache_folder() / "sources" / f"torchvision-{name}"
-    if not target.is_dir():
-        target.parent.mkdir(exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
-        try:
-            for split, arguments in SETS[name].items():
-                _write(name, _opened(name, arguments, path), fresh / split, split)
-            os.replace(fresh, target)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    target = sources_folder() / f"torchvision-{name}"
+    with hold(target.parent, name):
+        if not target.is_dir():
+            fresh = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+            try:
+                for split, arguments in SETS[name].items():
+                    _write(name, _opened(name, arguments, path), fresh / split, split)
+                os.replace(fresh, target)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
     return target
 
 
@@ -79,8 +80,8 @@ def _opened(name: str, arguments: dict[str, Any], path: Path) -> Any:
         return make(root=str(path), download=False, **arguments)
     except (RuntimeError, OSError):
         pass  # no copy there
-    root = cache_folder() / "sources" / "torchvision"
-    root.mkdir(parents=True, exist_ok=True)
+    root = sources_folder() / "torchvision"
+    root.mkdir(exist_ok=True)
     try:
         return make(root=str(root), download=True, **arguments)
     except Exception as error:  # each set fetches in its own way
