@@ -44,10 +44,10 @@ def hold(folder: Path, name: str) -> Iterator[None]:
 
 
 def discard(own: Path, useless: Callable[[Path], bool]) -> None:
-    """Delete those of the other entries beside `own` that are useless and that nobody holds."""
+    """Delete those of the other entries beside `own` that nobody holds and that are useless."""
     with _whole(own.parent):
         for folder in _others(own):
-            if useless(folder):
+            if _is_free(folder) and useless(folder):
                 _delete(folder)
 
 

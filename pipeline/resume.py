@@ -255,8 +255,8 @@ def own_code() -> list[Path]:
 
     The templates beside a module are code, too.
     """
-    modules = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    files = {Path(file) for file in modules if file and Path(file).is_relative_to(CODE)}
+    loaded = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+    files = {Path(file) for file in loaded if file.startswith(f"{CODE}{os.sep}")}
     packages = {file.parent for file in files if file.name == "__init__.py"}
     templates = {template for package in packages for template in package.glob("*.html")}
     versions = CODE.parent / "pyproject.toml"

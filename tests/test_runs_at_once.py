@@ -19,9 +19,21 @@ EPOCHS = 60
 
 
 def experiment(repo: Path, name: str, cache: Path) -> "subprocess.Popen[str]":
-    """Start an experiment in a temporary folder of its own."""
+    """Start an experiment up to stage 2 in a temporary folder of its own."""
     rate = f"stage2.lr={RATES[name]:g}"
-    words = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, "-S", rate]
+    words = [
+        sys.executable,
+        "-m",
+        "dvc",
+        "exp",
+        "run",
+        "--temp",
+        "--name",
+        name,
+        "-S",
+        rate,
+        "stage2",
+    ]
     return subprocess.Popen(
         words,
         cwd=repo,
@@ -76,42 +88,50 @@ def recorded(repo: Path, name: str, folder: Path) -> dict[str, str]:
 def test_three_experiments_that_are_killed_go_on_in_other_folders_and_end_as_alone(
     first: Run, tmp_path: Path
 ) -> None:
-    repo = shutil.copytree(first.folder, tmp_path / "repo").resolve()
+    """In a clone each, as DVC starts one `--temp` after the other in one repository."""
+    repo = shutil.copytree(first.folder, tmp_path / "repo")
     change(repo, "stage2.epochs", EPOCHS)
     commit(repo, "longer")
-    expected = {}
+    clones, expected = {}, {}
     for name, rate in RATES.items():
+        clones[name] = shutil.copytree(repo, tmp_path / name / "repo").resolve()
         alone = shutil.copytree(repo, tmp_path / "alone" / name)
         change(alone, "stage2.lr", rate)
-        dvc(alone, "repro")
+        dvc(alone, "repro", "stage2")
         expected[name] = hashes(alone)
 
     cache = tmp_path / "cache"
-    running = {name: experiment(repo, name, cache) for name in RATES}
+    running = {name: experiment(clone, name, cache) for name, clone in clones.items()}
     killed: set[Path] = set()
 
-    def all_killed() -> bool:
-        for folder, pid in workers(repo).items():
-            if folder not in killed and epochs_done(folder) >= 2:
-                os.kill(pid, signal.SIGKILL)
-                killed.add(folder)
-        assert all(process.poll() in (None, 255) for process in running.values())
+    def all_are_killed() -> bool:
+        for clone in clones.values():
+            for folder, pid in workers(clone).items():
+                if folder not in killed and epochs_done(folder) >= 2:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(folder)
         return len(killed) == len(RATES)
 
-    wait_until(all_killed)
+    wait_until(all_are_killed)
     for process in running.values():
         said, _ = process.communicate(timeout=60)
         assert process.returncode != 0
         assert "error: stage2 was ended by SIGKILL" in said
     assert len(list(cache.glob("resume/stage2-*/trail.safetensors"))) == len(RATES)
 
-    again = {name: experiment(repo, name, cache) for name in RATES}
+    again = {name: experiment(clone, name, cache) for name, clone in clones.items()}
     folders: set[Path] = set()
-    wait_until(lambda: folders.update(workers(repo)) or len(folders) == len(RATES))
+
+    def all_are_seen() -> bool:
+        folders.update(folder for clone in clones.values() for folder in workers(clone))
+        return len(folders) == len(RATES)
+
+    wait_until(all_are_seen)
     assert not folders & killed
     for name, process in again.items():
         said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said
         [epoch] = re.findall(r"going on at epoch (\d+)", said)
+        print(f"{name} went on at epoch {epoch} of {EPOCHS}")
         assert 1 < int(epoch) < EPOCHS
-        assert recorded(repo, name, tmp_path / name) == expected[name]
+        assert recorded(clones[name], name, tmp_path / name / "lock") == expected[name]
