@@ -23,24 +23,27 @@ def draw(
     """
     numbers, group_of = np.unique(groups, return_inverse=True)
     # In the order of their numbers as texts, which earlier versions had: the same groups are drawn.
-    group_of = np.argsort(np.argsort(numbers.astype(str)))[group_of]
-    n_groups, n_classes = int(group_of.max()) + 1, int(labels.max()) + 1
+    group_of = np.argsort(np.argsort(numbers.astype(np.bytes_)))[group_of]
+    sizes = np.bincount(group_of)
+    n_groups = len(sizes)
     if n_groups < 2:
         raise ValueError("one group only")
-    counts = np.zeros((n_groups, n_classes), np.int64)  # images of each class in each group
-    np.add.at(counts, (group_of, labels), 1)
-    if (counts.sum(1) == 1).all():
+    if (sizes == 1).all():
         return _stratified(labels, fraction, seed)
-    target = counts.sum(0) * fraction
+    target = np.bincount(labels) * fraction
     random = np.random.default_rng(seed)
     best, chosen = np.inf, np.zeros(n_groups, bool)
     for _ in range(DRAWS):
         order = random.permutation(n_groups)
-        sizes = counts[order].sum(1).cumsum()
-        cut = int(np.abs(sizes[:-1] - target.sum()).argmin()) + 1
-        off = float((np.abs(counts[order[:cut]].sum(0) - target) / np.maximum(target, 1)).max())
+        ends = sizes[order].cumsum()
+        cut = int(np.abs(ends[:-1] - target.sum()).argmin()) + 1
+        drawn = np.zeros(n_groups, bool)
+        drawn[order[:cut]] = True
+        # Over the images: an array of groups and classes would be large where both are many.
+        counts = np.bincount(labels[drawn[group_of]], minlength=len(target))
+        off = float((np.abs(counts - target) / np.maximum(target, 1)).max())
         if off < best:
-            best, chosen = off, np.isin(np.arange(n_groups), order[:cut])
+            best, chosen = off, drawn
     return chosen[group_of]
 
 
@@ -54,8 +57,9 @@ def _stratified(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArra
     take = np.where(counts > 1, np.clip(take, 1, np.maximum(counts - 1, 1)), 0)
     random = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), bool)
-    for label, n in enumerate(take):
-        chosen[random.permutation(np.flatnonzero(labels == label))[:n]] = True
+    of_class = np.split(np.argsort(labels, kind="stable"), counts.cumsum()[:-1])
+    for images, n in zip(of_class, take, strict=True):
+        chosen[random.permutation(images)[:n]] = True
     return chosen
 
 
