@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, read_params, run, write_photos
+from hypothesis import given, settings, strategies
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.errors import DataError
 from pipeline.images.decode import decode, header
+from pipeline.images.findings import summary
 from pipeline.images.pack import SPLITS, read_images
 from pipeline.images.split import draw, numbered, together
 
@@ -589,6 +592,94 @@ def test_drawn_images_are_the_fraction_of_each_class_to_one_image(seed):
     for label, n in Counter(labels.tolist()).items():
         assert 0.15 * n == pytest.approx(chosen[labels == label].sum(), abs=1)
     assert round(0.15 * 997) == chosen.sum()
+
+
+def drawn_by_a_table(labels, groups, fraction, seed, draws):
+    """The same choice by a table of groups and classes, which is large where both are many."""
+    names, of = np.unique(groups, return_inverse=True)
+    of = np.argsort(np.argsort(names.astype(str)))[of]
+    counts = np.zeros((len(names), labels.max() + 1), np.int64)
+    np.add.at(counts, (of, labels), 1)
+    target = counts.sum(0) * fraction
+    random = np.random.default_rng(seed)
+    best, chosen = np.inf, None
+    for _ in range(draws):
+        order = random.permutation(len(names))
+        sizes = counts[order].sum(1).cumsum()
+        cut = int(np.abs(sizes[:-1] - target.sum()).argmin()) + 1
+        off = (np.abs(counts[order[:cut]].sum(0) - target) / np.maximum(target, 1)).max()
+        if off < best:
+            best, chosen = off, np.isin(np.arange(len(names)), order[:cut])
+    return chosen[of]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=strategies.data())
+def test_groups_are_drawn_as_by_a_table_of_groups_and_classes(data):
+    n = data.draw(strategies.integers(3, 200), "images")
+    n_classes = data.draw(strategies.integers(1, n), "classes")
+    n_groups = data.draw(strategies.integers(2, n - 1), "groups")
+    seed = data.draw(strategies.integers(0, 2**16), "seed")
+    fraction = data.draw(strategies.floats(0.01, 0.99), "fraction")
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, n_classes, n)
+    # Each group once, and one of them twice at least; numbers that sort otherwise as texts.
+    groups = random.permutation(
+        np.append(np.arange(n_groups), random.integers(0, n_groups, n - n_groups))
+    )
+    groups *= data.draw(strategies.sampled_from([1, 7, 10**6]), "step")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.images.split.DRAWS", 20)
+        found = draw(labels, groups, fraction, seed)
+    assert drawn_by_a_table(labels, groups, fraction, seed, 20).tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_images_of_a_class_are_permuted_in_their_own_order(seed):
+    labels = np.random.default_rng(seed).integers(0, 40, 300)
+    random, expected = np.random.default_rng(seed), np.zeros(300, bool)
+    found = draw(labels, np.arange(300), 0.3, seed)
+    for label in range(40):
+        of_class = np.flatnonzero(labels == label)
+        expected[random.permutation(of_class)[: found[of_class].sum()]] = True
+    assert expected.tolist() == found.tolist()
+
+
+def test_many_groups_of_many_classes_take_memory_by_the_image(monkeypatch):
+    """A table of these groups and classes has 400 MB."""
+    monkeypatch.setattr("pipeline.images.split.DRAWS", 3)
+    labels, groups = np.arange(100_000) % 500, np.arange(100_000)
+    groups[1] = groups[0]  # a pair of near duplicates
+    tracemalloc.start()
+    try:
+        chosen = draw(labels, groups, 0.25, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert abs(int(chosen.sum()) - 25_000) <= 1
+    assert peak < 30e6
+
+
+def audited(classes: dict[str, dict[str, int]]) -> dict[str, Any]:
+    lists = {key: [] for key in ("skipped_not_images", "skipped_unreadable", "skipped_copies")}
+    found = {kind: {"all": []} for kind in ("equal_files", "near_duplicates")}
+    sides = {"shortest": 9, "median_short": 9.0, "longest": 9, "enlarged": 0}
+    return {"classes": classes, "sides": sides, **lists, **found}
+
+
+def test_a_few_classes_have_a_line_each_and_many_one_for_all():
+    few = {f"c{i:03}": {"train": 8 + i, "val": 2} for i in range(20)}
+    lines = summary(audited(few))
+    assert len(lines) == 21
+    assert lines[3] == "c003             11 train, 2 val"
+    many = {f"c{i:03}": {"train": 8 + i % 5, "val": 2} for i in range(500)}
+    for i in range(0, 500, 5):
+        del many[f"c{i:03}"]["val"]
+    assert summary(audited(many))[:-1] == [
+        "500 classes: 8 to 12 train, 0 to 2 val",
+        "no c000, c005, c010, ... (100 classes) in val: nothing there tells how well they are "
+        "recognised",
+    ]
 
 
 def test_one_group_cannot_be_drawn_from():

@@ -2,23 +2,26 @@
 
 from typing import Any
 
+MOST_CLASSES = 20  # that have a line each
+
 
 def summary(report: dict[str, Any]) -> list[str]:
     """Say in a few lines what audit.json holds."""
-    counts = [
-        f"{label:<16} " + ", ".join(f"{n} {split}" for split, n in counts.items())
-        for label, counts in report["classes"].items()
+    classes, counts = report["classes"], list(report["classes"].values())
+    if len(classes) > MOST_CLASSES:
+        each = {split: [of.get(split, 0) for of in counts] for split in _splits(classes)}
+        said = ", ".join(f"{min(of)} to {max(of)} {split}" for split, of in each.items())
+        return [f"{len(classes)} classes: {said}", *findings(report)]
+    lines = [
+        f"{label:<16} " + ", ".join(f"{n} {split}" for split, n in of.items())
+        for label, of in classes.items()
     ]
-    return counts + findings(report)
+    return lines + findings(report)
 
 
 def findings(report: dict[str, Any]) -> list[str]:
     """Say in a few lines what was found besides the counts."""
-    lines = []
-    there = {split for counts in report["classes"].values() for split in counts}
-    for label, counts in report["classes"].items():
-        for split in sorted(there - set(counts)):
-            lines.append(f"no {label} in {split}: nothing there tells how well it is recognised")
+    lines = _missing(report["classes"])
     found = report["sides"]
     lines.append(
         f"sides: {found['shortest']} to {found['longest']} pixels, the shorter one "
@@ -26,8 +29,7 @@ def findings(report: dict[str, Any]) -> list[str]:
     )
     for name in ("skipped_not_images", "skipped_unreadable", "skipped_copies"):
         if names := list(report[name]):
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            lines.append(f"{name.replace('_', ' ')}: {len(names)} ({shown})")
+            lines.append(f"{name.replace('_', ' ')}: {len(names)} ({_first(names)})")
     for name in ("equal_files", "near_duplicates"):
         found = report[name]
         if found["all"]:
@@ -37,3 +39,31 @@ def findings(report: dict[str, Any]) -> list[str]:
                 f"{len(found['across_labels'])} across labels"
             )
     return lines
+
+
+def _missing(classes: dict[str, dict[str, int]]) -> list[str]:
+    """Say which classes have no images in a split that others have images in."""
+    missing = {
+        split: [c for c, of in classes.items() if split not in of] for split in _splits(classes)
+    }
+    if len(classes) > MOST_CLASSES:
+        return [
+            f"no {_first(names)} ({len(names)} classes) in {split}: nothing there tells how well "
+            "they are recognised"
+            for split, names in missing.items()
+            if names
+        ]
+    return [
+        f"no {label} in {split}: nothing there tells how well it is recognised"
+        for label in classes
+        for split, names in missing.items()
+        if label in names
+    ]
+
+
+def _splits(classes: dict[str, dict[str, int]]) -> list[str]:
+    return sorted({split for counts in classes.values() for split in counts})
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
