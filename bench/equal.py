@@ -1,11 +1,13 @@
 """Whether our codes are those of the network as PyTorch runs it, and are worth as much.
 
-    python -m bench.equal        # after `dvc repro probe`; exits with 1 where they aren't
+    python -m bench.equal                  # after `dvc repro probe`; exits with 1 where they aren't
+    python -m bench.equal --images 100     # a quick look
 
 Folded and in bf16 on one side, eager and in fp32 on the other: the cosine between the last codes of
 each image, and the accuracy on all that isn't trained on of a linear probe on either.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 
@@ -34,14 +36,17 @@ Codes = NDArray[np.float32]
 
 def main() -> None:
     """Compute, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--images", type=int, help="to compare on so many of each split")
+    most = parser.parse_args().images
     set_up_torch()
     ours = network(WHOLE)
     own: dict[str, Codes] = {}
     theirs: dict[str, Codes] = {}
     labels: dict[str, NDArray[np.int64]] = {}
     for split in SPLITS:
-        images = read_images(PREPARED, split)
-        labels[split] = read_rows(PREPARED, split).labels
+        images = read_images(PREPARED, split)[:most]
+        labels[split] = read_rows(PREPARED, split).labels[:most]
         own[split] = our_codes(ours, images)
         theirs[split] = np.concatenate(list(plain_codes(ours, images)))
     cosines = np.concatenate([cosine(own[split], theirs[split]) for split in SPLITS])
@@ -76,8 +81,8 @@ def plain_codes(ours: Network, images: NDArray[np.uint8]) -> Iterator[Codes]:
 
 def cosine(a: Codes, b: Codes) -> NDArray[np.float32]:
     """Give the cosine (N,) of each pair of codes (N, D)."""
-    found: NDArray[np.float32] = (a * b).sum(1) / np.linalg.norm(a, axis=1)
-    return found / np.linalg.norm(b, axis=1)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(1) / norms, np.float32)
 
 
 def probed(codes: dict[str, Codes], labels: dict[str, NDArray[np.int64]]) -> float:

@@ -2,6 +2,7 @@
 
     dvc repro && python -m bench.paper
     python -m bench.paper --images 1.3e6 14e6 1e9
+    python -m bench.paper --hashes 2000      # a quick look
 
 Times are those of this machine, with the params and the shares of train, validation and test of
 that run; nothing is said of what a machine with more of anything would do. The search for near
@@ -17,22 +18,25 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from pipeline.images.alike import near_duplicates
 from pipeline.progress import duration, say
 from pipeline.table import aligned
 
-HASHES = 200_000  # drawn, to time the search
 LISTED = 524  # bytes of memory an image while prepare lists and splits them (bench/large.py)
 
 
 class Blank:
-    """Images that are all the same: none is compared, as no two hashes are close."""
+    """So many images that are all the same: none is compared, as no two hashes are close."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
 
     def __len__(self) -> int:
-        return HASHES
+        return self.n
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         return np.zeros((len(rows), 32, 32), np.uint8)
 
 
@@ -41,10 +45,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--images", type=float, nargs="+", default=[1.3e6, 14e6, 1e9])
     parser.add_argument("--root", type=Path, default=Path(), help="where the run is")
+    parser.add_argument(
+        "--hashes", type=int, default=200_000, help="how many are drawn, to time the search"
+    )
     options = parser.parse_args()
+    hashes = np.random.default_rng(0).integers(0, 2**63, options.hashes, dtype=np.uint64)
     start = time.perf_counter()
-    near_duplicates(Blank(), np.random.default_rng(0).integers(0, 2**63, HASHES, dtype=np.uint64))
-    search = (time.perf_counter() - start) / HASHES**2
+    near_duplicates(Blank(len(hashes)), hashes)
+    search = (time.perf_counter() - start) / len(hashes) ** 2
     columns = [costs(options.root, int(n), search) for n in options.images]
     rows = [["", *(f"{int(n):,} images" for n in options.images)]]
     rows += [[what, *(column[what] for column in columns)] for what in columns[0]]

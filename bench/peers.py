@@ -1,9 +1,11 @@
 """What others would run on the same images: PyTorch's tutorial, fastai, Lightning, as they come.
 
     python -m bench.peers fastai             # or tutorial, lightning; after `dvc repro prepare`
+    python -m bench.peers tutorial --epochs 1    # a quick look
 
-Each reads the image files themselves, by the splits of data/prepared, starts from the same weights,
-trains at 160 pixels as its own documentation does it, and writes its accuracy on test.
+Each reads the image files themselves, by the splits of data/prepared, starts from the same weights
+by params.yaml, trains at 160 pixels as its own documentation does it, and writes its accuracy on
+test.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,13 +27,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.images.pack import Rows, read_facts, read_rows
 from pipeline.images.sources import elpv
-from pipeline.nets.backbone import Backbone, pretrained, set_head
+from pipeline.nets.backbone import Backbone, head_name, pretrained, set_head
 from pipeline.progress import say
 from pipeline.runtime import threads
 from pipeline.vision import torchvision
 
 PREPARED = Path("data/prepared")
-NETWORK = "timm/tf_efficientnet_lite0"
 SIZE, WORKERS, SEED = 160, 2, 0
 Loaders = dict[str, DataLoader[Any]]
 
@@ -40,7 +42,7 @@ class Files(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, split: str, transform: Callable[[Image.Image], Tensor]) -> None:
         self.rows, self.transform = read_rows(PREPARED, split), transform
-        self.folder = elpv().folder
+        self.folder = source()
 
     def __len__(self) -> int:
         """Count the images."""
@@ -71,9 +73,27 @@ def loaders(batch_size: int) -> tuple[Loaders, nn.Module]:
     return found, model
 
 
+def read_params() -> dict[str, Any]:
+    """Read the params of the run."""
+    params: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
+    return params
+
+
+def source() -> Path:
+    """Give the folder that the paths of index.csv are relative to."""
+    prepare = read_params()["prepare"]
+    return elpv().folder if prepare["source"] == "elpv" else Path(prepare["path"])
+
+
+def start() -> tuple[nn.Module, Backbone]:
+    """Build the pretrained network as it comes."""
+    of = read_params()["backbone"]
+    return pretrained(of["name"], of["weights"], of["sha256"], SEED)
+
+
 def network() -> tuple[nn.Module, Backbone]:
     """Build the pretrained network with a new head."""
-    model, backbone = pretrained(NETWORK, "imagenet", "", SEED)
+    model, backbone = start()
     set_head(model, len(read_facts(PREPARED).classes))
     return model, backbone
 
@@ -88,7 +108,7 @@ def tutorial(epochs: int) -> Tensor:
         model.train()
         for x, y in data["train"]:
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         schedule.step()
         found = float((logits(model, data["val"]).argmax(1) == labels("val")).float().mean())
@@ -113,7 +133,7 @@ def fastai(epochs: int) -> Tensor:
         ],
         columns=["path", "label", "is_val"],
     )
-    folder = elpv().folder
+    folder = source()
     data = ImageDataLoaders.from_df(
         table,
         folder,
@@ -125,13 +145,13 @@ def fastai(epochs: int) -> Tensor:
         seed=SEED,
         num_workers=WORKERS,
     )
-    model, _ = pretrained(NETWORK, "imagenet", "", SEED)
+    model, backbone = start()
     with tempfile.TemporaryDirectory() as scratch:
         save_file(model.state_dict(), f"{scratch}/weights.safetensors")
         weights = {"file": f"{scratch}/weights.safetensors"}
         learn = vision_learner(
             data,
-            NETWORK.removeprefix("timm/"),
+            backbone.name.removeprefix("timm/"),
             metrics=accuracy,
             path=Path(scratch),
             pretrained_cfg_overlay=weights,
@@ -148,14 +168,15 @@ def lightning(epochs: int) -> Tensor:
     from lightning.pytorch.callbacks import BackboneFinetuning
 
     data, model = loaders(32)
-    head = model.classifier
+    name = head_name(model)
+    head = model.get_submodule(name)
+    model.set_submodule(name, nn.Identity())
 
     class Classifier(pl.LightningModule):  # type: ignore[misc]
         """A backbone and a head, as the callback wants them."""
 
         def __init__(self) -> None:
             super().__init__()
-            model.classifier = nn.Identity()
             self.backbone, self.head = model, head
 
         def forward(self, x: Tensor) -> Tensor:
@@ -223,10 +244,10 @@ def main() -> None:
     torch.set_num_threads(threads())
     torch.manual_seed(SEED)
     train, epochs = PEERS[options.peer]
-    start = time.perf_counter()
+    began = time.perf_counter()
     found = train(options.epochs or epochs)
     accuracy = float((found.argmax(1) == labels("test")).float().mean())
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     say(f"{options.peer}: test accuracy {accuracy:.4f} after {seconds:.0f} s")
     if options.json:
         options.json.write_text(json.dumps({"accuracy": accuracy, "seconds": seconds}) + "\n")

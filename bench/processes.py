@@ -1,6 +1,7 @@
 """What a second process brings: extract and stage 2 by two processes, and by one with both threads.
 
     dvc repro stage1 && python -m bench.processes --rounds 3
+    python -m bench.processes --rounds 1 --project FOLDER    # of another run than this project's
 
 Each round runs all of them one after the other, so that what else the machine does meets all alike.
 Rates leave out start-up: extract's images a second, and images a second of stage 2's only epoch.
@@ -20,6 +21,7 @@ import yaml
 from pipeline.progress import say
 
 ROOT = Path(__file__).parent.parent
+STAGE1 = "models/stage1/model.safetensors"
 WAYS = {
     "one process, two threads": {"PIPELINE_PROCESSES": "1", "PIPELINE_THREADS": "2"},
     "one process, one thread": {"PIPELINE_PROCESSES": "1", "PIPELINE_THREADS": "1"},
@@ -31,7 +33,9 @@ def main() -> None:
     """Print each way's rates as ratios to the first one's, the median of the rounds."""
     parser = argparse.ArgumentParser(prog="python -m bench.processes")
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = [one_round() for _ in range(parser.parse_args().rounds)]
+    parser.add_argument("--project", type=Path, default=ROOT, help="where the run is")
+    options = parser.parse_args()
+    rounds = [one_round(options.project) for _ in range(options.rounds)]
     for stage in ("extract", "stage2"):
         for way in WAYS:
             ratios = [found[stage, way] / found[stage, next(iter(WAYS))] for found in rounds]
@@ -40,32 +44,42 @@ def main() -> None:
             say(f"{stage:<8} {way:<31} {median(ratios):.2f} ({spread})  {rate:.0f} images/s")
 
 
-def one_round() -> dict[tuple[str, str], float]:
+def one_round(project: Path) -> dict[tuple[str, str], float]:
     """Run both stages in every way; gives their rates in images a second."""
     found = {}
     for way, env in WAYS.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            params = yaml.safe_load((ROOT / "params.yaml").read_text())
+            params = yaml.safe_load((project / "params.yaml").read_text())
             params["stage2"] |= {"epochs": 1, "interpolate": False}
             (folder / "params.yaml").write_text(yaml.safe_dump(params))
-            extract = run("extract", folder, env)
-            stage2 = run("stage2", folder, env, stage1="models/stage1/model.safetensors")
-            rows = (ROOT / "data/prepared/index.csv").read_text().count(",train,")
+            extract = run("extract", project, folder, env)
+            stage2 = run("stage2", project, folder, env, stage1=STAGE1)
+            rows = (project / "data/prepared/index.csv").read_text().count(",train,")
             found["extract", way] = extract["images_per_second"]
             found["stage2", way] = rows / stage2["epochs_seconds"]
     return found
 
 
-def run(stage: str, folder: Path, env: dict[str, str], **paths: str) -> dict[str, float]:
-    """Run a stage from nothing; gives its timing."""
-    ways = {"prepared": "data/prepared", "params": folder / "params.yaml", "out": folder / stage}
+def run(
+    stage: str, project: Path, folder: Path, env: dict[str, str], **paths: str
+) -> dict[str, float]:
+    """Run a stage from nothing on what a project's run made, into a folder; gives its timing."""
+    ways: dict[str, str | Path] = {
+        "prepared": "data/prepared",
+        "params": folder / "params.yaml",
+        "out": folder / stage,
+    }
     ways |= {"timing": folder / "timing.json", **paths}
     words = [str(word) for name, path in ways.items() for word in (f"--{name}", path)]
     subprocess.run(
         [sys.executable, "-m", f"pipeline.{stage}", *words],
-        cwd=ROOT,
-        env={**os.environ, **env, "PIPELINE_CACHE": str(folder / "cache")},
+        cwd=project,
+        env={
+            **os.environ,
+            **env,
+            **{"PIPELINE_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
+        },
         stdout=subprocess.DEVNULL,
         check=True,
     )

@@ -1,7 +1,7 @@
 """How fast the arithmetic of the stages is, against the bare network and against the usual loop.
 
     python -m bench.ratios                           # after `dvc repro probe`
-    python -m bench.ratios --rounds 1 --images 64    # a quick look
+    python -m bench.ratios --rounds 1 --images 64 --times 1    # a quick look
 
 On the first training images of data/prepared: what is compared takes turns within a round, a ratio
 is taken within a round, and printed as the median over rounds with the lowest and the highest. What
@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -55,7 +56,6 @@ BATCH, WHOLE, SMALL, EPOCHS, VIEWS = 32, 224, 160, 20, 8
 FLIPS = Augment("dihedral", 1.0, 0.0)
 TOPS = (["conv_head", "bn2"], ["blocks.5", "blocks.6", "conv_head", "bn2"])
 TURN = 8 * BATCH  # images in one go, where two loops take turns
-TIMES = 8  # how often a single batch is timed, after two that aren't
 
 
 def main() -> None:
@@ -63,15 +63,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, help="to measure on so many of the training images")
+    parser.add_argument("--times", type=int, default=8, help="how often a single batch is timed")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
     set_up_torch()
     images = read_images(PREPARED, "train")[: options.images]
-    rounds = []
-    bare = Bare()
+    rounds, times = [], options.times
+    bare = Bare(times)
     for number in range(options.rounds):
         say(f"round {number + 1} of {options.rounds}")
-        found = {**forwards(images, bare), **steps(images, bare), **depthwise_gradients()}
+        found = {**forwards(images, bare, times), **steps(images, bare, times)}
+        found |= depthwise_gradients(times)
         for top in TOPS:
             found |= first_stage(images, top, bare)
         rounds.append(found)
@@ -85,12 +87,12 @@ def main() -> None:
 
 
 class Bare:
-    """A process that times what isn't ours, when it is asked to."""
+    """A process that times what isn't ours, when it is asked to; a single batch so often."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: int) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.connection, other = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(other,))
+        self.process = spawn.Process(target=serve, args=(other, times))
         self.process.start()
 
     def __call__(self, name: str, *arguments: object) -> float:
@@ -105,13 +107,13 @@ class Bare:
         self.process.join()
 
 
-def serve(connection: Connection) -> None:
+def serve(connection: Connection, times: int) -> None:
     """Time what is asked for, in a process as PyTorch comes."""
     torch.set_num_threads(threads())
-    known = {
-        "forward": bare_forward,
-        "folded": folded_forward,
-        "step": bare_step,
+    known: dict[str, Callable[..., float]] = {
+        "forward": partial(bare_forward, times),
+        "folded": partial(folded_forward, times),
+        "step": partial(bare_step, times),
         "epoch": usual_epoch,
     }
     while True:
@@ -121,29 +123,30 @@ def serve(connection: Connection) -> None:
         connection.send(known[name](*arguments))
 
 
-def bare_forward() -> float:
+def bare_forward(times: int) -> float:
     """Time the network's forward pass of a batch, as the tutorial runs it."""
     plain, x = unfolded(), torch.rand(BATCH, 3, WHOLE, WHOLE)
     with torch.inference_mode():
-        return seconds(lambda: plain(x))
+        return seconds(lambda: plain(x), times)
 
 
-def folded_forward() -> float:
+def folded_forward(times: int) -> float:
     """Time the folded network's forward pass of a batch."""
     ours = network(WHOLE)
     ours.model.requires_grad_(False)
     x = ours.normalise(255 * torch.rand(BATCH, WHOLE, WHOLE))
     with torch.inference_mode():
-        return seconds(lambda: ours.model(x))
+        return seconds(lambda: ours.model(x), times)
 
 
-def bare_step() -> float:
+def bare_step(times: int) -> float:
     """Time the quickest step of the whole network, of two layouts and two number formats."""
     found = []
     y = torch.from_numpy(read_rows(PREPARED, "train").labels[:BATCH])
     for layout in (torch.contiguous_format, torch.channels_last):
         for low in (False, True):
-            plain = unfolded().to(memory_format=layout)
+            plain = unfolded()
+            plain.to(memory_format=layout)  # type: ignore[call-overload]  # of modules too
             freeze_all_but(plain, everything(plain), "frozen")
             x = torch.rand(BATCH, 3, SMALL, SMALL).contiguous(memory_format=layout)
 
@@ -152,7 +155,7 @@ def bare_step() -> float:
                     logits: Tensor = plain(x)
                 return logits.float()
 
-            found.append(seconds(step(plain, forward, x, y)))
+            found.append(seconds(step(plain, forward, x, y), times))
     return min(found)
 
 
@@ -172,17 +175,17 @@ def usual_epoch(n: int, trained: list[str]) -> float:
     start = time.perf_counter()
     for x, y in DataLoader(some, BATCH, shuffle=True, num_workers=data.num_workers):
         optimizer.zero_grad()
-        F.cross_entropy(plain(x), y).backward()
+        F.cross_entropy(plain(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return time.perf_counter() - start
 
 
-def forwards(images: Images, bare: Bare) -> dict[str, float]:
+def forwards(images: Images, bare: Bare, times: int) -> dict[str, float]:
     """Compare extract's loop, the bare folded network, and the network as PyTorch runs it."""
     plain, tapped = network(WHOLE), network(WHOLE)
     for ours in (plain, tapped):
         ours.model.requires_grad_(False)  # as extract does
-    eager, unkept, folded = bare("forward"), bare("folded"), folded_forward()
+    eager, unkept, folded = bare("forward"), bare("folded"), folded_forward(times)
     x = plain.normalise(torch.tensor(images[:BATCH]))
     passes, extracted = 0.0, 0.0
     with Taps(tapped.model, [*depths(tapped.model), LAST, SOURCE], "both") as taps:
@@ -237,7 +240,7 @@ def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PIPELINE_CACHE"] = folder  # an empty one: nothing is paid already
         start = time.perf_counter()
-        key = key_of(ours, cut.name, images)
+        key = key_of(ours, cut.name, read_images(PREPARED, "train").key)
         batch = stored(trunk_of, len(images), VIEWS, key, "trunk")
         for _ in fit(ours.model, cut.top, batch, labels, ones, recipe(), 0):
             pass
@@ -255,7 +258,7 @@ def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
     return whole, time.perf_counter() - start
 
 
-def steps(images: Images, bare: Bare) -> dict[str, float]:
+def steps(images: Images, bare: Bare, times: int) -> dict[str, float]:
     """Compare stage 2's step, from packed pixels on, with the best bare one on ready input."""
     rows = read_rows(PREPARED, "train")
     y = torch.from_numpy(rows.labels[:BATCH])
@@ -268,11 +271,11 @@ def steps(images: Images, bare: Bare) -> dict[str, float]:
         logits: Tensor = ours.model(ours.normalise(pixels))
         return logits
 
-    own = seconds(step(ours.model, from_pixels, torch.empty(0), y))
+    own = seconds(step(ours.model, from_pixels, torch.empty(0), y), times)
     return {"the best bare eager step / stage 2's step, 160 px": bare("step") / own}
 
 
-def depthwise_gradients() -> dict[str, float]:
+def depthwise_gradients(times: int) -> dict[str, float]:
     """Compare oneDNN's gradients of a depthwise convolution with ours, in bfloat16."""
     ratios = {}
     for kernel, stride, size, channels in ((5, 1, 10, 672), (3, 2, 80, 96)):
@@ -287,8 +290,8 @@ def depthwise_gradients() -> dict[str, float]:
         def gradients(y: Tensor, dy: Tensor = dy, of: tuple[Tensor, ...] = (x, weight)) -> object:
             return torch.autograd.grad(y, of, dy, retain_graph=True)
 
-        theirs = seconds(lambda y=y, run=gradients: run(y))
-        ours = seconds(lambda y=own, run=gradients: run(y))
+        theirs = seconds(partial(gradients, y), times)
+        ours = seconds(partial(gradients, own), times)
         name = f"{kernel} x {kernel} on {size} x {size} x {channels}, stride {stride}"
         ratios[f"oneDNN's depthwise gradients / ours, {name}, bf16"] = theirs / ours
     return ratios
@@ -324,17 +327,17 @@ def step(
     model.train()
 
     def once() -> None:
-        F.cross_entropy(forward(x), y).backward()
+        F.cross_entropy(forward(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 
     return once
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Time something short: the median of some runs."""
+def seconds(run: Callable[[], object], times: int) -> float:
+    """Time something short: the median of so many runs, after two that aren't timed."""
     taken = []
-    for number in range(TIMES + 2):
+    for number in range(times + 2):
         start = time.perf_counter()
         run()
         if number > 1:

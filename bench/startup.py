@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bench.memory import STAGES
 from pipeline.progress import say
 from pipeline.runtime import threads
+from pipeline.stage import STAGES
 
 LIST = """
 import sys

@@ -2,6 +2,7 @@
 
     python -m bench.whole                            # in an environment made by `make bench`
     python -m bench.whole --peers tutorial           # only some of them
+    python -m bench.whole --peers tutorial --epochs 1 --project FOLDER    # of another repository
 
 Ours is `dvc repro` of the last commit in a fresh clone with empty caches, start-up of every stage
 included; a model counts from the moment its stage has ended. A peer is its process from start to
@@ -24,6 +25,7 @@ from bench.peers import PEERS
 from pipeline.progress import say
 from pipeline.runtime import threads
 
+ROOT = Path(__file__).parent.parent
 STAGES = {"probe": "probe", "stage1": "stage1", "stage2": "stage2"}  # by the model they make
 
 
@@ -32,14 +34,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--peers", nargs="*", choices=sorted(PEERS), default=sorted(PEERS))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, help="of each peer, not those of the comparison")
+    parser.add_argument("--project", type=Path, default=ROOT, help="the repository to clone")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
     rounds = []
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as scratch:
-            clone, env = cloned(Path(scratch))
+            clone, env = cloned(options.project.resolve(), Path(scratch))
             found: dict[str, Any] = {"ours": ours(clone, env)}
-            found |= {peer: theirs(peer, clone, env) for peer in options.peers}
+            found |= {peer: theirs(peer, options.epochs, clone, env) for peer in options.peers}
         rounds.append(found)
         for line in table(found):
             say(line)
@@ -49,11 +53,10 @@ def main() -> None:
         )
 
 
-def cloned(scratch: Path) -> tuple[Path, dict[str, str]]:
+def cloned(project: Path, scratch: Path) -> tuple[Path, dict[str, str]]:
     """Clone the last commit beside an empty cache; gives the clone and the environment for it."""
-    root = Path(__file__).parent.parent
     clone = scratch / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(root), str(clone)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(project), str(clone)], check=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return clone, {**os.environ, "PATH": path, "PIPELINE_CACHE": str(scratch / "cache")}
 
@@ -89,12 +92,13 @@ def linear_search(clone: Path, env: dict[str, str]) -> float:
     return found
 
 
-def theirs(peer: str, clone: Path, env: dict[str, str]) -> dict[str, float]:
+def theirs(peer: str, epochs: int | None, clone: Path, env: dict[str, str]) -> dict[str, float]:
     """Run a peer on the clone's splits; gives its test accuracy and the seconds of its process."""
     file = clone / f"{peer}.json"
-    started = time.time()
     command = [sys.executable, "-m", "bench.peers", peer, "--json", str(file)]
-    subprocess.run(command, cwd=clone, env=env, check=True)
+    command += ["--epochs", str(epochs)] if epochs else []
+    started = time.time()
+    subprocess.run(command, cwd=clone, env={**env, "PYTHONPATH": str(ROOT)}, check=True)
     return {"accuracy": json.loads(file.read_text())["accuracy"], "seconds": time.time() - started}
 
 
