@@ -2,13 +2,17 @@
 
     python -m bench.large                                # 20,000 and 200,000 images of 64 pixels
     python -m bench.large --images 2000 --times 10 --storage jpeg
+    python -m bench.large --classes 1000 --grouped --stages prepare --no-kills    # many groups
 
 The images are drawn, in ten classes; the network is the default one with its ImageNet weights. Of
 the many, each stage is killed halfway and started again. What a stage may have in memory is what
-the system can't take back: anonymous memory, the highest of any moment.
+the system can't take back: anonymous memory, the highest of any moment. With groups, four images
+each lie in a folder of their own, one image in fifty is a near duplicate of one in another group,
+and the choice of groups for a split is measured by itself too.
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -17,19 +21,24 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
+from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 from PIL import Image
 
 from bench.memory import anonymous, children
+from pipeline.images import split
 from pipeline.progress import say, track
 
 ROOT = Path(__file__).parent.parent
-SIZE, CLASSES = 64, 10
+SIZE, GROUP, TWIN = 64, 4, 50  # pixels a side, images a group, images to a near duplicate
 STAGES = {
     "prepare": ("--out", "prepared"),
     "extract": ("--prepared", "prepared", "--out", "features"),
@@ -42,19 +51,28 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--storage", choices=("raw", "jpeg"), default="raw")
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--grouped", action="store_true", help="split by groups of images")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--no-kills", action="store_true", help="run each stage once")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
     options = parser.parse_args()
     few, many = options.images, options.images * options.times
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         folder = Path(scratch)
-        draw(folder / "photos", many)
-        (folder / "few").mkdir()
-        for name in sorted(os.listdir(folder / "photos")):
-            (folder / "few" / name).mkdir()
-            for file in sorted(os.listdir(folder / "photos" / name))[: few // CLASSES]:
-                os.link(folder / "photos" / name / file, folder / "few" / name / file)
-        peaks = {n: run(folder, n, options.storage, n == many) for n in (few, many)}
-        for stage in STAGES:
+        draw(folder / "photos", many, options.classes, options.grouped)
+        for i in range(few):
+            name = name_of(i, options.classes, options.grouped)
+            (folder / "few" / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(folder / "photos" / name, folder / "few" / name)
+        peaks = {}
+        for n, photos in ((few, "few"), (many, "photos")):
+            write_params(folder, photos, options.storage, options.grouped)
+            kills = n == many and not options.no_kills
+            peaks[n] = run(folder, n, options.stages, kills)
+            if options.grouped:
+                draw_groups(folder / "prepared" / "index.csv")
+        for stage in options.stages:
             small, large = (peaks[n][stage] for n in (few, many))
             say(
                 f"{stage}: {small / 1e6:.0f} MB with {few:,} images, {large / 1e6:.0f} MB with "
@@ -62,29 +80,65 @@ def main() -> None:
             )
 
 
-def draw(folder: Path, n: int) -> None:
+def draw(folder: Path, n: int, classes: int, grouped: bool) -> None:
     """Write smooth random pictures as JPEG files."""
     random = np.random.default_rng(0)
-    for label in range(CLASSES):
-        (folder / f"class{label}").mkdir(parents=True)
+    kept: dict[int, NDArray[np.uint8]] = {}  # by class, for a near duplicate in the next group
     for i in track(range(n), n, "draw"):
-        label = i % CLASSES
-        pixels = random.integers(9 * label, 170 + 9 * label, (9, 9, 3)).astype(np.uint8)
+        number, label = divmod(i, classes)
+        light, quality = 9 * (label % 10), 90
+        pixels = random.integers(light, 170 + light, (9, 9, 3)).astype(np.uint8)
+        if grouped and number % TWIN == 0:
+            kept[label] = pixels
+        elif grouped and number % TWIN == GROUP:
+            pixels, quality = kept.pop(label), 60
         image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        image.save(folder / f"class{label}" / f"{i:07}.jpg", quality=90)
+        file = folder / name_of(i, classes, grouped)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file, quality=quality)
 
 
-def run(folder: Path, n: int, storage: str, with_kills: bool) -> dict[str, int]:
-    """Run both stages on n images; gives each one's peak of anonymous memory, in bytes."""
-    photos = "photos" if with_kills else "few"
+def name_of(i: int, classes: int, grouped: bool) -> str:
+    """Name the file of an image."""
+    number, label = divmod(i, classes)
+    group = f"group{number // GROUP}/" if grouped else ""
+    return f"class{label}/{group}{i:07}.jpg"
+
+
+def draw_groups(index: Path) -> None:
+    """Time the choice of groups for a test split, and look at its memory."""
+    with index.open(newline="", encoding="utf-8") as lines:
+        rows = [(row["label"], int(row["group"])) for row in csv.DictReader(lines)]
+    labels, groups = split.numbered(label for label, _ in rows), np.array([g for _, g in rows])
+    labels -= labels.min()
+    start = time.perf_counter()
+    split.draw(labels, groups, 0.25, 0)
+    seconds = time.perf_counter() - start
+    tracemalloc.start()
+    with patch.object(split, "DRAWS", 3):  # looking at memory takes time
+        split.draw(labels, groups, 0.25, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    say(
+        f"split.draw of {len(rows):,} images, {len(np.unique(labels)):,} classes, "
+        f"{len(np.unique(groups)):,} groups: {seconds:.1f} s, {peak / 1e6:.0f} MB"
+    )
+
+
+def write_params(folder: Path, photos: str, storage: str, grouped: bool) -> None:
+    """Write the project's params, for these images."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["prepare"] |= {"source": "folder", "path": photos, "size": SIZE, "storage": storage}
-    params["prepare"] |= {"split_by": "image"}
+    params["prepare"] |= {"split_by": "group" if grouped else "image"}
     params["extract"] |= {"image_size": SIZE, "views": 1}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def run(folder: Path, n: int, stages: Sequence[str], with_kills: bool) -> dict[str, int]:
+    """Run stages on n images; gives each one's peak of anonymous memory, in bytes."""
     shutil.rmtree(folder / "cache", ignore_errors=True)
     peaks = {}
-    for stage in STAGES:
+    for stage in stages:
         if with_kills:
             seconds, _ = watched(stage, folder)
             undisturbed = digest(folder, stage)
