@@ -8,6 +8,7 @@ from conftest import write_photos
 from PIL import Image
 from test_prepare import HYMENOPTERA, prepared, read_json, splits_by
 
+from pipeline.images import alike
 from pipeline.images.alike import clusters_alike, hashes_of, near_duplicates
 from pipeline.images.decode import decode
 
@@ -49,6 +50,26 @@ def test_an_altered_copy_is_found_and_nothing_else(alter):
     originals = [scene(i) for i in range(100)]
     found = found_in(packed([*originals, *map(ALTER[alter], originals)]))
     assert {(int(i), int(j)) for i, j in found} == {(i, i + 100) for i in range(100)}
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 10**6])
+def test_hashes_that_are_close_are_found_as_by_comparing_all(at_once, monkeypatch):
+    monkeypatch.setattr(alike, "AT_ONCE", at_once)
+    random = np.random.default_rng(at_once)
+    seeds = random.integers(0, 2**63, 20, np.uint64)
+    # Each with up to twelve bits flipped, wherever they are; some in one band alone.
+    flips = [random.choice(64 if i % 3 else 16, i % 13, replace=False) for i in range(400)]
+    altered = [
+        seeds[i % 20] ^ np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64))
+        for i, bits in enumerate(flips)
+    ]
+    hashes = np.unique(np.array(altered, np.uint64))
+    i, j = np.triu_indices(len(hashes), 1)
+    close = np.bitwise_count(hashes[i] ^ hashes[j]) <= 7
+    expected = set(zip(i[close].tolist(), j[close].tolist(), strict=True))
+    found = np.concatenate(list(alike._close(hashes)))
+    assert len(expected) > 500
+    assert expected == {(min(pair), max(pair)) for pair in found.tolist()}
 
 
 def test_clusters_are_chains_and_flat_pictures_are_no_copies_of_each_other():

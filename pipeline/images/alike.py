@@ -12,13 +12,16 @@ from scipy.sparse.csgraph import connected_components
 from pipeline.files import Rowwise
 
 SIDE = 32  # pixels a side of the thumbnails that are compared
-BANDS = 8  # 8 bits each: hashes that differ in at most 7 bits agree in one of them
+# Of 16 bits each: hashes that differ in at most 7 bits differ in at most one bit in one of them.
+BANDS = 4
 MOST_BITS = 7
 LEAST_CORRELATION = 0.99  # between thumbnails, once the hashes are as close as that
 BATCH = 128
+AT_ONCE = 100_000  # pairs of hashes held in memory
 
 Pairs = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
+Places = NDArray[np.int64]
 
 
 def clusters_alike(images: Rowwise, hashes: Hashes) -> NDArray[np.int64]:
@@ -54,19 +57,35 @@ def near_duplicates(images: Rowwise, hashes: Hashes) -> Pairs:
 
 
 def _close(hashes: NDArray[np.uint64]) -> Iterator[Pairs]:
-    """Yield pairs of positions whose hashes, all different, differ in at most MOST_BITS."""
+    """Yield pairs of positions whose hashes, all different, differ in at most MOST_BITS.
+
+    Some pairs come more than once. Source: Norouzi et al. 2012, Fast Search in Hamming Space with
+    Multi-Index Hashing.
+    """
     for band in range(BANDS):
-        key = (hashes >> np.uint64(8 * band)) & np.uint64(0xFF)
-        order = np.argsort(key, kind="stable")
-        ends = np.flatnonzero(np.diff(key[order])) + 1
-        for group in np.split(order, ends):
-            # A row at a time: a band shared by many needs no square of them in memory.
-            for i, position in enumerate(group[:-1]):
-                others = group[i + 1 :]
-                differing = np.bitwise_count(hashes[others] ^ hashes[position])
-                close = others[differing <= MOST_BITS]
-                if len(close):
-                    yield np.stack([np.full(len(close), position), close], 1)
+        keys = (hashes >> np.uint64(16 * band)).astype(np.uint16).astype(np.int64)
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        starts = np.searchsorted(keys, np.arange(2**16 + 1))
+        for flip in (0, *(1 << bit for bit in range(16))):
+            # Partners of the hash at a place: from `first` up to `end`, each pair from one side.
+            first = starts[keys ^ flip] if flip else np.arange(1, len(keys) + 1)
+            end = np.where(keys & flip, first, starts[(keys ^ flip) + 1])
+            for place, partner in _ranges(first, end - first):
+                differing = np.bitwise_count(hashes[order[place]] ^ hashes[order[partner]])
+                close = differing <= MOST_BITS
+                if close.any():
+                    yield np.stack([order[place[close]], order[partner[close]]], 1)
+
+
+def _ranges(first: Places, counts: Places) -> Iterator[tuple[Places, Places]]:
+    """Yield each place with each of the `counts` numbers from its `first` on, many at a time."""
+    upto = counts.cumsum()
+    parts = np.searchsorted(upto, np.arange(AT_ONCE, upto[-1] if len(upto) else 0, AT_ONCE))
+    for places in np.split(np.arange(len(counts)), np.unique(parts)):
+        n = counts[places]
+        place = np.repeat(places, n)
+        yield place, first[place] + np.arange(len(place)) - np.repeat(n.cumsum() - n, n)
 
 
 def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
