@@ -2,6 +2,7 @@
 
     python -m bench.startup
     python -m bench.startup --rounds 3
+    python -m bench.startup --rounds 1 --stages prepare    # a quick look
 
 Each start is a process of its own: `import pipeline.STAGE` beside the import, in the same order, of
 every module of other packages that this brings along. The two take turns; a ratio is taken within a
@@ -34,9 +35,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    options = parser.parse_args()
+    rounds = options.rounds
     say(f"{threads()} threads, {rounds} rounds: seconds to start, and over the bare imports")
-    for stage in STAGES:
+    for stage in options.stages:
         names = python(LIST.format(stage=stage)).split()
         bare = importing(names)
         taken = []

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_params, run, write_photos
-from safetensors.numpy import load_file
+from conftest import SMALL, read_params, run, write_photos
 from second_device import DEVICE, second_device
-from test_team import rows_of
+from test_team import models_of, rows_of
 from torch.optim import optimizer as optimizers
+from trained import FAR, assert_losses_alike, assert_trained_alike, start_of_stage1
 
 from pipeline.errors import SettingError
 from pipeline.nets import device as devices
@@ -27,7 +27,7 @@ ROOMS = {"sent in batches": False, "kept there": True}
 def small(folder: Path) -> dict[str, Any]:
     changes = {"augment": {"crop": 0.7, "light": 0.1}, "flips": "dihedral", "precision": "fp32"}
     changes["prepare"] = {"path": str(folder / "photos"), "size": 96}
-    return read_params(**changes, evaluate={"views": 2})
+    return read_params(**changes, **FAR, evaluate={"views": 2})
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def run_there(processor: Path, folder: Path) -> None:
     run(folder, small(processor), *AFTER)
 
 
-def agree(one: Path, two: Path, off: float) -> None:
+def agree(one: Path, two: Path, off: float, scratch: Path) -> None:
     """Refuse a run whose codes, losses or weights are others than rounding makes them."""
     for file in sorted((one / "features").glob("*.npy")):
         other = np.load(two / "features" / file.name)
@@ -56,10 +56,16 @@ def agree(one: Path, two: Path, off: float) -> None:
     for stage in ("stage1", "stage2"):
         histories = [rows_of(f / f"models/{stage}/history.csv") for f in (one, two)]
         for column in ("train_loss", "val_loss"):
-            np.testing.assert_allclose(histories[1][column], histories[0][column], atol=10 * off)
-        models = [load_file(f / f"models/{stage}/model.safetensors") for f in (one, two)]
-        for name, tensor in models[0].items():
-            np.testing.assert_allclose(models[1][name], tensor, atol=10 * off, err_msg=name)
+            assert_losses_alike(*(history[column] for history in histories))
+        assert_trained_alike(start_of(stage, one, scratch), *models_of(stage, one, two))
+
+
+def start_of(stage: str, run: Path, scratch: Path) -> dict[str, Any]:
+    """Give the weights that a stage started from."""
+    if stage == "stage2":
+        return models_of("stage1", run)[0]
+    probe = run / "models/probe/probe.safetensors"
+    return start_of_stage1(run / "prepared", probe, SMALL["stage1"]["image_size"], scratch)
 
 
 @pytest.fixture(params=ROOMS)
@@ -78,7 +84,22 @@ def second(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 def test_all_stages_run_on_another_device_and_agree(second, on_the_processor, tmp_path):
     run_there(on_the_processor, tmp_path)
-    agree(on_the_processor, tmp_path, 1e-4)
+    agree(on_the_processor, tmp_path, 1e-4, tmp_path)
+
+
+def test_runs_that_trained_nothing_do_not_agree(on_the_processor, tmp_path, monkeypatch):
+    """Not even with themselves: else the tests of other devices would pass without a step."""
+    for name in ("prepared", "features", "models"):
+        shutil.copytree(on_the_processor / name, tmp_path / name)
+    agree(tmp_path, tmp_path, 1e-4, tmp_path)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    run(tmp_path, small(on_the_processor), "stage1", "stage2")
+    with pytest.raises(AssertionError, match="the loss stayed where it was"):
+        agree(tmp_path, tmp_path, 1e-4, tmp_path)
+    for stage in ("stage1", "stage2"):
+        weights = models_of(stage, tmp_path, tmp_path)
+        with pytest.raises(AssertionError, match="nothing was trained"):
+            assert_trained_alike(start_of(stage, tmp_path, tmp_path), *weights)
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_told(monkeypatch):
@@ -112,7 +133,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=devices.n
 def test_a_gpu_agrees_with_the_processor(on_the_processor, tmp_path, monkeypatch):
     monkeypatch.setenv("PIPELINE_DEVICE", "cuda")
     run_there(on_the_processor, tmp_path)
-    agree(on_the_processor, tmp_path, 1e-3)
+    agree(on_the_processor, tmp_path, 1e-3, tmp_path)
 
 
 @needs_a_gpu

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from repository import change, dvc, environment
-from safetensors.numpy import load_file
-from test_team import alone, rows_of, wait_for_a_trail, with_processes
+from test_team import alone, models_of, rows_of, start_of, wait_for_a_trail, with_processes
 from torch.distributed import TCPStore
+from trained import assert_losses_alike, assert_trained_alike
 
 from pipeline import launch
 from pipeline.errors import SettingError
@@ -125,10 +125,9 @@ def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_pat
     for column in ("epoch", "lr"):
         np.testing.assert_array_equal(two[column], one[column])
     for column in ("train_loss", "val_loss"):
-        np.testing.assert_allclose(two[column], one[column], atol=1e-3)
-    models = [load_file(f / "models/stage2/model.safetensors") for f in (expected, folder)]
-    for name, tensor in models[0].items():
-        np.testing.assert_allclose(models[1][name], tensor, atol=2e-3, err_msg=name)
+        assert_losses_alike(one[column], two[column])
+    weights = models_of("stage2", expected, folder)
+    assert_trained_alike(start_of("stage2", expected, tmp_path), *weights)
 
 
 @pytest.mark.long

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, SMALL, Run
 from repository import change, dvc, environment, hashes
 from safetensors.numpy import load_file
 from test_graph import stages_run
+from trained import FAR, assert_losses_alike, assert_trained_alike, start_of_stage1
+
+from bench.same import apart_of
 
 TOGETHER = """
 import sys
@@ -88,6 +91,9 @@ def alone(first: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process in float32, whose rounding is the only difference that is left."""
     folder = shutil.copytree(first.folder, tmp_path_factory.mktemp("alone") / "repo")
     change(folder, "precision", "fp32")
+    for stage, values in FAR.items():
+        for key, value in values.items():
+            change(folder, f"{stage}.{key}", value)
     dvc(folder, "repro")
     return folder
 
@@ -117,15 +123,50 @@ def test_two_processes_compute_the_codes_of_one(alone, shared):
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_two_processes_train_as_one_does(stage, alone, shared):
+def test_two_processes_train_as_one_does(stage, alone, shared, tmp_path):
     one, two = (rows_of(f / f"models/{stage}/history.csv") for f in (alone, shared))
     for column in ("epoch", "lr"):
         np.testing.assert_array_equal(two[column], one[column])
     for column in ("train_loss", "val_loss"):
-        np.testing.assert_allclose(two[column], one[column], atol=1e-3)
-    models = [load_file(f / f"models/{stage}/model.safetensors") for f in (alone, shared)]
-    for name, tensor in models[0].items():
-        np.testing.assert_allclose(models[1][name], tensor, atol=1e-3, err_msg=name)
+        assert_losses_alike(one[column], two[column])
+    assert_trained_alike(start_of(stage, alone, tmp_path), *models_of(stage, alone, shared))
+
+
+def start_of(stage: str, folder: Path, scratch: Path) -> dict[str, np.ndarray]:
+    """Give the weights that a stage of a repository's run started from."""
+    if stage == "stage2":
+        return load_file(folder / "models/stage1/model.safetensors")
+    probe = folder / "models/probe/probe.safetensors"
+    return start_of_stage1(folder / "data/prepared", probe, SMALL["stage1"]["image_size"], scratch)
+
+
+def models_of(stage: str, *folders: Path) -> list[dict[str, np.ndarray]]:
+    return [load_file(folder / f"models/{stage}/model.safetensors") for folder in folders]
+
+
+def test_weights_that_stayed_or_went_another_way_do_not_count_as_trained_alike():
+    random = np.random.default_rng(0)
+    start = {"a": random.normal(size=(9, 9)), "b": random.normal(size=9)}
+    moved = {name: w + 0.01 * random.normal(size=w.shape) for name, w in start.items()}
+    near = {name: w + 1e-6 * random.normal(size=w.shape) for name, w in moved.items()}
+    assert_trained_alike(start, moved, near)
+    assert apart_of(start, moved, near) < 1e-3
+    assert apart_of(start, moved, start) == 1
+    assert apart_of(start, start, start) == float("inf")
+    for one, two in (
+        (start, start),
+        (start, moved),
+        (moved, start),
+        (moved, {**moved, "b": start["b"]}),
+    ):
+        with pytest.raises(AssertionError):
+            assert_trained_alike(start, one, two)
+    assert_losses_alike(np.array([np.nan, 1.0, 0.5]), np.array([np.nan, 1.0, 0.501]))
+    for other in ([np.nan, 1.0, 0.51], [np.nan, np.nan, 0.5]):
+        with pytest.raises(AssertionError):
+            assert_losses_alike(np.array([np.nan, 1.0, 0.5]), np.array(other))
+    with pytest.raises(AssertionError, match="stayed"):
+        assert_losses_alike(np.ones(3), np.ones(3))
 
 
 @pytest.mark.long
