@@ -1,8 +1,9 @@
-"""Many images through prepare and extract: rates, memory, and a kill in the middle of each.
+r"""Many images through prepare and extract: rates, memory, and a kill in the middle of each.
 
     python -m bench.large                                # 20,000 and 200,000 images of 64 pixels
     python -m bench.large --images 2000 --times 10 --storage jpeg
-    python -m bench.large --classes 1000 --grouped --stages prepare --no-kills    # many groups
+    python -m bench.large --images 100000 --times 2 --classes 1000 --grouped --stages prepare \
+        --no-kills    # many classes and groups
 
 The images are drawn, in ten classes; the network is the default one with its ImageNet weights. Of
 the many, each stage is killed halfway and started again. What a stage may have in memory is what
