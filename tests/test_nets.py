@@ -326,7 +326,43 @@ def test_rates_fall_by_block_and_small_tensors_do_not_decay():
     found = {
         (group["lr"], group["weight_decay"]) for group in make_optimizer(model, recipe).param_groups
     }
-    assert found == {(1.0, 0.01), (1.0, 0.0), (0.25, 0.01), (0.25, 0.0)}  # fc; layer4, two below
+    assert found == {(1.0, 0.01), (1.0, 0.0), (0.5, 0.01), (0.5, 0.0)}  # fc; layer4, one below
+
+
+LITE0_BLOCKS = [f"blocks.{i}" for i in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("torchvision/resnet18", ["conv1 bn1", "layer1", "layer2", "layer3", "layer4", "fc"]),
+        (LITE0, ["conv_stem bn1", *LITE0_BLOCKS, "conv_head bn2", "classifier"]),
+        (
+            "torchvision/densenet121",
+            [
+                "features.conv0 features.norm0",
+                *(
+                    f"features.{part}{i}"
+                    for i in (1, 2, 3)
+                    for part in ("denseblock", "transition")
+                ),
+                "features.denseblock4 features.norm5",
+                "classifier",
+            ],
+        ),
+        ("torchvision/convnext_tiny", [*(f"features.{i}" for i in range(8)), "classifier"]),
+    ],
+)
+def test_rates_fall_once_a_block_that_has_weights(name, blocks):
+    """By hand: 1 at the head, .9 one block below it, .9 ** 2 two below, ..."""
+    model = build(name, 3)
+    recipe = replace(RECIPE, lr=1.0, layer_decay=0.9)
+    groups = make_optimizer(model, recipe).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for below, modules in enumerate(reversed(blocks)):
+        for module in modules.split():
+            found = {rates[id(p)] for p in model.get_submodule(module).parameters()}
+            assert list(found) == pytest.approx([0.9**below]), module
 
 
 def test_codes_are_the_mean_over_the_map_and_the_heads_input():

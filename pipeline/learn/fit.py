@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError
 from pipeline.learn.schedule import Schedule, layer_factors, rate
 from pipeline.learn.trail import Place, Trail
-from pipeline.nets.blocks import chain, is_inside
+from pipeline.nets.blocks import for_decay, is_inside
 from pipeline.progress import bar
 from pipeline.runtime import rank
 from pipeline.stage import Key
@@ -156,7 +156,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     A group for each pair of block and decay: lower rates for blocks further from the head, no
     weight decay on tensors of one dimension (biases, normalisation).
     """
-    factors = layer_factors(chain(model), recipe.layer_decay)
+    factors = layer_factors(for_decay(model), recipe.layer_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

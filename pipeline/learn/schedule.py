@@ -32,7 +32,10 @@ def rate(
     return 1.0
 
 
-def layer_factors(blocks: Sequence[str], layer_decay: float) -> dict[str, float]:
-    """Give each block of a chain its factor on the learning rate: 1 at the head, less below."""
+def layer_factors(blocks: Sequence[Sequence[str]], layer_decay: float) -> dict[str, float]:
+    """Return the factor on the learning rate of each module: 1 in the last block, less below.
+
+    A block is the modules that share a depth. Source: Howard and Ruder 2018, arXiv 1801.06146.
+    """
     last = len(blocks) - 1
-    return {block: layer_decay ** (last - i) for i, block in enumerate(blocks)}
+    return {name: layer_decay ** (last - i) for i, block in enumerate(blocks) for name in block}

@@ -85,6 +85,27 @@ def chain(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def for_decay(model: nn.Module) -> list[list[str]]:
+    """Group the chain for layer decay, from the stem to the head.
+
+    Only what has parameters counts. What has no convolution or linear layer of its own, such as a
+    BatchNorm, belongs to the block that it follows.
+    """
+    groups: list[list[str]] = []
+    for name in chain(model):
+        sides = [p.shape for p in model.get_submodule(name).parameters()]
+        if not sides:
+            continue
+        # A normalisation or a PReLU has a number a channel, a layer's weights lie in two or more
+        # dimensions.
+        is_layer = any(sum(side > 1 for side in shape) > 1 for shape in sides)
+        if is_layer or not groups:
+            groups.append([name])
+        else:
+            groups[-1].append(name)
+    return groups
+
+
 def _directly_in(calls: Sequence[Call], outer: Call | None) -> list[Call]:
     """List the calls made within a call (None: within the network) and within no call between."""
     within = [c for c in calls if outer is None or outer.start < c.start < outer.end]
