@@ -18,7 +18,7 @@ from pipeline.nets.convolve import ACTS, Shape, convolve, shape_of
 from pipeline.nets.cut import cut_below
 from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import fold
-from pipeline.nets.freeze import freeze_all_but
+from pipeline.nets.freeze import everything, freeze_all_but
 from pipeline.nets.network import EVAL_BATCH, Network
 from pipeline.nets.stored import key_of, stored
 from pipeline.nets.taps import Taps, pool
@@ -309,6 +309,45 @@ def test_frozen_batchnorm_and_dropout_stay_in_eval_through_model_train():
     model.train()
     training = {n for n, m in model.named_modules() if m.training and not list(m.children())}
     assert training == {"features.12.0", "features.12.1", "features.12.2", "classifier.3"}
+
+
+@pytest.mark.parametrize("batchnorm", ["frozen", "train"])
+def test_a_later_call_frees_what_it_does_not_freeze(batchnorm):
+    model = build("torchvision/mobilenet_v3_small", 3)
+    freeze_all_but(model, ["features.12", "classifier.3"], "frozen")
+    trainable = freeze_all_but(model, everything(model), batchnorm)
+    assert [name for name, _ in model.named_parameters()] == trainable
+    model.train()
+    still = {type(m) for m in model.modules() if not m.training}
+    assert still == ({nn.BatchNorm2d} if batchnorm == "frozen" else set())
+
+
+class Tokens(nn.Module):
+    """A network with tensors of its own, in no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.class_token, self.position = (nn.Parameter(torch.ones(1, 4, 1)) for _ in range(2))
+        self.stem, self.head = nn.Conv2d(3, 4, 8, stride=8), nn.Linear(4, 2)
+
+    def forward(self, x):
+        patches = self.stem(x).flatten(2) + self.position
+        return self.head(torch.cat([self.class_token.expand(len(x), 4, 1), patches], 2).mean(2))
+
+
+def test_everything_names_the_tensors_that_lie_in_no_module():
+    model = Tokens().train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    trainable = freeze_all_but(model, everything(model), "train")
+    assert list(before) == trainable
+    cut = cut_below(model, everything(model))
+    assert cut.name == "stem"
+    recipe, x, labels = replace(RECIPE, layer_decay=0.5), images(16), np.arange(16) % 2
+    groups = make_optimizer(model, recipe).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(before)
+    for _ in fit(model, model, lambda _, rows: x[rows], labels, np.ones(16), recipe, seed=0):
+        pass
+    assert [n for n, t in model.state_dict().items() if torch.equal(t, before[n])] == []
 
 
 def test_the_optimiser_holds_exactly_the_trainable_set():

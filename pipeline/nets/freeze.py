@@ -13,9 +13,10 @@ from pipeline.runtime import team_size
 def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> list[str]:
     """Make only the named modules trainable; returns the names of the trainable parameters.
 
-    Everything else stays in eval mode through every later `model.train()`: no dropout there, and
-    no BatchNorm statistics that move. With `batchnorm: frozen` those of the trained modules stay
-    too, and they normalise by their running statistics.
+    An earlier call is undone first. Everything else stays in eval mode through every later
+    `model.train()`: no dropout there, and no BatchNorm statistics that move. With
+    `batchnorm: frozen` those of the trained modules stay too, and they normalise by their running
+    statistics.
     """
     trainable = []
     for name, parameter in model.named_parameters():
@@ -24,6 +25,7 @@ def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> 
         if parameter.requires_grad:
             trainable.append(name)
     for name, module in model.named_modules():
+        _may_train(module)
         inside = any(is_inside(name, t) or is_inside(t, name) or not name for t in trained)
         if not inside or (batchnorm == "frozen" and isinstance(module, _BatchNorm)):
             _stay_in_eval(module)
@@ -41,8 +43,17 @@ def refuse_shared_statistics(stage: str, batchnorm: str) -> None:
 
 
 def everything(model: nn.Module) -> list[str]:
-    """Name the modules that hold all of a network's parameters."""
-    return [name for name, _ in model.named_children()]
+    """Name the modules and the tensors directly below a network that hold all its parameters.
+
+    A transformer's class token and its position embedding lie in no module.
+    """
+    own = [name for name, _ in model.named_parameters(recurse=False)]
+    return [*(name for name, _ in model.named_children()), *own]
+
+
+def _may_train(module: nn.Module) -> None:
+    """Undo `_stay_in_eval`: the next `model.train()` reaches the module again."""
+    vars(module).pop("train", None)
 
 
 def _stay_in_eval(module: nn.Module) -> None:
