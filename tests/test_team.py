@@ -57,20 +57,60 @@ with together():
 print("fine", flush=True)
 """
 
+FITTED = """
+import json
+import sys
+import numpy as np, torch
+from contextlib import nullcontext
+from torch import nn
+from pipeline.learn.fit import Recipe, fit
+from pipeline.runtime import rank, team_size
+from pipeline.team import together
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_what_processes_do_together_is_what_one_would_do(n, tmp_path):
-    (tmp_path / "together.py").write_text(TOGETHER)
+torch.manual_seed(0)
+layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+model = nn.Sequential(*layers)
+before = [p.detach().clone() for p in model.parameters()]
+x, labels = torch.randn(6, 3, 8, 8), np.arange(6) % 2
+recipe = Recipe(3, 2, "sgd", 0.1, 1.0, 0.0, 0.9, "constant", 0, 7, 0.1, 0.0)
+with together() if team_size() > 1 else nullcontext():
+    run = fit(model, model, lambda _, rows: x[rows], labels, np.ones(6), recipe, seed=0)
+    epochs = [[epoch.loss, epoch.accuracy] for epoch in run]
+if rank() == 0:
+    print(json.dumps([epochs, [p.detach().flatten().tolist() for p in model.parameters()]]))
+    print(json.dumps([p.flatten().tolist() for p in before]))
+"""
+
+
+def launched(script: Path, n: int) -> str:
+    """Run a script in several processes, or alone; gives what they say."""
     words = ["--nproc-per-node", str(n), "--standalone", "--local-addr", "127.0.0.1"]
+    launcher = ["-m", "torch.distributed.run", *words] if n > 1 else []
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words, str(tmp_path / "together.py")],
+        [sys.executable, *launcher, str(script)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("fine") == n
+    return done.stdout
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_what_processes_do_together_is_what_one_would_do(n, tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    assert launched(tmp_path / "together.py", n).count("fine") == n
+
+
+def test_a_batch_smaller_than_the_number_of_processes_trains_as_one_process_does(tmp_path):
+    (tmp_path / "fitted.py").write_text(FITTED)
+    found = [launched(tmp_path / "fitted.py", n).splitlines()[-2:] for n in (1, 3)]
+    (one, start), (three, _) = ([json.loads(line) for line in lines] for lines in found)
+    np.testing.assert_allclose(three[0], one[0], rtol=1e-5)
+    for expected, actual, drawn in zip(one[1], three[1], start, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+        assert np.abs(np.subtract(expected, drawn)).max() > 1e-2  # it moved
 
 
 def with_processes(

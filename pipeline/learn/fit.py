@@ -117,16 +117,18 @@ def fit(
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             own = own_part(rows)
-            logits = forward(batch(epoch, own))
-            target = torch.from_numpy(labels[own]).to(logits.device)
-            losses = F.cross_entropy(
-                logits, target, reduction="none", label_smoothing=recipe.label_smoothing
-            )
-            weighted = losses * torch.from_numpy(weights[own]).to(losses)
-            loss = weighted.mean() * (len(own) / len(rows))  # its share of the whole batch's
-            loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
-            hits = float((logits.argmax(1) == target).sum())
-            value, right = add_up(model, loss.item(), hits)
+            share, hits = 0.0, 0.0  # of a batch smaller than the number of processes, maybe nothing
+            if len(own):
+                logits = forward(batch(epoch, own))
+                target = torch.from_numpy(labels[own]).to(logits.device)
+                losses = F.cross_entropy(
+                    logits, target, reduction="none", label_smoothing=recipe.label_smoothing
+                )
+                weighted = losses * torch.from_numpy(weights[own]).to(losses)
+                loss = weighted.mean() * (len(own) / len(rows))  # its share of the whole batch's
+                loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
+                share, hits = loss.item(), float((logits.argmax(1) == target).sum())
+            value, right = add_up(model, share, hits)
             optimizer.step()
             optimizer.zero_grad()
             if not math.isfinite(value) or value > EXPLODED:
