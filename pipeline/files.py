@@ -65,6 +65,30 @@ def write_csv(file: Path, lines: Iterable[Sequence[object]]) -> None:
     write_text(file, text.getvalue())
 
 
+def is_formula(cell: str) -> bool:
+    """Tell whether spreadsheets take a cell for a formula; a number is none.
+
+    Source: OWASP, CSV Injection.
+    """
+    if not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return cell[0] in "\t\r"
+
+
+def path_cell(path: str) -> str:
+    """Return a path as a cell of a CSV file, with its folder before it where it looks like more."""
+    return f"./{path}" if is_formula(path) else path
+
+
+def text_cell(text: str) -> str:
+    """Return a text as a cell of a CSV file, behind an apostrophe where it looks like a formula."""
+    return f"'{text}" if is_formula(text) else text
+
+
 def write_json(file: Path, content: object) -> None:
     """Write a JSON file whole, in the order given, the same bytes for the same content."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -28,7 +28,7 @@ from PIL import Image
 
 from pipeline import classifier, portable
 from pipeline.errors import DataError
-from pipeline.files import files_below, write_text
+from pipeline.files import files_below, path_cell, text_cell, write_text
 from pipeline.images.decode import decode
 from pipeline.images.pack import Pixels
 from pipeline.images.sources import SUFFIXES
@@ -182,14 +182,18 @@ def as_json(answers: Sequence[Answer], out: TextIO) -> None:
 
 
 def as_csv(answers: Sequence[Answer], out: TextIO) -> None:
-    """Write a line an image; a file whose name looks like a formula gets its folder before it."""
+    """Write a line an image, no cell of which a spreadsheet takes for a formula."""
     rows = [answer.row() for answer in answers]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    # Without quotes around it, a carriage return in a name would begin a line, and so a cell.
+    odd = any("\r" in str(value) for row in rows for value in row.values())
+    writer = csv.DictWriter(
+        out, columns, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL
+    )
     writer.writeheader()
     for row in rows:
-        safe = f"./{row['file']}" if row["file"].startswith(("=", "+", "-", "@")) else row["file"]
-        writer.writerow({**row, "file": safe})
+        cells = {k: text_cell(v) if isinstance(v, str) else v for k, v in row.items()}
+        writer.writerow({**cells, "file": path_cell(row["file"])})
 
 
 def as_table(answers: Sequence[Answer], out: TextIO) -> None:

@@ -14,7 +14,7 @@ from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, ParamError, near
-from pipeline.files import whole_folder, write_json
+from pipeline.files import is_formula, path_cell, whole_folder, write_json
 from pipeline.images import audit, sources
 from pipeline.images.alike import clusters_alike
 from pipeline.images.fetch import images_at
@@ -124,18 +124,10 @@ def _refuse_names(found: Source, classes: Sequence[str]) -> None:
     for what, name in named:
         if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
             raise DataError(f"{what} {name!r} has control characters in it; rename it")
-        if name[0] in "=+-@" and not _is_number(name.partition("/")[0]):
+        if is_formula(name.partition("/")[0]):  # a class may be called -1
             raise DataError(
                 f"{what} {name!r} begins with {name[0]!r}, as spreadsheets' formulas do; rename it"
             )
-
-
-def _is_number(name: str) -> bool:
-    try:
-        float(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _ties(
@@ -220,7 +212,9 @@ def _write_index(
         for i, item, split, group, digest in columns:
             if split:
                 name = digest.tobytes().hex()
-                writer.writerow((i, item.path, item.label, split, group, item.weight, name))
+                writer.writerow(
+                    (i, path_cell(item.path), item.label, split, group, item.weight, name)
+                )
 
 
 if __name__ == "__main__":

@@ -132,6 +132,23 @@ def test_csv_holds_no_formula_and_a_column_a_label():
     assert [row["file"] for row in rows] == ["a" * 90, "./=1+1.png", "c.png"]
 
 
+@pytest.mark.parametrize("begin", ["=1+", "+1+", "-1+", "@", "\t=1+", "\r=1+"])
+def test_no_cell_of_the_csv_begins_as_a_formula_does(begin):
+    odd = f"{begin}1.png"
+    answers = [
+        Answer(odd, error=f"{odd}: can't be read as an image"),
+        Answer("a.png", [odd, f"{begin}2"], [0.9, 0.1]),
+        Answer("b.png", ["-1", "+1e3"], [0.9, 0.1]),
+    ]
+    out = io.StringIO(newline="")
+    as_csv(answers, out)
+    _, *rows = csv.reader(io.StringIO(out.getvalue(), newline=""))
+    cells = [cell for row in rows for cell in row]
+    numbers = {"-1", "+1e3"}
+    assert [c for c in cells if c.startswith(tuple("=+-@\t\r")) and c not in numbers] == []
+    assert {f"./{odd}", f"'{odd}", f"'{odd}: can't be read as an image", *numbers} <= set(cells)
+
+
 class Seen(HTMLParser):
     """What a page holds."""
 

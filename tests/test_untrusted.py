@@ -147,6 +147,10 @@ def test_a_class_may_be_called_by_a_negative_number(photos, tmp_path):
     (photos / "class1").rename(photos / "-1")
     call("prepare", paths(tmp_path)["prepare"], read_params(prepare={"path": str(photos)}))
     assert read_facts(tmp_path / "prepared").classes == ["-1", "class0"]
+    # A spreadsheet would compute with -1/000.png.
+    rows = read_rows(tmp_path / "prepared", "train")
+    assert {path[:5] for path in rows.paths} == {"./-1/", "class"}
+    assert all((photos / path).is_file() for path in rows.paths)
 
 
 def test_a_formula_as_a_path_of_a_csv_file_is_refused(photos, tmp_path):
