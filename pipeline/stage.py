@@ -27,7 +27,7 @@ from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.alone import INTERRUPTED, LAUNCHED, alone, in_a_child
-from pipeline.errors import RECOVER, ParamError, PipelineError, near
+from pipeline.errors import RECOVER, ParamError, PipelineError, is_out_of_memory, near
 from pipeline.files import write_json
 from pipeline.launch import adopt_slurm, is_shared, launch
 from pipeline.progress import duration, say
@@ -312,14 +312,16 @@ def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iter
         yield
     except KeyboardInterrupt:
         sys.exit(interrupted)
-    except (PipelineError, OSError, MemoryError) as error:
+    except Exception as error:
         if os.environ.get("PIPELINE_DEBUG"):
             raise
         ways = f"; {recover}" if recover else ""
         if isinstance(error, PipelineError):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
-        if isinstance(error, MemoryError):
+        if is_out_of_memory(error):
             sys.exit(f"error: out of memory; use smaller images or batches{ways}")
+        if not isinstance(error, OSError):
+            raise  # no user's error, but ours
         place = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {place}{error.strerror or error}{ways}")

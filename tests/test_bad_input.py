@@ -1,6 +1,7 @@
 """Wrong images, params, weights and checkpoints: one clear line, exit code 1, nothing written."""
 
 import csv
+import errno
 import hashlib
 import os
 import re
@@ -22,7 +23,7 @@ from conftest import ROOT, STAGES, TINY, call, paths, read_params, run
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import classifier
+from pipeline import classifier, export, portable, predict
 from pipeline.alone import INTERRUPTED
 from pipeline.errors import (
     CheckpointError,
@@ -842,3 +843,57 @@ def test_predict_names_a_missing_model_in_one_line(finished):
 def test_an_interrupted_command_says_how_to_go_on():
     with pytest.raises(SystemExit, match="interrupted; the same"), one_line_errors(INTERRUPTED):
         raise KeyboardInterrupt
+
+
+def ask_for(n_bytes: int) -> None:
+    torch.empty(n_bytes, dtype=torch.uint8)
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=[type(e).__name__ for e in OUT_OF_MEMORY])
+def test_memory_that_runs_out_is_said_in_one_line(error):
+    line = "error: out of memory; use smaller images or batches"
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        raise error
+    assert line == caught.value.code
+
+
+def test_memory_that_the_processor_has_not_is_said_in_one_line():
+    line = "error: out of memory; use smaller images or batches; start again"
+    with pytest.raises(SystemExit) as caught, one_line_errors(recover="start again"):
+        ask_for(1 << 60)
+    assert line == caught.value.code
+
+
+@pytest.mark.parametrize("name", ["predict", "export"])
+def test_a_command_that_runs_out_of_memory_says_so_in_one_line(
+    name, finished, monkeypatch, capsys, tmp_path
+):
+    module = {"predict": predict, "export": export}[name]
+    words = [str(finished / "photos"), "--model", str(final_model(finished)), "--csv"]
+    monkeypatch.setattr("sys.argv", [name, *(words if name == "predict" else [])])
+    monkeypatch.setattr(classifier.Classifier, "probabilities", lambda *_: ask_for(1 << 60))
+    monkeypatch.setattr(portable, "write", lambda *_: ask_for(1 << 60))
+    for constant, file in (("FINAL", final_model(finished)), ("PREPARED", finished / "prepared")):
+        monkeypatch.setattr(export, constant, file)
+    monkeypatch.setattr(export, "REPORT", paths(finished)["evaluate"]["out"] / "metrics.json")
+    monkeypatch.setattr(export, "LOCK", ROOT / "dvc.lock")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        module.main()
+    assert caught.value.code == "error: out of memory; use smaller images or batches"
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "export").exists()
+
+
+def test_another_error_of_torch_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="must match"), one_line_errors():
+        torch.zeros(2) + torch.zeros(3)
