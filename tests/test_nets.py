@@ -171,6 +171,39 @@ def test_a_folded_network_answers_by_its_weights_after_a_step_of_a_fused_optimis
         torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
+def replaced_parameters(model, tensors):
+    for name, tensor in tensors.items():
+        of, _, last = name.rpartition(".")
+        if isinstance(getattr(model.get_submodule(of), last), nn.Parameter):
+            setattr(model.get_submodule(of), last, nn.Parameter(tensor, requires_grad=False))
+
+
+def replaced_buffers(model, tensors):
+    for name, buffer in list(model.named_buffers()):
+        of, _, last = name.rpartition(".")
+        if name in tensors and buffer.is_floating_point():
+            setattr(model.get_submodule(of), last, tensors[name])
+
+
+def replaced_data(model, tensors):
+    for name, parameter in model.named_parameters():
+        parameter.data = tensors[name]
+
+
+@pytest.mark.parametrize("replace_in", [replaced_parameters, replaced_buffers, replaced_data])
+def test_a_folded_network_answers_by_tensors_that_replace_others_of_their_version(replace_in):
+    torch.manual_seed(0)
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *pooled).eval()
+    folded, x = fold(copy.deepcopy(plain.requires_grad_(False)), "fp32"), images()
+    for factor in (1.0, 1.1, 1.2):
+        state = {k: t * factor for k, t in plain.state_dict().items() if t.is_floating_point()}
+        for model in (plain, folded):
+            replace_in(model, {name: tensor.clone() for name, tensor in state.items()})
+        with torch.no_grad():
+            torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("pads", [(0, 0), (1, 1), (0, 1), (1, 2), (2, 2)])

@@ -8,8 +8,8 @@ would get unfolded.
 Convolutions and linear layers run in bfloat16 where the processor has it. Weights stay float32.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -31,6 +31,27 @@ class Follower:
     bn: nn.BatchNorm2d
     act: Act = "none"
     act_module: nn.Module | None = None
+
+
+@dataclass
+class Kept:
+    """Folded weights, and the tensors that they were folded from."""
+
+    folded: tuple[Tensor, Tensor | None] = field(init=False)
+    # Each tensor, its memory and its version. Held on to, neither can become another's.
+    _sources: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+
+    def keep(self, tensors: Sequence[Tensor], folded: tuple[Tensor, Tensor | None]) -> None:
+        """Keep what these tensors were folded to, in place of what was kept."""
+        self._sources = [(t, t.detach(), t._version) for t in tensors]
+        self.folded = folded
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Tell whether it was folded from these tensors, as they are now."""
+        return len(tensors) == len(self._sources) and all(
+            t is of and t.data_ptr() == memory.data_ptr() and t._version == version
+            for t, (of, memory, version) in zip(tensors, self._sources, strict=True)
+        )
 
 
 def resolved(precision: Precision) -> Literal["fp32", "bf16"]:
@@ -147,7 +168,7 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
         of_bn = (bn.weight, bn.bias, bn.running_mean, bn.running_var) if bn is not None else ()
         return [t for t in (conv.weight, conv.bias, *of_bn) if t is not None]
 
-    kept: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+    kept = Kept()
 
     def folded(dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         if bn is None:
@@ -160,16 +181,14 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
         return (conv.weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
 
     def folded_once() -> tuple[Tensor, Tensor | None]:
-        # What doesn't train changes by loading alone, which its tensors count; fused optimisers
-        # write without counting.
+        # What doesn't train changes by loading or by being replaced alone; fused optimisers write
+        # without counting.
         tensors = sources()
         if any(t.requires_grad for t in tensors):
             return folded(low)
-        versions = tuple(t._version for t in tensors)
-        if versions not in kept:
-            kept.clear()
-            kept[versions] = folded(low)
-        return kept[versions]
+        if not kept.is_of(tensors):
+            kept.keep(tensors, folded(low))
+        return kept.folded
 
     def forward(x: Tensor) -> Tensor:
         shape = shape_of(conv, (x.shape[2], x.shape[3]))
