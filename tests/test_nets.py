@@ -1,5 +1,6 @@
 import copy
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,14 @@ from conftest import TINY
 from torch import nn
 
 from pipeline.cache_entries import hold
+from pipeline.errors import NetworkError, ParamError
 from pipeline.images.augment import dihedral
 from pipeline.layers import as_table, layers
 from pipeline.learn.fit import Recipe, fit, make_optimizer
 from pipeline.nets.backbone import build, head_name, pretrained
-from pipeline.nets.blocks import chain, depths, is_inside, match, trained_with
+from pipeline.nets.blocks import chain, depths, is_inside, match, trace, trained_with
 from pipeline.nets.convolve import ACTS, Shape, convolve, shape_of
-from pipeline.nets.cut import cut_below
+from pipeline.nets.cut import Cut, cut_below
 from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.fold import fold
 from pipeline.nets.freeze import everything, freeze_all_but
@@ -202,6 +204,66 @@ def test_a_folded_network_answers_by_tensors_that_replace_others_of_their_versio
             replace_in(model, {name: tensor.clone() for name, tensor in state.items()})
         with torch.no_grad():
             torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+REFUSED = "mkldnn_convolution: bf16 path needs the cpu support avx_ne_convert or avx512bw"
+
+
+def test_a_number_format_that_the_processor_refuses_is_named_and_not_the_network(monkeypatch):
+    def refusing(x, *more):
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError(REFUSED)  # as with ONEDNN_MAX_CPU_ISA=AVX2
+        return convolve(x, *more)
+
+    monkeypatch.setattr("pipeline.nets.fold.convolve", refusing)
+    model = fold(drawn(LITE0), "bf16")
+    line = re.escape(f"params.yaml: precision: bf16 fails on this machine ({REFUSED}); set precisi")
+    with pytest.raises(ParamError, match=line):
+        trace(model)
+    with pytest.raises(ParamError, match=line):
+        model(images())  # with gradients
+    assert trace(fold(drawn(LITE0), "fp32"))
+
+
+class Failing(nn.Module):
+    """A network that takes images of some sizes, and fails at others."""
+
+    def __init__(self, sizes, error):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(3, 2, 1), nn.Linear(2, 2)
+        self.sizes, self.error = sizes, error
+
+    def forward(self, x):
+        if x.shape[-1] not in self.sizes:
+            raise self.error
+        return self.head(self.layer(x).mean((2, 3)))
+
+
+def test_a_network_that_runs_at_another_size_is_told_to_fail_by_its_size():
+    model = Failing([384], RuntimeError("shape '[2, 3]' is\ninvalid"))
+    said = r"can't take images of 96 px \(shape '\[2, 3\]' is invalid\); choose a convolutional"
+    with pytest.raises(ParamError, match=said):
+        trace(model)
+    with pytest.raises(ParamError, match=r"can't take images of 100 px .*; 384 px would do"):
+        trace(model, 100)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError, TypeError])
+def test_a_network_that_fails_at_every_size_names_what_failed(kind):
+    cause = kind("no kernel\n" + 200 * "x")
+    line = rf"Failing fails while it runs, at .* \({kind.__name__}: no kernel x+\); set PIPELINE_D"
+    with pytest.raises(NetworkError, match=line) as caught:
+        trace(Failing([], cause))
+    assert len(str(caught.value)) < 250
+    assert caught.value.__cause__ is cause
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_a_network_that_runs_out_of_memory_is_not_blamed_for_it(kind):
+    model = Failing([], kind("no more"))
+    for look in (trace, chain, lambda model: Cut(model, "layer").is_chain()):
+        with pytest.raises(kind):
+            look(model)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])

@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ParamError, near
+from pipeline.errors import (
+    NetworkError,
+    ParamError,
+    PipelineError,
+    is_out_of_memory,
+    near,
+    said_by,
+)
 from pipeline.nets.backbone import head_name
 from pipeline.nets.device import device_of
 
 TRACE_SIZE = 96  # pixels; enough for five halvings
+USUAL_SIZES = (224, 256, 299, 336, 384, 448, 512)  # that networks of one size are made for
 
 
 @dataclass
@@ -28,7 +36,8 @@ class Call:
 def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
     """Run a network once on zeros and list the calls of its modules, in order of their start.
 
-    Raises ParamError for a network that takes images of one size only.
+    Raises ParamError for a network that doesn't take images of this size but of another one, and
+    NetworkError for one that fails at every usual size.
     """
     calls: list[Call] = []
     open_calls: list[Call] = []
@@ -54,20 +63,43 @@ def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
     training = [m for m in model.modules() if m.training]
     try:
         model.eval()
-        with torch.inference_mode():
-            model(torch.zeros(2, 3, size, size, device=device_of(model)))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:80]
-        raise ParamError(
-            f"backbone.name: {type(model).__name__} can't take images of {size} px ({said}); "
-            "choose a convolutional network"
-        ) from None
+        _run(model, size)
+    except Exception as error:
+        if isinstance(error, PipelineError) or is_out_of_memory(error):
+            raise  # says itself what it is
+        raise _named(model, size, error) from error
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
     return calls
+
+
+def _run(model: nn.Module, size: int) -> None:
+    with torch.inference_mode():
+        model(torch.zeros(2, 3, size, size, device=device_of(model)))
+
+
+def _named(model: nn.Module, size: int, error: Exception) -> PipelineError:
+    """Return an error that names the cause: the size, if the network runs at another one."""
+    name, said = type(model).__name__, said_by(error)
+    for other in USUAL_SIZES:
+        if other == size:
+            continue
+        try:
+            _run(model, other)
+        except Exception:  # noqa: S112  # nor at that one
+            continue
+        remedy = "choose a convolutional network" if size == TRACE_SIZE else f"{other} px would do"
+        return ParamError(
+            f"backbone.name: {name} can't take images of {size} px ({said}); {remedy}"
+        )
+    said = f"{type(error).__name__}: {said}"
+    return NetworkError(
+        f"{name} fails while it runs, at images of any usual size ({said}); set "
+        "PIPELINE_DEBUG=1 to see where"
+    )
 
 
 def chain(model: nn.Module) -> list[str]:

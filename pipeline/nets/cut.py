@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import is_out_of_memory
 from pipeline.nets.backbone import head_name
 from pipeline.nets.blocks import chain, is_inside, trace
 from pipeline.nets.device import device_of
@@ -113,8 +114,10 @@ class Cut:
             x = x.view(8, 3, 64, 64)
             try:
                 same = torch.equal(self.top(self.trunk(x)), self.model(x))
-            except (RuntimeError, ValueError):  # an operation that its input no longer fits
-                same = False
+            except (RuntimeError, ValueError) as error:
+                if is_out_of_memory(error):
+                    raise
+                same = False  # an operation that its input no longer fits
         for module in training:
             module.training = True
         return same

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import ParamError, is_out_of_memory, said_by
 from pipeline.nets.blocks import TRACE_SIZE
 from pipeline.nets.convolve import ACTS, Act, convolve, shape_of
 from pipeline.nets.device import device, device_of
@@ -196,11 +197,18 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
             # Batch statistics of rounded values would be poor ones.
             return convolve(x.float(), conv.weight, conv.bias, shape, "none")
         if not torch.is_grad_enabled():
-            return convolve(x.to(low), *folded_once(), shape, act)
+
+            def run(dtype: torch.dtype) -> Tensor:
+                weights = folded_once() if dtype == low else folded(dtype)
+                return convolve(x.to(dtype), *weights, shape, act)
+
+            return _in_format(run, low)
         # oneDNN's gradients of groups are poor in bfloat16.
         slow = conv.groups > 1 and not depthwise and x.device.type == "cpu"
-        dtype = torch.float32 if slow else low
-        return convolve(x.to(dtype), *folded(dtype), shape, act)
+        return _in_format(
+            lambda dtype: convolve(x.to(dtype), *folded(dtype), shape, act),
+            torch.float32 if slow else low,
+        )
 
     act: Act = follower.act if follower else "none"
     conv.forward = forward  # type: ignore[method-assign, assignment]
@@ -230,7 +238,33 @@ def _pass_on(follower: Follower) -> None:
 
 def _linear(linear: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        bias = None if linear.bias is None else linear.bias.to(dtype)
-        return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+        def run(dtype: torch.dtype) -> Tensor:
+            bias = None if linear.bias is None else linear.bias.to(dtype)
+            return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+
+        return _in_format(run, dtype)
 
     return forward
+
+
+def _in_format(run: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> Tensor:
+    """Run a layer in a number format.
+
+    Raises ParamError where it is the format that fails, as float32 doesn't: the processor's library
+    may refuse bfloat16.
+    """
+    try:
+        return run(dtype)
+    except RuntimeError as error:
+        if dtype == torch.float32 or is_out_of_memory(error):
+            raise
+        failed = error
+    try:
+        run(torch.float32)
+    except RuntimeError:
+        raise failed from None
+    name = next(name for name, known in NUMBER_FORMATS.items() if known == dtype)
+    raise ParamError(
+        f"params.yaml: precision: {name} fails on this machine ({said_by(failed)}); set precision: "
+        "fp32"
+    ) from failed
