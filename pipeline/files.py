@@ -115,6 +115,8 @@ def new_array(file: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[A
 def files_below(path: Path) -> Iterator[Path]:
     """Find all files below a folder, relative to it, through linked folders too, each once.
 
+    A folder's own files come first, then its folders, both in the order of their names.
+
     Hidden files and folders are passed over.
     """
     seen = set()
@@ -124,9 +126,10 @@ def files_below(path: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        # In this order, whatever the disk's: of two links to one folder it decides which is taken.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (
-            Path(here, name).relative_to(path) for name in names if not name.startswith(".")
+            Path(here, name).relative_to(path) for name in sorted(names) if not name.startswith(".")
         )
 
 

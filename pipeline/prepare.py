@@ -77,7 +77,7 @@ def prepare(
         rate = packed.decoded / (time.perf_counter() - start)
         if unreadable and not_images == "refuse":
             raise DataError(
-                f"{next(iter(unreadable.values()))}; move it away, or set prepare.not_images: skip"
+                f"{unreadable[min(unreadable)]}; move it away, or set prepare.not_images: skip"
             )
         ids = np.flatnonzero(packed.read)
         items = [found.items[i] for i in ids]
@@ -93,7 +93,9 @@ def prepare(
 
         names = [SPLITS[split] if split >= 0 else "" for split in splits]
         sides = audit.sides(short, long, size)
-        report = audit.report(items, names, copies, alike, sides, found.not_images, unreadable)
+        # Where the images lie is no fact about them.
+        reasons = {p: said.replace(f"{found.folder}/", "") for p, said in unreadable.items()}
+        report = audit.report(items, names, copies, alike, sides, found.not_images, reasons)
         write_json(folder / "audit.json", report)
         write_json(folder / "facts.json", asdict(facts))
         _write_index(folder / "index.csv", ids, items, names, ties, digests)

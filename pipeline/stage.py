@@ -208,7 +208,7 @@ def _checked(param: Param, value: Any) -> Any:
 
 
 def _refuse_unknown(keys: set[str], params: dict[str, Any]) -> None:
-    for section in {key.split(".")[0] for key in keys if "." in key}:
+    for section in sorted({key.split(".")[0] for key in keys if "." in key}):
         known = [key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")]
         found = params.get(section)
         if not isinstance(found, dict):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.errors import DataError
+from pipeline.files import files_below
 from pipeline.images.decode import decode, header
 from pipeline.images.findings import summary
 from pipeline.images.pack import SPLITS, read_images
@@ -364,12 +366,77 @@ def test_skipped_files_are_named_and_every_file_is_accounted_for(photos, tmp_pat
     rows = prepared(tmp_path, path=str(photos), not_images="skip")
     audit = read_json(tmp_path, "audit.json")
     assert audit["skipped_not_images"] == ["class0/notes.txt", "class1/moving.gif"]
-    assert sorted(audit["skipped_unreadable"]) == ["class0/text.png", "class1/003.png"]
-    assert "can't be read as an image" in audit["skipped_unreadable"]["class1/003.png"]
+    assert list(audit["skipped_unreadable"]) == ["class0/text.png", "class1/003.png"]
+    said = audit["skipped_unreadable"]["class1/003.png"]
+    assert said.startswith("class1/003.png: can't be read as an image")  # wherever they lie
     files = {file.relative_to(photos).as_posix() for file in photos.rglob("*") if file.is_file()}
     skipped = {*audit["skipped_not_images"], *audit["skipped_unreadable"]}
     assert files == skipped | {row["path"] for row in rows}
     assert len(files) == audit["images"] + len(skipped)
+
+
+def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the thread that decodes the first file of all end last."""
+    later = threading.Event()
+
+    def slow(file: Path, *how: Any) -> Any:
+        if file.name == "000.png" and file.parent.name == "class0":
+            later.wait(10)
+        try:
+            return decode(file, *how)
+        finally:
+            if file.name == "001.png" and file.parent.name == "class0":
+                later.set()
+
+    monkeypatch.setattr("pipeline.images.packing.decode", slow)
+
+
+@pytest.mark.parametrize("not_images", ["skip", "refuse"])
+def test_unreadable_files_are_told_in_the_order_of_their_paths(
+    not_images, photos, tmp_path, monkeypatch
+):
+    cut = ["class0/000.png", "class0/001.png", "class1/002.png"]
+    for name in cut:
+        (photos / name).write_bytes((photos / name).read_bytes()[:1000])
+    backwards(monkeypatch)
+    if not_images == "refuse":
+        with pytest.raises(DataError, match=r"photos/class0/000\.png: can't be read as an image"):
+            prepared(tmp_path, path=str(photos))
+        return
+    prepared(tmp_path, path=str(photos), not_images="skip")
+    assert cut == list(read_json(tmp_path, "audit.json")["skipped_unreadable"])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_of_two_links_to_one_folder_the_first_by_name_is_taken(
+    reverse, photos, tmp_path, monkeypatch
+):
+    (photos / "class1").rename(tmp_path / "bees")
+    for name in ("y", "x", "z"):
+        (photos / name).symlink_to(tmp_path / "bees")
+    scandir = os.scandir
+
+    class Listed:
+        """A folder in an order that a disk may have."""
+
+        def __init__(self, path: Any) -> None:
+            with scandir(path) as entries:
+                self.entries = iter(sorted(entries, key=lambda e: e.name, reverse=reverse))
+
+        def __enter__(self) -> "Listed":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def __next__(self) -> Any:
+            return next(self.entries)
+
+        def __iter__(self) -> Any:
+            return self.entries
+
+    monkeypatch.setattr(os, "scandir", Listed)
+    assert {file.parts[0] for file in files_below(photos)} == {"class0", "x"}
 
 
 def test_skipping_moves_no_pixels_to_another_row(photos, tmp_path):

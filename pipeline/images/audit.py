@@ -41,7 +41,8 @@ def report(
 ) -> dict[str, Any]:
     """Gather the audit of a data set, as it is written to audit.json.
 
-    Equal files share a number in `copies`, near duplicates one in `alike`. Both are listed by path;
+    `unreadable` gives the reason of each path, in whichever order threads met them. Equal files
+    share a number in `copies`, near duplicates one in `alike`. Both are listed by path;
     `across_splits` and `across_labels` are those that would make a score too good or a label wrong.
     An empty split is that of a copy that was left out.
     """
@@ -69,7 +70,7 @@ def report(
         "classes": table,
         "sides": sides,
         "skipped_not_images": list(not_images),
-        "skipped_unreadable": unreadable,
+        "skipped_unreadable": dict(sorted(unreadable.items())),
         "skipped_copies": [i.path for i, split in zip(items, splits, strict=True) if not split],
         "equal_files": listed(copies),
         "near_duplicates": listed(alike),

@@ -105,7 +105,9 @@ def folder(path: Path) -> Source:
             f"{path}: no images here; expected {path}/CLASS/*.jpg or {path}/train/CLASS/*.jpg"
         )
     top = {file.partition("/")[0] for file in images if "/" in file}
-    splits = {name: SPLIT_NAMES[name.lower()] for name in top if name.lower() in SPLIT_NAMES}
+    splits = {
+        name: SPLIT_NAMES[name.lower()] for name in sorted(top) if name.lower() in SPLIT_NAMES
+    }
     if splits and (others := sorted(top - set(splits))):
         raise DataError(f"{path}: {others[0]} lies beside {sorted(splits)[0]}; use splits or none")
     twice = [split for split, times in Counter(splits.values()).items() if times > 1]

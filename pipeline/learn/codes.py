@@ -45,7 +45,7 @@ def read_feature_facts(features: Path) -> dict[str, Any]:
     with reading(file, "extract"):
         facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if missing := {"depths", "classes", "backbone", "viewing"} - set(facts):
-            raise ValueError(f"no {missing}")
+            raise ValueError(f"no {sorted(missing)}")
     return facts
 
 
