@@ -138,6 +138,7 @@ def stage1(
         train_accuracy=best.train_accuracy,
         val_accuracy=best.val["accuracy"],
         val=best.val,
+        val_images=val_images.key_with(val_rows.labels),
         trained=trained,
         flips=how.flips,
         versions=versions(),

@@ -20,6 +20,7 @@ from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
 from pipeline.learn.keep_best import Validation, keep_best, state_of, write_metrics
 from pipeline.learn.metrics import validation
 from pipeline.learn.trail import Trail
+from pipeline.nets import checkpoint
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.feed import Feed
 from pipeline.nets.fold import Precision, resolved
@@ -31,6 +32,9 @@ from pipeline.stage import Key, Out, Seed, main
 from pipeline.viewing import Viewing, logits
 
 State = dict[str, Tensor]
+# What another processor or number format may change of a checkpoint's score on the same images: so
+# many images or that share of them, and so much of the loss.
+OTHER_IMAGES, OTHER_SHARE, OTHER_LOSS = 2, 0.01, 0.02
 
 
 def stage2(
@@ -56,7 +60,8 @@ def stage2(
 
     Writes model.safetensors, history.csv, interpolation.csv and metrics.json.
 
-    Raises CheckpointError if the loaded network doesn't score what stage 1 said.
+    Raises CheckpointError if stage 1's checkpoint holds other weights than it wrote, was validated
+    on other images or labels, or scores otherwise than it said by more than rounding explains.
     """
     set_up_torch()
     packed = read_facts(prepared)
@@ -67,11 +72,13 @@ def stage2(
     rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
     images, val_images = read_images(prepared, "train"), read_images(prepared, "val")
 
+    _refuse_other_contents(meta, network, val_images.key_with(val_rows.labels), stage1)
+
     def validate() -> Validation:
         return validation(logits(network, val_images, Viewing("none", 1)), val_rows.labels)
 
     before = [validate()]
-    _refuse_other_score(before[0], meta, network, stage1)
+    _refuse_other_score(before[0], meta, stage1, len(val_images))
     if image_size != network.image_size:
         sizes = f"{network.image_size} to {image_size} px"
         network.image_size = image_size
@@ -166,15 +173,31 @@ def choose_factor(curve: list[tuple[float, Validation]]) -> tuple[float, Validat
     return max(curve, key=lambda point: (point[1]["accuracy"], -point[1]["loss"], -point[0]))
 
 
-def _refuse_other_score(
-    val: Validation, meta: dict[str, Any], network: Network, file: Path
+def _refuse_other_contents(
+    meta: dict[str, Any], network: Network, val_images: str, file: Path
 ) -> None:
-    if network.precision != meta["precision"]:
-        return  # another number format rounds otherwise
-    if val != meta["val"]:
+    """Refuse weights or validation images that aren't those of stage 1, to the bit."""
+    tensors = {name: t.cpu().numpy() for name, t in network.model.state_dict().items()}
+    for what, found, said in (
+        ("weights", checkpoint.digest(tensors), meta.get("weights_sha256")),
+        ("validation images and labels", val_images, meta.get("val_images")),
+    ):
+        if found != said:
+            raise CheckpointError(
+                f"{file}: the {what} have SHA-256 {found[:12]}..., stage 1 had "
+                f"{str(said)[:12]}...; run `dvc repro -f stage1`"
+            )
+
+
+def _refuse_other_score(val: Validation, meta: dict[str, Any], file: Path, n: int) -> None:
+    """Refuse a score that no other processor or number format explains."""
+    said: Validation = meta["val"]
+    images = max(OTHER_IMAGES, OTHER_SHARE * n)
+    off = abs(val["accuracy"] - said["accuracy"]) * n
+    if off > images + 1e-6 or not abs(val["loss"] - said["loss"]) <= OTHER_LOSS:
         raise CheckpointError(
-            f"{file}: scores {val} on validation, stage 1 said {meta['val']}; "
-            "run `dvc repro stage1` with the present images"
+            f"{file}: scores {val['accuracy']:.4f} (loss {val['loss']:.4f}) on validation, stage 1 "
+            f"said {said['accuracy']:.4f} ({said['loss']:.4f}); run `dvc repro -f stage1`"
         )
 
 

@@ -37,6 +37,7 @@ from pipeline.learn.fit import DivergedError
 from pipeline.nets import backbone, checkpoint
 from pipeline.stage import one_line_errors
 from pipeline.stage import read_params as read_params_file
+from pipeline.stage2 import _refuse_other_score
 
 Params = dict[str, Any]
 
@@ -701,12 +702,70 @@ def test_evaluate_refuses_a_model_of_other_classes(finished, tmp_path):
     refuses(CheckpointError, line, "evaluate", ways, read_params())
 
 
-def test_stage2_refuses_a_checkpoint_that_scores_otherwise_on_these_images(finished, tmp_path):
+def other_weights(tensors: Tensors, meta: dict[str, Any]) -> None:
+    tensors["classifier.bias"][:] += 1e-6  # which no score would tell
+
+
+def other_loss(tensors: Tensors, meta: dict[str, Any]) -> None:
+    meta["val"]["loss"] += 0.03
+
+
+def other_accuracy(tensors: Tensors, meta: dict[str, Any]) -> None:
+    meta["val"]["accuracy"] -= 3 / 6  # of the six validation images
+
+
+def other_images(tensors: Tensors, meta: dict[str, Any]) -> None:
+    meta["val_images"] = "0" * 64
+
+
+def earlier_version(tensors: Tensors, meta: dict[str, Any]) -> None:
+    del meta["weights_sha256"], meta["val_images"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (other_weights, "the weights have SHA-256 ..., stage 1 had ...; run `dvc repro -f stage1`"),
+        (
+            other_images,
+            "the validation images and labels have SHA-256 ..., stage 1 had 000000000000",
+        ),
+        (other_loss, "on validation, stage 1 said ...; run `dvc repro -f stage1`"),
+        (other_accuracy, "on validation, stage 1 said ...; run `dvc repro -f stage1`"),
+        (earlier_version, "the weights have SHA-256 ..., stage 1 had None"),
+    ],
+)
+def test_stage2_refuses_what_stage_1_did_not_leave(change, line, precision, finished, tmp_path):
+    """In either number format, whichever stage 1 was computed in."""
+    other = rewritten(paths(finished)["stage2"]["stage1"], tmp_path / "o.safetensors", change)
+    ways = elsewhere(finished, "stage2", tmp_path, stage1=other)
+    refuses(CheckpointError, line, "stage2", ways, read_params(precision=precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stage2_refuses_validation_images_with_other_labels(precision, finished, tmp_path):
     swapped = {"class0": "class1", "class1": "class0"}
     prepared = relabelled(finished, tmp_path, swapped.__getitem__)
     ways = elsewhere(finished, "stage2", tmp_path, prepared=prepared)
-    line = "on validation, stage 1 said ...; run `dvc repro stage1` with the present images"
-    refuses(CheckpointError, line, "stage2", ways, read_params())
+    line = "the validation images and labels have SHA-256 ...; run `dvc repro -f stage1`"
+    refuses(CheckpointError, line, "stage2", ways, read_params(precision=precision))
+
+
+def test_a_score_may_be_off_by_what_rounding_explains():
+    """Two images or one in a hundred, and .02 of the loss; no more."""
+    meta = {"val": {"accuracy": 0.9, "loss": 0.3}}
+
+    def off(images: float, loss: float, n: int) -> None:
+        _refuse_other_score(
+            {"accuracy": 0.9 - images / n, "loss": 0.3 + loss}, meta, Path("m.safetensors"), n
+        )
+
+    for images, loss, n in ((2, 0.0199, 20), (-2, -0.0199, 200), (5, 0, 500), (0, 0, 20)):
+        off(images, loss, n)
+    for images, loss, n in ((3, 0, 20), (3, 0, 200), (6, 0, 500), (0, 0.021, 20), (0, np.nan, 9)):
+        with pytest.raises(CheckpointError, match="run `dvc repro -f stage1`"):
+            off(images, loss, n)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 500, 100_000])

@@ -1,5 +1,6 @@
 """Results travel: to a bucket and back, past a cut-off push, a damaged and a shared cache."""
 
+import csv
 import os
 import shutil
 import signal
@@ -13,11 +14,14 @@ from typing import Any
 import boto3
 import pytest
 import requests
+import torch
 from conftest import STAGES
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
-from repository import command, dvc, environment, git, hashes, tool
+from repository import change, command, commit, dvc, environment, git, hashes, tool
 from test_graph import stages_run, stale
+
+from pipeline.nets import checkpoint
 
 BUCKET = "results"
 KEYS = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
@@ -170,3 +174,58 @@ def test_two_clones_run_at_once_into_one_cache(repo, tmp_path):
     assert hashes(clones[0]) == hashes(clones[1])
     assert command(clones[0], "git", "status", "--short") != ""
     assert os.listdir(tmp_path / "shared")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("precision", "lowered"),
+    [
+        ("bf16", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
+        ("fp32", {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}),
+    ],
+)
+def test_a_run_of_another_processor_goes_on_here(precision, lowered, repo, tmp_path, monkeypatch):
+    """Pulled and changed at stage 2 alone, though its arithmetic rounds otherwise."""
+    if precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor has no bfloat16 to be without")
+    change(repo, "precision", precision)
+    change(repo, "prepare.test_fraction", 0.2)  # so that stage 1 isn't in the cache
+    with monkeypatch.context() as patch:
+        for name, value in lowered.items():
+            patch.setenv(name, value)
+        dvc(repo, "repro")
+    commit(repo, "elsewhere")
+    dvc(repo, "remote", "add", "--local", "--default", "store", str(tmp_path / "store"))
+    dvc(repo, "push")
+    clone = clone_of(repo, tmp_path / "here" / "clone")
+    dvc(clone, "remote", "add", "--local", "--default", "store", str(tmp_path / "store"))
+    dvc(clone, "pull")
+    change(clone, "stage2.lr", 1e-4)
+    assert stages_run(dvc(clone, "repro")) == ["stage2", "evaluate", "report"]
+    _, meta = checkpoint.read(clone / "models/stage1/model.safetensors")
+    with (clone / "models/stage2/history.csv").open() as lines:
+        first = next(csv.DictReader(lines))
+    assert float(first["val_loss"]) != meta["val"]["loss"]  # or nothing was proven
+    assert float(first["val_loss"]) == pytest.approx(meta["val"]["loss"], abs=0.02)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_remedy_for_a_checkpoint_that_is_not_of_these_images_works(precision, repo):
+    """`dvc repro -f stage1`, as the line says."""
+    change(repo, "precision", precision)
+    dvc(repo, "repro", "stage1")
+    file = repo / "models/stage1/model.safetensors"
+    tensors, meta = checkpoint.read(file)
+    file.chmod(0o644)
+    checkpoint.write(file, tensors, {**meta, "val_images": "0" * 64})
+    dvc(repo, "commit", "--force", "stage1")
+    refused = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro"],
+        **{"cwd": repo, "env": environment(repo), "capture_output": True, "text": True},
+        check=False,
+    )
+    assert refused.returncode != 0
+    assert "run `dvc repro -f stage1`" in refused.stderr
+    dvc(repo, "repro", "-f", "stage1")
+    dvc(repo, "repro")

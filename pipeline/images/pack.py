@@ -99,6 +99,10 @@ class Images:
         """Give a hash of these images."""
         return sha256(self._facts.pixels.encode() + self._rows.tobytes()).hexdigest()
 
+    def key_with(self, labels: NDArray[np.int64]) -> str:
+        """Give a hash of these images and their labels (N,)."""
+        return sha256(self.key.encode() + labels.astype("<i8").tobytes()).hexdigest()
+
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(threads())  # Pillow lets go of the interpreter

@@ -4,6 +4,7 @@ safetensors writes several metadata keys in random order, so that four saves wou
 hashes; one key with sorted JSON gives the same bytes each time.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,15 @@ def read(file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(f"{file}: damaged ({said}); run `dvc checkout` or repeat") from None
+
+
+def digest(tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """Return the SHA-256 over names, types, shapes and values of tensors, in the order of names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        found.update(np.ascontiguousarray(tensor).tobytes())
+    return found.hexdigest()
 
 
 def part(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:

@@ -66,7 +66,8 @@ class Network:
             name: t.detach().contiguous().cpu().numpy()
             for name, t in self.model.state_dict().items()
         }
-        checkpoint.write(file, tensors, {**self.facts(), **more})
+        weights = {"weights_sha256": checkpoint.digest(tensors)}
+        checkpoint.write(file, tensors, {**self.facts(), **weights, **more})
 
     def shrink(self, pixels: Tensor) -> Tensor:
         """Resize pixels (B, H, W) or (B, H, W, 3) that are larger to `image_size`, in float32.
