@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.classifier import Classifier
 from pipeline.images.augment import dihedral, views
-from pipeline.learn.probes import Probe
+from pipeline.learn.probes import SHARPNESS, Probe
 from pipeline.nets.backbone import build
 from pipeline.nets.depths import JOIN
 from pipeline.nets.taps import Taps
@@ -97,17 +97,21 @@ class Machine:
         return self._one_against_one(kernel)
 
     def _one_against_one(self, kernel: Tensor) -> Tensor:
-        a, of = self.arrays, self.of
-        pairs = [(i, j) for i in range(len(of)) for j in range(i + 1, len(of))]
-        votes = [torch.zeros_like(kernel[:, 0]) for _ in of]
-        sums = [torch.zeros_like(kernel[:, 0]) for _ in of]
-        for place, (i, j) in enumerate(pairs):
-            for_i = kernel[:, of[i]] @ a["dual"][j - 1, of[i]] + a["bias"][place]
-            for_i = for_i + kernel[:, of[j]] @ a["dual"][i, of[j]]
-            if len(of) == 2:
-                return torch.stack([for_i, -for_i], 1) / 2
-            won = (for_i > 0).double()
-            votes[i], votes[j] = votes[i] + won, votes[j] + (1 - won)
-            sums[i], sums[j] = sums[i] + for_i, sums[j] - for_i
-        total = torch.stack(sums, 1)
-        return torch.stack(votes, 1) + total / (3 * (total.abs() + 1))
+        """Score by one binary classifier a pair of classes, as `learn.probes.coupled` says."""
+        dual, bias, of = self.arrays["dual"], self.arrays["bias"], self.of
+        if len(of) == 2:
+            first = kernel[:, of[0]] @ dual[0, of[0]] + kernel[:, of[1]] @ dual[0, of[1]] + bias[0]
+            return torch.stack([first, -first], 1) / 2
+        n = len(of)
+        none = torch.zeros_like(kernel[:, :1])
+        own = []  # what the vectors of each class say against each of the others: (N, C)
+        for i in range(n):
+            found = kernel[:, of[i]] @ dual[:, of[i]].T  # (N, C - 1)
+            own.append(torch.cat([found[:, :i], none, found[:, i:]], 1))
+        biases, signs = torch.zeros(n, n, dtype=bias.dtype), torch.zeros(n, n, dtype=bias.dtype)
+        rows, columns = torch.triu_indices(n, n, 1)
+        biases[rows, columns] = biases[columns, rows] = bias
+        signs[rows, columns], signs[columns, rows] = 1.0, -1.0
+        both = torch.stack(own, 1)  # (N, C, C)
+        pairs = signs * (both + both.transpose(1, 2) + biases)
+        return -torch.logsumexp(-SHARPNESS * pairs, 2)

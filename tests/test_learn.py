@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
-from sklearn.datasets import make_classification
+from scipy.special import softmax
+from sklearn.datasets import load_digits, make_classification
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.svm import SVC
@@ -12,8 +12,10 @@ from pipeline.images.augment import Augment, augment, dihedral
 from pipeline.learn.fit import DivergedError, Recipe, Weighing, fit, training_weights
 from pipeline.learn.metrics import balanced_accuracy, cross_entropy, fit_temperature
 from pipeline.learn.probes import (
+    SHARPNESS,
     Scaler,
     class_scores,
+    coupled,
     fit_linear,
     fit_svm,
     gram,
@@ -24,13 +26,7 @@ from pipeline.learn.probes import (
     svm_probe,
 )
 from pipeline.learn.schedule import rate
-from pipeline.learn.verdict import (
-    accuracy_interval,
-    difference,
-    model_scores,
-    simplest_of_the_best,
-    sure_above,
-)
+from pipeline.learn.verdict import model_scores, simplest_of_the_best
 from pipeline.nets.backbone import build
 
 
@@ -45,13 +41,13 @@ def codes(n_classes: int, n: int = 120):
 def test_linear_probe_scores_as_scikit_learn_does(n_classes):
     x, y = codes(n_classes)
     scaler = Scaler.fit(x)
-    fitted = LogisticRegression(C=0.1, max_iter=2000).fit(scaler(x), y)
+    fitted = LogisticRegression(C=0.1, max_iter=2000, tol=1e-10).fit(scaler(x), y)
     probe = linear_probe(
         fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last", False
     )
     expected = fitted.predict_log_proba(scaler(x))
     actual = torch.log_softmax(torch.from_numpy(probe.scores(x)), 1).numpy()
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
@@ -96,12 +92,69 @@ def test_svm_probe_scores_as_scikit_learn_does(tmp_path, kind, n_classes):
     save_probes(tmp_path / "p.safetensors", probe, probe, {})
     probe = read_probes(tmp_path / "p.safetensors")[0]
     sklearn_kernel = "linear" if kind == "svm_linear" else "rbf"
-    direct = SVC(kernel=sklearn_kernel, gamma=gamma, C=1.0, class_weight="balanced")
+    settings = {"class_weight": "balanced", "decision_function_shape": "ovo"}
+    direct = SVC(kernel=sklearn_kernel, gamma=gamma, C=1.0, **settings)
     direct.fit(z, y[train], weights[train])
-    expected = direct.decision_function(scaler(x[new]))
+    decisions = direct.decision_function(scaler(x[new]))
     scores = probe.scores(x[new])
     actual = scores[:, 1] - scores[:, 0] if n_classes == 2 else scores
-    np.testing.assert_allclose(actual, expected, atol=1e-4)
+    expected = decisions if n_classes == 2 else coupled(decisions)
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_classes", [3, 7, 300])
+def test_pairs_that_fit_together_are_coupled_to_the_probabilities_they_come_from(n_classes):
+    p = np.random.default_rng(0).dirichlet(np.ones(n_classes), 30)
+    i, j = np.triu_indices(n_classes, 1)
+    decisions = (np.log(p[:, i]) - np.log(p[:, j])) / SHARPNESS  # sigmoid: p_i / (p_i + p_j)
+    np.testing.assert_allclose(np.exp(coupled(decisions)), p, rtol=1e-8)
+
+
+def test_an_svms_confidence_tells_right_from_wrong_on_noised_digits():
+    """Ten classes: votes, which scikit-learn gives, have an AUROC of .73 for being right here."""
+    x, y = load_digits(return_X_y=True)
+    found = []
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        order, noised = random.permutation(len(x)), x + random.normal(0, 5, x.shape)
+        train, val, test = np.split(order, [600, 800])
+        z = Scaler.fit(noised[train])(noised)
+        machine = fit_svm(
+            gram(z[train], z[train], "svm_rbf", 1 / 64), y[train], np.ones(600), 3.0, None
+        )
+        on_val, on_test = (
+            class_scores(machine, gram(z[s], z[train], "svm_rbf", 1 / 64), 10) for s in (val, test)
+        )
+        temperature = fit_temperature(on_val, y[val])
+        p = softmax(on_test / temperature, axis=1)
+        right = p.argmax(1) == y[test]
+        votes = SVC(C=3.0, gamma=1 / 64).fit(z[train], y[train]).predict(z[test]) == y[test]
+        loss = cross_entropy(on_test, y[test], temperature)
+        found.append((right.mean(), votes.mean(), roc_auc_score(right, p.max(1)), loss))
+    accuracy, by_votes, auroc, loss = np.mean(found, axis=0)
+    assert auroc >= 0.85
+    assert accuracy >= by_votes - 0.005
+    assert loss < 0.5  # .61 by votes, .56 for a linear probe
+
+
+def test_a_linear_probe_is_the_same_from_any_start():
+    """On codes of unlike variance, where a solver that stops early differs by whole logits."""
+    random = np.random.default_rng(0)
+    x = (
+        random.normal(size=(300, 200))
+        @ np.diag(1 / np.arange(1, 201))
+        @ random.normal(size=(200, 200))
+    )
+    y = (x[:, 0] + random.normal(0, x[:, 0].std(), 300) > 0).astype(int)
+    z, ones = Scaler.fit(x)(x), np.ones(300)
+    cold = fit_linear(z, y, ones, 0.1, None).decision_function(z)
+    path = None
+    for c in (10.0, 1.0, 0.001, 0.1):
+        path = fit_linear(z, y, ones, c, None, path)
+    settings = {"solver": "newton-cholesky", "tol": 1e-10, "max_iter": 500}
+    exact = LogisticRegression(C=0.1, **settings).fit(z, y).decision_function(z)
+    assert np.abs(cold - exact).max() < 0.01
+    assert np.abs(path.decision_function(z) - exact).max() < 0.01
 
 
 def test_a_feature_that_never_changes_is_only_centred():
@@ -219,43 +272,6 @@ def test_cross_entropy_is_torchs():
         torch.from_numpy(scores) / 2, torch.from_numpy(labels)
     )
     assert cross_entropy(scores, labels, 2.0) == pytest.approx(float(expected))
-
-
-def test_sure_is_the_lowest_confidence_from_which_enough_are_right():
-    p = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
-    labels = np.array([0, 0, 1, 0])  # right, right, wrong, right
-    assert sure_above(p, labels, 1.0) == 0.8
-    assert sure_above(p, labels, 0.75) == 0.0
-    assert sure_above(p[2:3], labels[2:3], 0.5) == 1.0
-
-
-def test_interval_of_145_of_153_is_wilsons():
-    right = np.arange(153) < 145
-    low, high = accuracy_interval(right, np.arange(153), seed=0)
-    assert (round(low, 3), round(high, 3)) == (0.900, 0.973)
-
-
-def test_interval_widens_where_groups_answer_alike():
-    groups = np.repeat(np.arange(20), 10)
-    right = np.random.default_rng(0).random(20)[groups] > 0.3
-    alone = accuracy_interval(right, np.arange(200), 0)
-    grouped = accuracy_interval(right, groups, 0)
-    assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])
-
-
-def test_p_value_is_that_of_mcnemars_exact_test():
-    a = np.array([True] * 60 + [True] * 12 + [False] * 3 + [False] * 25)
-    b = np.array([True] * 60 + [False] * 12 + [True] * 3 + [False] * 25)
-    found = difference(a, b, np.arange(100), seed=0)
-    assert found["accuracy"] == pytest.approx(0.09)
-    assert found["p_value"] == pytest.approx(binomtest(3, 15).pvalue, abs=0.01)
-    assert found["low"] < 0.09 < found["high"]
-
-
-def test_equal_models_differ_by_nothing():
-    a = np.array([True, False] * 10)
-    found = difference(a, a, np.arange(20), seed=0)
-    assert found == {"accuracy": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
 
 
 def test_test_metrics_are_scikit_learns_and_null_where_a_class_is_missing():
