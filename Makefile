@@ -13,11 +13,11 @@ advise: install  ## what fine-tuning may bring and cost, before stage 1
 	@$(RUN) dvc repro advise
 	@cat models/advice/advice.txt
 
-# Of what differs, what a person compares: test and validation accuracies, and params.
-DETAIL := models/|data/|pipeline/|seconds|per_second|low$$|high$$|weighted|f1|auroc|balanced|loss$$
+# Of what differs, what a person chooses by: validation accuracies, and params.
+DETAIL := models/|data/|pipeline/|seconds|per_second|low$$|high$$|loss$$|test|minus_probe
 DETAIL := $(DETAIL)|best_epoch|factor|stage..val|probe.val|cv_|fine_tuning|advice|Created
 
-experiments: install  ## a line an experiment: accuracies that differ, and the params
+experiments: install  ## a line an experiment: validation accuracies that differ, and the params
 	@$(RUN) dvc exp show --md --only-changed --hide-workspace --drop '.*($(DETAIL)).*'
 
 test: lint  ## lint, types and all tests that don't take minutes

@@ -39,8 +39,10 @@ class Classifier:
     pooling: Pooling  # of those codes
     viewing: Viewing
     temperature: float  # softmax(scores / temperature) is calibrated on validation
-    sure_above: float  # below this probability the answer is "not sure"
+    sure_above: float | None  # below this probability it is "not sure"; None: none was promised
     chosen: str  # the stage it comes from
+    sure_accuracy: float = 0.95  # the share that was to be right above `sure_above`
+    sure_images: int | None = None  # validation images that such a promise would take, if known
 
     def probabilities(self, images: Rowwise) -> Scores:
         """Give calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
@@ -65,6 +67,8 @@ class Classifier:
             "viewing": asdict(self.viewing),
             "temperature": self.temperature,
             "sure_above": self.sure_above,
+            "sure_accuracy": self.sure_accuracy,
+            "sure_images": self.sure_images,
             "chosen": self.chosen,
             **more,
         }
@@ -92,4 +96,6 @@ def load(file: Path) -> Classifier:
             meta["temperature"],
             meta["sure_above"],
             meta["chosen"],
+            meta.get("sure_accuracy", Classifier.sure_accuracy),
+            meta.get("sure_images"),
         )

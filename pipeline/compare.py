@@ -4,43 +4,61 @@
     python -m pipeline.compare main exp-a exp-b   # commits, branches, tags or DVC's experiments
     python -m pipeline.compare . main --json      # . is what lies here
     python -m pipeline.compare --experiments      # the last commit, and all experiments on it
+    python -m pipeline.compare main best --test   # once, at the end
 
-The first run is what the others are compared with: image by image where both were tested on the
-same ones and DVC's cache has what they said (a permutation test over groups of images), else by
-their intervals alone. Runs that differ in nothing but `seed` are put together as their mean and
-standard deviation. With several comparisons at once, p-values are raised by Holm's method (Holm
-1979).
+Runs are judged by images that nothing was trained on, and not by the test images: stages 1 and 2 by
+validation, the probes by the training images that cross-validation held out. A test split that
+choices were made by is none any more, so `--test` is for the choice that is made.
+
+The first run is what the others are compared with: image by image where both have answers on the
+same ones and DVC's cache has these; else by figures alone, which can't be told from noise. Runs
+that differ in nothing but `seed` are put together as their mean and standard deviation, and
+compared as re-splits of one data set. With several comparisons at once, p-values are raised by
+Holm's method (Holm 1979).
 """
 
 import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from scipy.stats import ttest_ind
 
 from pipeline.errors import PipelineError
-from pipeline.learn.verdict import difference
+from pipeline.learn.significance import accuracy_interval, difference, over_resplits
+from pipeline.learn.verdict import interval_in_words
 from pipeline.progress import say
 from pipeline.stage import Loader, flat, one_line_errors, parser_of
 from pipeline.table import aligned
 
+Judge = Literal["validation", "test"]
 HERE = "."
 REPORT = "models/report/metrics.json"
-PREDICTIONS = "models/report/predictions.csv"
 INDEX = "data/prepared/index.csv"
-MODELS = ("probe_linear", "probe", "stage1", "stage2")
+# What each kind of images was answered, and what these images are called.
+ANSWERS = {
+    "out-of-fold": ("models/probe/out_of_fold.csv", "training images, out of fold"),
+    "validation": ("models/report/validation.csv", "validation images"),
+    "test": ("models/report/predictions.csv", "test images"),
+}
+SPLIT_OF = {"validation": "val", "test": "test"}  # as index.csv and metrics.json call them
+PROBES = ("probe_linear", "probe")
+MODELS = (*PROBES, "stage1", "stage2")
 NOISE = 0.05  # p from which a difference counts as noise
 SHOWN = 8  # changed params that are named
 MANY = 4  # runs from which on each has a line
+COST = (
+    "judged by the test images: every choice that is made by them makes them less of a test; "
+    "choose by validation (without --test), and look here once"
+)
 
 
 class RunError(PipelineError):
@@ -54,9 +72,11 @@ class Run:
     name: str
     params: dict[str, Any]  # flat
     chosen: str
-    test: dict[str, dict[str, Any]]  # a model's test metrics; empty without a test split
-    right: dict[str, dict[str, bool]]  # by model and image
-    groups: dict[str, int]  # by image
+    accuracies: dict[str, float]  # a model's, on the images it is judged by; empty without any
+    # By kind of images and model: which images (by path and content) it has right.
+    right: dict[str, dict[str, dict[str, bool]]]
+    groups: dict[str, int] = field(default_factory=dict)  # by image
+    images: dict[str, int] = field(default_factory=dict)  # by split
 
 
 @dataclass(frozen=True)
@@ -67,13 +87,14 @@ class Against:
     run: str
     base: str
     accuracy: float  # the difference
-    low: float
-    high: float
-    p_value: float | None  # none where they were tested on other images
-    noise: bool
+    low: float | None
+    high: float | None
+    p_value: float | None
+    noise: bool | None  # None: there is no telling
+    on: str  # which images, or why there is no telling
 
 
-def read(revision: str) -> Run:
+def read(revision: str, judge: Judge = "validation") -> Run:
     """Read a run of a revision, or of the folder itself.
 
     Raises RunError if there is none.
@@ -99,56 +120,84 @@ def read(revision: str) -> Run:
         raise RunError(f"{revision}: no {path} there; run `dvc repro`, and commit") from None
     except (DvcException, SCMError, ValueError) as error:
         raise RunError(f"{revision}: no run to read ({' '.join(str(error).split())})") from None
-    images: dict[str, tuple[str, int]] = {}
-    predictions: list[dict[str, str]] = []
-    try:
-        predictions = list(csv.DictReader(io.StringIO(text(PREDICTIONS))))
-        for row in csv.DictReader(io.StringIO(text(INDEX))):
-            images[row["path"]] = f"{row['path']} {row['sha256']}", int(row["group"])
-    except Exception:  # each layer of DVC has its own for what isn't in the cache
-        line = f"{revision}: its predictions aren't here (`dvc fetch` may have them)"
-        print(line, file=sys.stderr)
-        images, predictions = {}, []
-    return Run(
+    tested = report[SPLIT_OF[judge]]
+    run = Run(
         "here" if revision == HERE else revision,
         params,
         report["chosen"],
-        report["test"],
-        {
-            model: {images[row["path"]][0]: row[model] == row["label"] for row in predictions}
-            for model in report["test"]
-        },
-        dict(images.values()),
+        {m: v["accuracy"] if judge == "test" else v for m, v in tested.items()},
+        {},
     )
+    return _with_answers(run, revision, text, judge)
 
 
-def against(run: Run, base: Run) -> Iterator[Against]:
+def _with_answers(run: Run, revision: str, text: Callable[[str], str], judge: Judge) -> Run:
+    """Add what a run's models answered, as far as DVC's cache has it."""
+    images: dict[str, str] = {}
+    groups: dict[str, int] = {}
+    splits: Counter[str] = Counter()
+    right: dict[str, dict[str, dict[str, bool]]] = {}
+    try:
+        for row in csv.DictReader(io.StringIO(text(INDEX))):
+            images[row["path"]] = f"{row['path']} {row['sha256']}"
+            groups[images[row["path"]]] = int(row["group"])
+            splits[row["split"]] += 1
+    except Exception:  # each layer of DVC has its own for what isn't in the cache
+        _note(f"{revision}: data/prepared isn't here (`dvc fetch` may have it)")
+        return run
+    for kind in ("test",) if judge == "test" else ("out-of-fold", "validation"):
+        file = ANSWERS[kind][0]
+        try:
+            rows = list(csv.DictReader(io.StringIO(text(file))))
+        except Exception:
+            _note(f"{revision}: no {file} here (`dvc fetch` may have it): figures alone")
+            continue
+        if any(row["path"] not in images for row in rows):
+            _note(f"{revision}: {file} is of other images than {INDEX}; run `dvc repro`")
+            continue
+        right[kind] = {
+            model: {images[r["path"]]: r[model] == r["label"] for r in rows if r[model]}
+            for model in MODELS
+            if rows and model in rows[0]
+        }
+    return replace(run, right=right, groups=groups, images=dict(splits))
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Against]:
     """Compare each model of a run with the same of another, as if it were the only comparison."""
-    for model in (m for m in MODELS if m in run.test and m in base.test):
-        ours, theirs = run.right[model], base.right[model]
-        if ours and ours.keys() == theirs.keys():
-            images = sorted(ours)
-            groups = np.array([run.groups[image] for image in images])
-            found = difference(_of(ours, images), _of(theirs, images), groups, seed=0)
-            low, high, p = found["low"], found["high"], found["p_value"]
-            yield Against(model, run.name, base.name, found["accuracy"], low, high, p, p >= NOISE)
-        else:
-            one, other = run.test[model], base.test[model]
-            gap = one["accuracy"] - other["accuracy"]
-            # Two samples: the intervals' arms add up in squares.
-            below = _arm(one, "low", other, "high")
-            above = _arm(one, "high", other, "low")
-            inside = gap - below <= 0 <= gap + above
-            yield Against(model, run.name, base.name, gap, gap - below, gap + above, None, inside)
+    for model in (m for m in MODELS if m in run.accuracies and m in base.accuracies):
+        kinds = ("out-of-fold", "validation") if judge == "validation" else ("test",)
+        both = [
+            (kind, run.right[kind][model], base.right[kind][model])
+            for kind in kinds
+            if all(model in side.right.get(kind, {}) for side in (run, base))
+        ]
+        same = [found for found in both if found[1] and found[1].keys() == found[2].keys()]
+        if not same:
+            apart = run.accuracies[model] - base.accuracies[model]
+            why = f"other {ANSWERS[judge][1]}" if both else "figures alone"
+            yield Against(model, run.name, base.name, apart, None, None, None, None, why)
+            continue
+        kind, ours, theirs = same[0]
+        images = sorted(ours)
+        groups = np.array([run.groups[image] for image in images])
+        found = difference(_of(ours, images), _of(theirs, images), groups)
+        p, gap = found["p_value"], found["accuracy"]
+        assert gap is not None
+        on = f"{len(images):,} {ANSWERS[kind][1]}"
+        yield Against(
+            *(model, run.name, base.name, gap, found["low"], found["high"], p),
+            None if p is None else p >= NOISE,
+            on if p is not None else f"{on}, in too few groups",
+        )
 
 
 def _of(right: dict[str, bool], images: Sequence[str]) -> NDArray[np.bool_]:
     return np.array([right[image] for image in images])
-
-
-def _arm(one: dict[str, Any], side: str, other: dict[str, Any], other_side: str) -> float:
-    arms = (m["accuracy"] - m[f"accuracy_{s}"] for m, s in ((one, side), (other, other_side)))
-    return float(np.hypot(*arms))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -201,54 +250,87 @@ def experiments() -> list[str]:
     return sorted(found)
 
 
-def table(runs: Sequence[Run]) -> list[str]:
-    """Lay the runs' test accuracies out side by side; of many, a line each without intervals."""
+def table(runs: Sequence[Run], judge: Judge = "validation") -> list[str]:
+    """Lay the runs' accuracies out side by side; of many, a line each without intervals."""
+    title = f"{judge} accuracy"
     if len(runs) >= MANY:
-        lines = [["test accuracy", *MODELS, "chosen", f"against {runs[0].name}"]]
+        lines = [[title, *MODELS, "chosen", f"against {runs[0].name}"]]
         for run in runs:
-            accuracies = [f"{run.test[m]['accuracy']:.4f}" if run.test else "-" for m in MODELS]
+            found = (run.accuracies.get(model) for model in MODELS)
+            accuracies = ["-" if a is None else f"{a:.4f}" for a in found]
             lines.append([run.name, *accuracies, run.chosen, ", ".join(changed(run, runs[0]))])
         return aligned(lines)
-    rows = [["test accuracy", *(run.name for run in runs)]]
-    for model in MODELS:
-        cells = [
-            f"{m['accuracy']:.4f} ({m['accuracy_low']:.3f} to {m['accuracy_high']:.3f})"
-            if (m := run.test.get(model))
-            else "-"
-            for run in runs
-        ]
-        rows.append([model, *cells])
+    rows = [[title, *(run.name for run in runs)]]
+    rows += [[model, *(_with_interval(run, model, judge) for run in runs)] for model in MODELS]
     rows.append(["chosen", *(run.chosen for run in runs)])
     return aligned(rows)
 
 
+def _with_interval(run: Run, model: str, judge: Judge) -> str:
+    if model not in run.accuracies:
+        return "-"
+    said = f"{run.accuracies[model]:.4f}"
+    right = run.right.get(judge, {}).get(model, {})
+    if not right:
+        return said
+    images = sorted(right)
+    groups = np.array([run.groups[image] for image in images])
+    found = accuracy_interval(_of(right, images), groups) or (None, None)
+    return f"{said} ({interval_in_words(*found)})"
+
+
 def said(one: Against) -> str:
     """Say a comparison in a line."""
-    p = "by their intervals" if one.p_value is None else f"p = {one.p_value:.3f}"
+    points = f"{one.model:<13} {100 * one.accuracy:+5.1f} points "
+    if one.low is None or one.high is None or one.p_value is None:
+        return f"{points}({one.on}): can't be told from noise"
     verdict = "no more than noise" if one.noise else "more than noise"
-    return (
-        f"{one.model:<13} {100 * one.accuracy:+5.1f} points "
-        f"({100 * one.low:+.1f} to {100 * one.high:+.1f}; {p}): {verdict}"
-    )
+    interval = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}; p = {one.p_value:.3f}"
+    return f"{points}({interval}; {one.on}): {verdict}"
 
 
-def seeds(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Give each group's means and standard deviations over its seeds, a line a group.
+def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> list[Against]:
+    """Compare each group's final models with the first group's, seed by seed where they share them.
 
-    What its final models have is compared with the first group's (Welch 1947).
+    Other seeds cut other splits of the same images: see `over_resplits`.
     """
+    base, *others = groups
+    found = []
+    for group in others:
+        sides = [{r.params.get("seed"): r for r in side if r.accuracies} for side in (group, base)]
+        shared = [seed for seed in sides[0] if seed in sides[1]]
+        if len(shared) > 1:
+            sides = [{seed: side[seed] for seed in shared} for side in sides]
+        a, b = ([_accuracy(run, "chosen") for run in side.values()] for side in sides)
+        images = group[0].images
+        if not a or not b or not images:
+            continue
+        tested = over_resplits(a, b, images[SPLIT_OF[judge]] / images["train"])
+        low, high, p = tested or (None, None, None)
+        on = f"{len(a)} seeds" if len(a) == len(b) else f"{len(a)} and {len(b)} seeds"
+        noise = None if p is None else p >= NOISE
+        found.append(
+            Against(
+                *("chosen", group[0].name, base[0].name, mean(a) - mean(b), low, high, p),
+                *(noise, on),
+            )
+        )
+    return found
+
+
+def seeds(groups: Sequence[Sequence[Run]], found: Sequence[Against]) -> list[str]:
+    """Give each group's means and standard deviations over its seeds, a line a group."""
     base = groups[0][0]
     rows = [["over seeds", "n", *MODELS, "chosen", "", ""]]
     for group in groups:
-        tested = [run for run in group if run.test]
-        values = {m: [_accuracy(run, m) for run in tested] for m in (*MODELS, "chosen")}
+        judged = [run for run in group if run.accuracies]
+        values = {m: [_accuracy(run, m) for run in judged] for m in (*MODELS, "chosen")}
         params = [said for said in changed(group[0], base) if not said.startswith("seed ")]
-        told = ""
-        if group is not groups[0]:
-            firsts = [_accuracy(run, "chosen") for run in groups[0] if run.test]
-            told = _welch(values["chosen"], firsts)
+        told = [one for one in found if one.run == group[0].name and one.p_value is not None]
+        p = [f"p = {o.p_value:.3f}: {'no more' if o.noise else 'more'} than noise" for o in told]
         spread = [_spread(v) for v in values.values()]
-        rows.append(["", str(len(tested)), *spread, told, ", ".join(params) or f"as {base.name}"])
+        said = ", ".join(params) or f"as {base.name}"
+        rows.append(["", str(len(judged)), *spread, "".join(p), said])
     return aligned(rows)
 
 
@@ -259,15 +341,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.4f}{deviation}"
 
 
-def _welch(values: Sequence[float], others: Sequence[float]) -> str:
-    if min(len(values), len(others)) < 2:
-        return ""
-    p = float(ttest_ind(values, others, equal_var=False).pvalue)
-    return f"p = {p:.3f}: {'no more' if p >= NOISE else 'more'} than noise"
-
-
 def _accuracy(run: Run, model: str) -> float:
-    return float(run.test[run.chosen if model == "chosen" else model]["accuracy"])
+    return run.accuracies[run.chosen if model == "chosen" else model]
 
 
 def main() -> None:
@@ -275,25 +350,33 @@ def main() -> None:
     parser = parser_of("compare", __doc__ or "")
     parser.add_argument("revisions", nargs="*", metavar="REV", help="the last commit and . if none")
     parser.add_argument("--experiments", action="store_true", help="and those on the last commit")
+    parser.add_argument("--test", action="store_true", help="judge by the test images: at the end")
     parser.add_argument("--json", action="store_true", help="for machines")
     options = parser.parse_args()
+    judge: Judge = "test" if options.test else "validation"
     with one_line_errors():
         if options.experiments:
             options.revisions = [*(options.revisions or ["HEAD"]), *experiments()]
-        runs = [read(revision) for revision in options.revisions or ("HEAD", HERE)]
+        if options.test:
+            _note(COST)
+        runs = [read(revision, judge) for revision in options.revisions or ("HEAD", HERE)]
         base, *others = runs
-        found = corrected([one for run in others for one in against(run, base)])
-        if options.json:
-            comparisons = [asdict(one) for one in found]
-            tested = {run.name: {"chosen": run.chosen, "test": run.test} for run in runs}
-            print(json.dumps({"runs": tested, "against": comparisons}, indent=2))
-            return
-        for line in (*table(runs), *_differences(runs, found)):
-            say(line)
         groups = by_seed(runs)
-        if any(len(group) > 1 for group in groups) and len({r.name for r in runs}) > 2:
+        several = any(len(group) > 1 for group in groups) and len({r.name for r in runs}) > 2
+        by_image = [one for run in others for one in against(run, base, judge)]
+        over_seeds = of_seeds(groups, judge) if several else []
+        found = corrected([*by_image, *over_seeds])
+        by_image, over_seeds = found[: len(by_image)], found[len(by_image) :]
+        if options.json:
+            judged = {r.name: {"chosen": r.chosen, "accuracy": r.accuracies} for r in runs}
+            said = {"judged_by": judge, "runs": judged, "against": [asdict(one) for one in found]}
+            print(json.dumps(said, indent=2))
+            return
+        for line in (*table(runs, judge), *_differences(runs, by_image)):
+            say(line)
+        if several:
             say("")
-            for line in seeds(groups):
+            for line in seeds(groups, over_seeds):
                 say(line)
 
 
@@ -301,10 +384,12 @@ def _differences(runs: Sequence[Run], found: Sequence[Against]) -> Iterator[str]
     """Say how the runs differ from the first one: of many only what is more than noise."""
     base, *others = runs
     if len(runs) >= MANY:
-        clear = [one for one in found if not one.noise]
+        clear = [one for one in found if one.noise is False]
         yield f"\nof {len(found)} comparisons with {base.name}, more than noise: {len(clear)}"
         width = max(len(run.name) for run in runs)
         yield from (f"{one.run:<{width}}  {said(one)}" for one in clear)
+        if others_images := sum(one.noise is None for one in found):
+            yield f"{others_images} can't be told from noise: of other images, or figures alone"
         return
     for run in others:
         params = ", ".join(changed(run, base)) or "same params"

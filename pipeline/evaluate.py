@@ -15,17 +15,17 @@ from pipeline.errors import CheckpointError
 from pipeline.files import write_csv, write_json
 from pipeline.images.augment import Flips
 from pipeline.images.pack import Images, Rows, read_facts, read_images, read_rows
+from pipeline.learn.calibration import sure_in_words, sure_threshold
 from pipeline.learn.codes import read_codes
 from pipeline.learn.metrics import fit_temperature
 from pipeline.learn.probes import Probe, read_probes
+from pipeline.learn.significance import accuracy_interval, difference
 from pipeline.learn.verdict import (
-    accuracy_interval,
     confusion,
-    difference,
     helped,
+    interval_in_words,
     model_scores,
     simplest_of_the_best,
-    sure_above,
 )
 from pipeline.nets.backbone import again, backbone_of
 from pipeline.nets.device import device, set_up_torch
@@ -33,7 +33,7 @@ from pipeline.nets.fold import fold
 from pipeline.nets.network import Network, load, refuse_other_classes, versions
 from pipeline.progress import say
 from pipeline.resume import Resume
-from pipeline.stage import Out, Seed, main
+from pipeline.stage import Out, main
 from pipeline.viewing import Viewing, logits_from
 
 # From simple to costly: of those that tie the final model is the first.
@@ -66,7 +66,6 @@ def evaluate(
     views: Annotated[int, Interval(ge=1, le=8)],
     tie: Annotated[float, Interval(ge=0, le=5)],
     sure_accuracy: Annotated[float, Interval(ge=0, le=1)],
-    seed: Seed,
     resume: Resume,
 ) -> dict[str, float]:
     """Score probe, linear probe, stage 1 and stage 2 on test, and write the final model.
@@ -76,7 +75,8 @@ def evaluate(
     threshold for "not sure" are fitted on validation.
 
     Writes metrics.json, advice.json (what was expected of stage 2 and what happened),
-    confusion.csv, per_class.csv and predictions.csv into `out`, and model.safetensors into `final`.
+    confusion.csv, per_class.csv, predictions.csv and the same of the validation images,
+    validation.csv, into `out`, and model.safetensors into `final`.
     """
     set_up_torch()
     val, test = read_rows(prepared, "val"), read_rows(prepared, "test")
@@ -93,25 +93,29 @@ def evaluate(
     (chosen,) = (m for m in models if m.name == CANDIDATES[place])
     temperature = fit_temperature(chosen.val, val.labels)
     probabilities = softmax(chosen.val / temperature, axis=1)
+    sure = sure_threshold(probabilities, val.labels, val.groups, sure_accuracy)
     classifier = Classifier(
         chosen.network or _trunk(of_codes),
         chosen.probe,
         of_codes["pooling"],
         chosen.viewing,
         temperature,
-        sure_above(probabilities, val.labels, sure_accuracy),
+        sure.above,
         chosen.name,
+        sure_accuracy,
+        sure.images,
     )
     told = {"val_accuracy": val_accuracy[chosen.name], "versions": versions(), **chosen.training}
     classifier.save(final / "model.safetensors", **told)
 
     metrics: dict[str, Any] = {"test": {}, "chosen": chosen.name, "val": val_accuracy}
     if len(test.labels):
-        metrics = {**metrics, **_compared(models, test, seed)}
-    _write_tables(out, models, test, classes, temperature, chosen)
+        metrics = {**metrics, **_compared(models, test)}
+    _write_tables(out, models, val, test, classes, temperature, chosen)
     write_json(out / "metrics.json", metrics)
     for line in _verdict(metrics, len(test.labels)):
         say(line)
+    say(sure_in_words(sure.above, sure_accuracy, sure.images))
     against = _against(advice, metrics)
     write_json(out / "advice.json", {"fine_tuning": against})
     if against["held"] is not None:
@@ -180,12 +184,15 @@ def _flips(file: Path, meta: dict[str, Any]) -> Flips:
     return flips
 
 
-def _compared(models: Sequence[Model], test: Rows, seed: int) -> dict[str, Any]:
-    """Give each model's test metrics with intervals, and stage 2 against the probe."""
+def _compared(models: Sequence[Model], test: Rows) -> dict[str, Any]:
+    """Give each model's test metrics with intervals, and stage 2 against the probe.
+
+    Intervals are null where there are too few groups of test images for one.
+    """
     right = {m.name: m.test.argmax(1) == test.labels for m in models}
     table = {}
     for m in models:
-        low, high = accuracy_interval(right[m.name], test.groups, seed)
+        low, high = accuracy_interval(right[m.name], test.groups) or (None, None)
         found = model_scores(m.test, test.labels, test.weights)
         table[m.name] = {
             "accuracy": found.pop("accuracy"),
@@ -193,7 +200,7 @@ def _compared(models: Sequence[Model], test: Rows, seed: int) -> dict[str, Any]:
             "accuracy_high": high,
             **found,
         }
-    against = difference(right["stage2"], right["probe"], test.groups, seed)
+    against = difference(right["stage2"], right["probe"], test.groups)
     return {"test": table, "stage2_minus_probe": against}
 
 
@@ -217,12 +224,13 @@ def _against(advice: Path, metrics: dict[str, Any]) -> dict[str, Any]:
 def _write_tables(
     out: Path,
     models: Sequence[Model],
+    val: Rows,
     test: Rows,
     classes: Sequence[str],
     temperature: float,
     chosen: Model,
 ) -> None:
-    """Write what a report and plots need: confusion, per class, predictions."""
+    """Write what a report and plots need: confusion, per class, predictions of both splits."""
     answers = [("actual", "predicted")]
     p = softmax(chosen.test / temperature, axis=1)
     answers += [
@@ -239,13 +247,21 @@ def _write_tables(
             precision = f"{counts[i, i] / answered:.6f}" if answered else ""
             lines.append((m.name, name, actual, recall, precision))
     write_csv(out / "per_class.csv", lines)
-    raw = softmax(chosen.test, axis=1)
-    lines = [("id", "path", "label", *(m.name for m in models), "probability", "uncalibrated")]
-    for i, (number, path) in enumerate(zip(test.ids, test.paths, strict=True)):
-        answered = [classes[int(m.test[i].argmax())] for m in models]
-        sure = (f"{p[i].max():.6f}", f"{raw[i].max():.6f}")
-        lines.append((number, path, classes[test.labels[i]], *answered, *sure))
-    write_csv(out / "predictions.csv", lines)
+    for file, rows, split in (("predictions.csv", test, "test"), ("validation.csv", val, "val")):
+        of = {m.name: (m.test if split == "test" else m.val) for m in models}
+        write_csv(out / file, _answers(rows, of, chosen.name, temperature, classes))
+
+
+def _answers(
+    rows: Rows, scores: dict[str, Scores], chosen: str, temperature: float, classes: Sequence[str]
+) -> Iterator[Sequence[object]]:
+    """List what the models say of each image, and how sure the chosen one is of it."""
+    yield "id", "path", "label", *scores, "probability", "uncalibrated"
+    answers = [s.argmax(1) for s in scores.values()]
+    p, raw = (softmax(scores[chosen] / t, axis=1).max(1) for t in (temperature, 1.0))
+    for i, (number, path) in enumerate(zip(rows.ids, rows.paths, strict=True)):
+        answered = [classes[int(answer[i])] for answer in answers]
+        yield number, path, classes[rows.labels[i]], *answered, f"{p[i]:.6f}", f"{raw[i]:.6f}"
 
 
 def _verdict(metrics: dict[str, Any], n: int) -> list[str]:
@@ -257,7 +273,7 @@ def _verdict(metrics: dict[str, Any], n: int) -> list[str]:
         auroc = "-" if m["auroc"] is None else f"{m['auroc']:.3f}"
         lines.append(
             f"{name:<14} {metrics['val'][name]:.4f}   {m['accuracy']:.4f}   "
-            f"({m['accuracy_low']:.3f} to {m['accuracy_high']:.3f})   "
+            f"({interval_in_words(m['accuracy_low'], m['accuracy_high'])})   "
             f"{m['balanced_accuracy']:.4f}    {auroc}"
         )
     told = helped(metrics["stage2_minus_probe"])

@@ -21,6 +21,8 @@ from pipeline.classifier import Classifier, load
 from pipeline.errors import CheckpointError, DataError
 from pipeline.files import whole_folder, write_text
 from pipeline.images.pack import read_images
+from pipeline.learn.calibration import sure_in_words
+from pipeline.learn.verdict import interval_in_words
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import versions
 from pipeline.progress import say
@@ -144,6 +146,7 @@ def card(
     network = classifier.network
     size, colours = network.packed_size, "grey" if network.channels == 1 else "RGB"
     shape = f"(N, {size}, {size})" if network.channels == 1 else f"(N, {size}, {size}, 3)"
+    sure = sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images)
     probe = classifier.probe
     what = f"{probe.kind} on the codes of {probe.depth}" if probe else "the network's own head"
     changed = " with changes that aren't committed" if origin["changed"] else ""
@@ -163,8 +166,9 @@ def card(
         f"`model.onnx` takes `pixels`, uint8 {shape}: the image turned as its EXIF data say, "
         f"{colours}, {HOW[network.fit]}, resized to {size} x {size} (Pillow's bicubic). All the "
         "rest is in the graph. It gives `probabilities`, float32 "
-        f'(N, {len(network.classes)}). Below {classifier.sure_above:.4f} the answer is "not '
-        'sure".',
+        f"(N, {len(network.classes)}).",
+        "",
+        sure[0].upper() + sure[1:] + ".",
         "",
         "`model.safetensors` is the same for this project: `python -m pipeline.predict --model "
         "FILE IMAGE...` runs either.",
@@ -197,7 +201,7 @@ def _figures(metrics: dict[str, Any]) -> list[str]:
     if not metrics["test"]:
         return ["There was no labelled test split: nothing is known."]
     found = metrics["test"][metrics["chosen"]]
-    interval = f"{found['accuracy_low']:.4f} to {found['accuracy_high']:.4f}"
+    interval = interval_in_words(found["accuracy_low"], found["accuracy_high"])
     lines = ["On the test split, which nothing was chosen by:", "", "| metric | |", "|---|---|"]
     lines.append(f"| accuracy (95 % interval) | {found['accuracy']:.4f} ({interval}) |")
     rest = ("accuracy_weighted", "balanced_accuracy", "f1_macro", "auroc")

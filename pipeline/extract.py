@@ -89,7 +89,7 @@ def extract(
         labelled = {}
         for split in ("train", "val"):
             rows = read_rows(prepared, split)
-            labelled[split] = Labelled(rows.labels, rows.groups, rows.weights)
+            labelled[split] = Labelled(rows.ids, rows.paths, rows.labels, rows.groups, rows.weights)
         write_labels(folder / "labels.csv", labelled)
     return {"images_per_second": n_images / seconds} if n_images else {}
 

@@ -53,7 +53,7 @@ class Portable:
         if found is None:
             raise CheckpointError(f"{file}: not written by `python -m pipeline.export`")
         facts: dict[str, Any] = json.loads(found)
-        self.sure_above: float = facts.pop("sure_above")
+        self.sure_above: float | None = facts.pop("sure_above")
         self.chosen: str = facts.pop("chosen")
         self.network = Inputs(**facts)
 

@@ -6,8 +6,9 @@
     find new -name '*.jpg' | python -m pipeline.predict -  # paths, a line each
     python -m pipeline.predict - < a.jpg                   # or an image itself
 
-"Not sure" is said below the confidence from which the share `evaluate.sure_accuracy` of validation
-images was right. Exit codes: 0 every image was classified, 1 some couldn't be read or an error, 2 a
+"Not sure" is said below the confidence above which the share `evaluate.sure_accuracy` of images is
+right, as far as validation images can promise that; where they can't, it is never said, and `sure`
+is null. Exit codes: 0 every image was classified, 1 some couldn't be read or an error, 2 a
 wrong command.
 """
 
@@ -52,7 +53,7 @@ class Answer:
     file: str
     labels: list[str] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
-    sure: bool = False
+    sure: bool | None = None  # None: no confidence is promised to be right often enough
     error: str = ""
     pixels: Pixels | None = None  # what the model saw
 
@@ -103,7 +104,7 @@ def predict(model: Model, files: Sequence[Path], top: int = 1) -> Iterator[Answe
                     str(file),
                     [network.classes[i] for i in best],
                     [round(float(p[i]), 4) for i in best],
-                    bool(p.max() >= model.sure_above),
+                    None if model.sure_above is None else bool(p.max() >= model.sure_above),
                     pixels=one,
                 )
 
@@ -205,7 +206,7 @@ def as_table(answers: Sequence[Answer], out: TextIO) -> None:
             continue
         for place, (label, p) in enumerate(zip(answer.labels, answer.probabilities, strict=True)):
             first = place == 0
-            name = label if answer.sure or not first else f"{label} ({NOT_SURE})"
+            name = f"{label} ({NOT_SURE})" if first and answer.sure is False else label
             cells.append((answer.file if first else "", name, f"{p:.3f}"))
     for line in aligned(cells):
         print(line, file=out)
@@ -213,7 +214,7 @@ def as_table(answers: Sequence[Answer], out: TextIO) -> None:
 
 def page(answers: Sequence[Answer]) -> str:
     """Lay the pictures out with their labels, as one page that needs no other file."""
-    unsure = sum(not answer.sure and not answer.error for answer in answers)
+    unsure = sum(answer.sure is False for answer in answers)
     failed = sum(bool(answer.error) for answer in answers)
     counts = f"{len(answers)} images, {unsure} not sure, {failed} not readable"
     cards = [

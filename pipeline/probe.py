@@ -5,11 +5,11 @@ judge of the two, and on some hundred images many cells score alike.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ import numpy as np
 import sklearn.linear_model
 import sklearn.svm  # noqa: F401
 from annotated_types import Ge, Gt, Interval, MinLen
+from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
@@ -87,7 +88,8 @@ def probe(
 
     One more depth are the codes of the `join` deepest blocks side by side.
 
-    Writes probe.safetensors (winner and linear probe on the last codes), grid.csv, metrics.json.
+    Writes probe.safetensors (winner and linear probe on the last codes), grid.csv, metrics.json and
+    out_of_fold.csv: what both say of each training image where cross-validation held it out.
 
     Raises DataError if a class has fewer images than folds.
     """
@@ -101,7 +103,7 @@ def probe(
         say(f"SVMs see {len(some)} of {len(train.labels)} images (probe.svm_max_images)")
 
     with threadpool_limits(1, "blas"), warnings.catch_warnings():
-        # Weakly regularised cells may stop early; they are compared as they are.
+        # Cells that have almost no regularisation may stop early; they are compared as they are.
         warnings.simplefilter("ignore", ConvergenceWarning)
         grid = {"linear": linear_c, "svm_linear": svm_linear_c, "svm_rbf": svm_rbf_c}
         search = _Search(train, weights, balance, folds, seed, some, grid, l2)
@@ -126,9 +128,11 @@ def probe(
         best = best_cell([cell for cell in cells if cell.kind in kinds])
         best_linear = best_cell([c for c in cells if c.kind == "linear" and c.depth == LAST])
         linear = search.fit(best_linear, read_codes(features, "train", LAST))
-        winner = linear
+        held_out = {"probe_linear": _HeldOut.of(search, best_linear, features)}
+        winner, held_out["probe"] = linear, held_out["probe_linear"]
         if best != best_linear:
             winner = search.fit(best, read_codes(features, "train", best.depth))
+            held_out["probe"] = _HeldOut.of(search, best, features)
 
     scores = {
         name: p.scores(read_codes(features, "val", p.depth))
@@ -145,6 +149,7 @@ def probe(
     }
     save_probes(out / "probe.safetensors", winner, linear, {**facts, "val": of_linear})
     write_csv(out / "grid.csv", _grid(cells))
+    write_csv(out / "out_of_fold.csv", _out_of_fold(train, held_out, facts["classes"]))
     write_json(out / "metrics.json", {"probe": metrics})
     for name, cell, s in (
         ("winner", best, scores["winner"]),
@@ -183,34 +188,54 @@ class _Search:
         self.grid, self.n_classes, self.l2 = grid, int(train.labels.max()) + 1, l2
 
     def cells(self, kind: Kind, depth: str, codes: Any) -> Iterator[Cell]:
-        """Cross-validate one kind at one depth over all its C.
+        """Cross-validate one kind at one depth over all its C, from the smallest.
 
-        The scaling is measured on all of train: it sees no labels. Machines of all C share one
-        kernel; a linear probe starts from that of the next smaller C, in single precision.
+        A linear probe's C end with the first that is worse than the one before: less regularisation
+        takes the more steps the less of it there is.
+        """
+        before = np.inf
+        for c, scores, folds in self._held_out(kind, depth, codes, sorted(self.grid[kind])):
+            y = self.labels[self.rows(kind)]
+            loss = cross_entropy(scores, y, fit_temperature(scores, y))
+            right = scores.argmax(1) == y
+            yield Cell(kind, depth, c, loss, [float(right[held].mean()) for held in folds])
+            if kind == "linear" and loss > before:
+                return
+            before = loss
+
+    def held_out(self, cell: Cell, codes: Any) -> Floats:
+        """Score each image of `rows` by the fold that didn't see it: (N, C)."""
+        ((_, scores, _),) = self._held_out(cell.kind, cell.depth, codes, [cell.c])
+        return scores
+
+    def rows(self, kind: Kind) -> Ints:
+        """List the training images that a kind of probe is fitted on."""
+        return np.arange(len(self.labels)) if kind == "linear" else self.some
+
+    def _held_out(
+        self, kind: Kind, depth: str, codes: Any, grid: Sequence[float]
+    ) -> Iterator[tuple[float, Floats, list[Ints]]]:
+        """Yield each C, the images' scores by the fold that didn't see them, and the folds.
+
+        The scaling is measured on all of train: it sees no labels. SVMs of all C share one kernel;
+        a linear probe starts from that of the C before.
         """
         x, y, weights, groups = self._data(kind, self._scaled(kind, depth, codes))
         kernel = None if kind == "linear" else gram(x, x, kind, 1 / x.shape[1])
-        x = x if kernel is not None else x.astype(np.float32)
         cuts = list(self._folds(y, groups))
-        grid = sorted(self.grid[kind])
-        scores = {c: np.empty((len(y), self.n_classes)) for c in grid}
-        for fit_on, held_out in cuts:
-            of_fold = y[fit_on], weights[fit_on]
-            if kernel is None:
-                seen, unseen = x[fit_on], x[held_out]
-                fitted = None
-                for c in grid:
-                    fitted = fit_linear(seen, *of_fold, c, self.balance, fitted)
-                    scores[c][held_out] = class_scores(fitted, unseen, self.n_classes)
-            else:
-                seen, unseen = kernel[np.ix_(fit_on, fit_on)], kernel[np.ix_(held_out, fit_on)]
-                for c in grid:
-                    machine = fit_svm(seen, *of_fold, c, self.balance)
-                    scores[c][held_out] = class_scores(machine, unseen, self.n_classes)
+        fitted: list[Any] = [None] * len(cuts)
         for c in grid:
-            loss = cross_entropy(scores[c], y, fit_temperature(scores[c], y))
-            right = scores[c].argmax(1) == y
-            yield Cell(kind, depth, c, loss, [float(right[held].mean()) for _, held in cuts])
+            scores = np.empty((len(y), self.n_classes))
+            for i, (fit_on, held_out) in enumerate(cuts):
+                of_fold = y[fit_on], weights[fit_on]
+                if kernel is None:
+                    fitted[i] = fit_linear(x[fit_on], *of_fold, c, self.balance, fitted[i])
+                    unseen = x[held_out]
+                else:
+                    fitted[i] = fit_svm(kernel[np.ix_(fit_on, fit_on)], *of_fold, c, self.balance)
+                    unseen = kernel[np.ix_(held_out, fit_on)]
+                scores[held_out] = class_scores(fitted[i], unseen, self.n_classes)
+            yield c, scores, [held for _, held in cuts]
 
     def fit(self, cell: Cell, codes: Any) -> Probe:
         """Fit a cell's probe on all of train."""
@@ -221,8 +246,8 @@ class _Search:
             fitted = fit_linear(x, y, weights, cell.c, self.balance)
             return linear_probe(fitted, scaler, cell.depth, l2)
         gamma = 1 / x.shape[1]
-        machine = fit_svm(gram(x, x, cell.kind, gamma), y, weights, cell.c, self.balance)
-        return svm_probe(machine, x, scaler, cell.depth, cell.kind, gamma, l2)
+        svm = fit_svm(gram(x, x, cell.kind, gamma), y, weights, cell.c, self.balance)
+        return svm_probe(svm, x, scaler, cell.depth, cell.kind, gamma, l2)
 
     def _scaled(self, kind: Kind, depth: str, codes: Any) -> Any:
         # The linear probe on the last codes becomes a head, which can't divide by a length.
@@ -230,7 +255,7 @@ class _Search:
         return unit(codes) if self.l2 and not is_head else codes
 
     def _data(self, kind: Kind, codes: Any) -> tuple[Floats, Ints, Floats, Ints]:
-        rows = np.arange(len(self.labels)) if kind == "linear" else self.some
+        rows = self.rows(kind)
         x = Scaler.fit(codes)(codes[rows])
         return x, self.labels[rows], self.weights[rows], self.groups[rows]
 
@@ -240,6 +265,41 @@ class _Search:
             yield from cut.split(y, y, groups)
         else:
             yield from StratifiedKFold(self.folds, shuffle=True, random_state=self.seed).split(y, y)
+
+
+class _HeldOut(NamedTuple):
+    """What a probe says of training images that it didn't see."""
+
+    rows: Ints  # (R,) of the training images: SVMs may see some of them alone
+    scores: Floats  # (R, C)
+
+    @classmethod
+    def of(cls, search: _Search, cell: Cell, features: Path) -> "_HeldOut":
+        codes = read_codes(features, "train", cell.depth)
+        return cls(search.rows(cell.kind), search.held_out(cell, codes))
+
+
+def _out_of_fold(
+    train: Labelled, found: dict[str, _HeldOut], classes: Sequence[str]
+) -> Iterator[Sequence[object]]:
+    """List the answers, and how sure the winner is of its own; empty for images it left out."""
+    models = ("probe", "probe_linear")
+    yield "id", "path", "label", *models, "probability", "uncalibrated"
+    answers = {model: np.full(len(train.labels), "", object) for model in models}
+    for model, held in found.items():
+        answers[model][held.rows] = [classes[i] for i in held.scores.argmax(1)]
+    winner = found["probe"]
+    temperature = fit_temperature(winner.scores, train.labels[winner.rows])
+    sure = [np.full(len(train.labels), "", object) for _ in range(2)]
+    for column, t in zip(sure, (temperature, 1.0), strict=True):
+        column[winner.rows] = [f"{p:.6f}" for p in softmax(winner.scores / t, axis=1).max(1)]
+    for i, label in enumerate(train.labels):
+        answered = (answers[model][i] for model in models)
+        yield (
+            *(train.ids[i], train.paths[i], classes[label]),
+            *answered,
+            *(column[i] for column in sure),
+        )
 
 
 def _joined(depths: list[str], join: int) -> list[str]:

@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from pipeline.activation import activation_maps, explained_block
 from pipeline.classifier import Classifier, load
 from pipeline.files import Rowwise, reading, write_text
 from pipeline.images.findings import findings
 from pipeline.images.pack import read_images
-from pipeline.learn.calibration import calibration_error, reliability
+from pipeline.learn.calibration import calibration_error, reliability, sure_in_words
 from pipeline.learn.probes import read_probes
-from pipeline.learn.verdict import helped
+from pipeline.learn.verdict import TOO_FEW, helped
 from pipeline.nets import checkpoint
 from pipeline.nets.device import set_up_torch
 from pipeline.pages import charts, evidence_picture, percent, picture, render
@@ -44,6 +45,7 @@ def report(
     *,
     prepared: Path,
     probe: Path,
+    out_of_fold: Path,
     advice: Path,
     stage1: Path,
     stage2: Path,
@@ -53,6 +55,9 @@ def report(
     params: Params,
 ) -> dict[str, float]:
     """Lay out verdict, comparison, curves, mistakes, audit and params as one page.
+
+    The test split gives figures and the verdict. Pictures, which people change labels by, are of
+    validation, and of training images that cross-validation held out.
 
     Raises DataError if a file of an earlier stage is missing or damaged.
     """
@@ -92,7 +97,13 @@ def report(
         most_rows=MOST_ROWS,
         calibration=_calibration(predictions, chosen),
         classifier=classifier,
-        galleries=_galleries(predictions, read_images(prepared, "test"), classifier),
+        sure=sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images),
+        galleries=[
+            *_galleries(
+                _rows(evaluated / "validation.csv"), read_images(prepared, "val"), classifier
+            ),
+            _held_out(_rows(out_of_fold, "probe"), read_images(prepared, "train")),
+        ],
         audit=audit,
         audited=findings(audit),
         leaks=_leaks(audit),
@@ -135,15 +146,21 @@ def _comparison(test: dict[str, Any]) -> Markup | None:
         {
             "name": name,
             "value": 100 * test[model]["accuracy"],
-            "low": 100 * test[model]["accuracy_low"],
-            "high": 100 * test[model]["accuracy_high"],
+            **_ends(test[model]["accuracy_low"], test[model]["accuracy_high"]),
         }
         for model, name in NAMES.items()
     ]
-    said = "; ".join(
-        f"{r['name']} {r['value']:.1f} % ({r['low']:.1f} to {r['high']:.1f})" for r in rows
-    )
+    said = "; ".join(f"{r['name']} {r['value']:.1f} % ({_interval(r)})" for r in rows)
     return charts.intervals(rows, "test accuracy, %", f"Test accuracy with intervals: {said}")
+
+
+def _ends(low: float | None, high: float | None) -> dict[str, float]:
+    """Give the ends of an interval in percent, none where there is none."""
+    return {} if low is None or high is None else {"low": 100 * low, "high": 100 * high}
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['low']:.1f} to {row['high']:.1f}" if "low" in row else TOO_FEW
 
 
 def _gain(against: dict[str, Any], metrics: dict[str, Any]) -> Markup | None:
@@ -152,15 +169,13 @@ def _gain(against: dict[str, Any], metrics: dict[str, Any]) -> Markup | None:
         return None
     measured = metrics["stage2_minus_probe"]
     rows = [
-        {"name": name, "value": 100 * value, "low": 100 * low, "high": 100 * high}
+        {"name": name, "value": 100 * value, **_ends(low, high)}
         for name, value, low, high in (
             ("expected", against["expected"], against["low"], against["high"]),
             ("measured", measured["accuracy"], measured["low"], measured["high"]),
         )
     ]
-    said = "; ".join(
-        f"{r['name']} {r['value']:+.1f} ({r['low']:+.1f} to {r['high']:+.1f})" for r in rows
-    )
+    said = "; ".join(f"{r['name']} {r['value']:+.1f} ({_interval(r)})" for r in rows)
     described = f"Stage 2 minus best probe, points of test accuracy: {said}"
     return charts.intervals(rows, "stage 2 minus best probe, points", described, zero=True)
 
@@ -266,58 +281,87 @@ def _calibration(predictions: Sequence[Row], chosen: str) -> dict[str, Any] | No
 def _galleries(
     predictions: Sequence[Row], images: Rowwise, classifier: Classifier
 ) -> list[dict[str, Any]]:
-    """Choose test images to look at: mistakes, doubts, and what it is right and sure about."""
-    if not predictions:
-        return []
-    sure = np.array([float(row["probability"]) for row in predictions])
-    answers = [row[classifier.chosen] for row in predictions]
-    right = np.array([a == row["label"] for a, row in zip(answers, predictions, strict=True)])
-    by_doubt = np.argsort(sure, kind="stable")
-    by_trust = np.argsort(-sure, kind="stable")
+    """Choose validation images to look at: mistakes, doubts, and what it is surest of."""
+    sure, answers, right = _answers(predictions, classifier.chosen)
     graph = Graph(classifier)
 
     def shown(name: str, about: str, chosen: Sequence[int], maps: bool) -> dict[str, Any]:
         rows = np.array(chosen, np.int64)
         asked = np.array([graph.inputs.classes.index(answers[i]) for i in rows], np.int64)
-        found = (
-            activation_maps(graph, images[rows], asked)
-            if maps and len(rows)
-            else [None] * len(rows)
-        )
+        found: Sequence[Any] = [None] * len(rows)
+        if maps and len(rows):
+            found = list(activation_maps(graph, images[rows], asked))
         cards = [
-            {
-                **predictions[i],
-                "answer": answers[i],
-                "right": bool(right[i]),
-                "unsure": bool(sure[i] < classifier.sure_above),
-                "picture": picture(images[i], SIDE),
-                "map": None if one is None else evidence_picture(images[i], one, SIDE),
-            }
-            for i, one in zip(rows, found, strict=True)
+            _card(predictions[i], answers[i], images[i], classifier.sure_above, evidence)
+            for i, evidence in zip(rows, found, strict=True)
         ]
         return {"name": name, "about": about, "cards": cards}
 
+    by_doubt, by_trust = np.argsort(sure, kind="stable"), np.argsort(-sure, kind="stable")
     where = f"where the evidence for the answer lies (Grad-CAM at {explained_block(graph)})"
     return [
         shown(
-            "The most confident mistakes",
+            "The most confident mistakes on validation",
             f"Look for wrong labels, and for what misleads it: the second picture shows {where}.",
             [i for i in by_trust if not right[i]][:MISTAKES],
             maps=True,
         ),
         shown(
-            "The least sure",
+            "The least sure of validation",
             "What to label more of.",
             list(by_doubt[:UNSURE]),
             maps=False,
         ),
         shown(
-            "Right, and surest",
+            "Right, and surest, of validation",
             f"Some of each class, and {where}: is that what you would look at?",
             _of_each_class([i for i in by_trust if right[i]], predictions, SURE),
             maps=True,
         ),
     ]
+
+
+def _held_out(predictions: Sequence[Row], images: Rowwise) -> dict[str, Any]:
+    """Choose the mistakes that the best probe is surest of, on training images it didn't see."""
+    seen = [i for i, row in enumerate(predictions) if row["probe"]]  # an SVM may take a part alone
+    sure, answers, right = _answers([predictions[i] for i in seen], "probe")
+    places = [place for place in np.argsort(-sure, kind="stable") if not right[place]][:MISTAKES]
+    return {
+        "name": "The best probe's most confident mistakes on training images",
+        "about": "Each answered by a probe that was fitted without it (cross-validation): look for "
+        "wrong labels.",
+        "cards": [
+            _card(predictions[seen[p]], answers[p], images[seen[p]], None, None) for p in places
+        ],
+    }
+
+
+def _answers(
+    predictions: Sequence[Row], model: str
+) -> tuple[NDArray[np.float64], list[str], NDArray[np.bool_]]:
+    """Give a model's confidence, its answers, and which of them are right, an image each."""
+    sure = np.array([float(row["probability"]) for row in predictions])
+    answers = [row[model] for row in predictions]
+    right = [answer == row["label"] for answer, row in zip(answers, predictions, strict=True)]
+    return sure, answers, np.array(right, bool)
+
+
+def _card(
+    row: Row,
+    answer: str,
+    pixels: NDArray[np.uint8],
+    sure_above: float | None,
+    evidence: NDArray[np.float32] | None,
+) -> dict[str, Any]:
+    """Gather what the page shows of an image."""
+    return {
+        **row,
+        "answer": answer,
+        "right": answer == row["label"],
+        "unsure": sure_above is not None and float(row["probability"]) < sure_above,
+        "picture": picture(pixels, SIDE),
+        "map": None if evidence is None else evidence_picture(pixels, evidence, SIDE),
+    }
 
 
 def _leaks(audit: dict[str, Any]) -> dict[str, list[list[str]]]:

@@ -245,7 +245,7 @@ def main(stage: Stage) -> None:
     hints = get_type_hints(stage, include_extras=True)
     for name in path_names(stage):
         what = "written" if hints[name] == Out else "read"
-        parser.add_argument(f"--{name}", type=Path, required=True, help=what)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, help=what)
     options = vars(parser.parse_args())
     params, timing = options.pop("params"), options.pop("timing")
     with one_line_errors(INTERRUPTED, RECOVER):

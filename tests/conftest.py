@@ -126,6 +126,7 @@ def paths(folder: Path) -> dict[str, dict[str, Path]]:
         "report": {
             "prepared": prepared,
             "probe": probes,
+            "out_of_fold": models / "probe" / "out_of_fold.csv",
             "advice": models / "advice",
             "stage1": models / "stage1",
             "stage2": models / "stage2",

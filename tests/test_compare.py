@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from repository import dvc, git, tool
-from scipy.stats import ttest_ind
+from scipy.stats import binomtest
 
 from pipeline.compare import (
+    COST,
     MODELS,
     Run,
     against,
@@ -20,11 +21,13 @@ from pipeline.compare import (
     changed,
     corrected,
     holm,
+    of_seeds,
     read,
     said,
     seeds,
     table,
 )
+from pipeline.learn.significance import difference, over_resplits
 
 
 def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
@@ -32,26 +35,47 @@ def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 
 
 def run_of(name: str, right: str, seed: int = 0, groups: int = 40, start: int = 0) -> Run:
-    """A run whose probe has the images right where there is a 1."""
+    """A run whose stage 1 has the validation images right where there is a 1."""
     answers = {f"{start + i}": c == "1" for i, c in enumerate(right)}
-    accuracy = right.count("1") / len(right)
-    scores = {"accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
     of = {image: i % groups for i, image in enumerate(answers)}
     return Run(
-        name, {"seed": seed, "stage2.lr": 5e-5}, "probe", {"probe": scores}, {"probe": answers}, of
+        name,
+        {"seed": seed, "stage2.lr": 5e-5},
+        "stage1",
+        {"stage1": right.count("1") / len(right)},
+        {"validation": {"stage1": answers}},
+        of,
+        {"train": 120, "val": len(right)},
     )
 
 
-def test_a_commit_and_the_folder_are_compared_by_their_own_figures(repo):
-    file = repo / "models/report/metrics.json"
+def test_a_commit_and_the_folder_are_compared_by_their_validation_figures(repo):
     done = compare(repo, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    tested = json.loads(file.read_text())["test"]
+    validated = json.loads((repo / "models/report/metrics.json").read_text())["val"]
+    assert found["judged_by"] == "validation"
     assert list(found["runs"]) == ["HEAD", "here"]
-    assert found["runs"]["HEAD"]["test"] == found["runs"]["here"]["test"] == tested
-    assert {one["model"] for one in found["against"]} == set(tested)
+    for run in found["runs"].values():
+        assert run["accuracy"] == validated
+    assert {one["model"] for one in found["against"]} == set(validated)
     assert all(one["accuracy"] == 0 and one["noise"] for one in found["against"])
+    on = {one["model"]: one["on"].partition(" ")[2] for one in found["against"]}
+    assert on["probe"] == on["probe_linear"] == "training images, out of fold"
+    assert on["stage1"] == on["stage2"] == "validation images"
+
+
+def test_test_images_judge_only_when_they_are_asked_to_and_that_is_said(repo):
+    done = compare(repo, "--json", "--test")
+    found = json.loads(done.stdout)
+    tested = json.loads((repo / "models/report/metrics.json").read_text())["test"]
+    assert found["judged_by"] == "test"
+    assert found["runs"]["here"]["accuracy"] == {m: v["accuracy"] for m, v in tested.items()}
+    assert all(one["on"].endswith(" test images") for one in found["against"])
+    assert done.stderr == f"{COST}\n"
+    without = compare(repo)
+    assert "test" not in without.stdout
+    assert without.stderr == ""
 
 
 def test_the_commands_lines_hold_every_run_and_what_changed(repo):
@@ -60,7 +84,7 @@ def test_the_commands_lines_hold_every_run_and_what_changed(repo):
     (repo / "params.yaml").write_text(text.replace("svm_max_images: 4000", "svm_max_images: 999"))
     done = compare(repo, "other", ".")
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["test", "accuracy", "other", "here"]
+    assert lines[0].split() == ["validation", "accuracy", "other", "here"]
     assert "here against other: probe.svm_max_images 4000 → 999" in lines
     assert sum(line.endswith("no more than noise") for line in lines) == 4
 
@@ -76,44 +100,102 @@ def test_a_revision_without_a_run_is_named(revision, line, repo):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_run_whose_predictions_are_not_here_is_compared_by_its_intervals(repo):
+def test_a_run_whose_answers_are_not_here_is_compared_by_figures_alone(repo):
     shutil.rmtree(repo / ".dvc/cache")
     done = compare(repo, "HEAD", ".")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert done.stderr == "HEAD: its predictions aren't here (`dvc fetch` may have them)\n"
-    assert sum("by their intervals): no more than noise" in line for line in lines) == 4
+    assert done.stderr == "HEAD: data/prepared isn't here (`dvc fetch` may have it)\n"
+    assert sum("(figures alone): can't be told from noise" in line for line in lines) == 4
 
 
-def test_the_right_answers_are_those_of_the_predictions(repo, monkeypatch):
+def test_a_run_without_answers_is_compared_by_figures_alone(repo):
+    """As those are that were made before validation answers were written."""
+    (repo / "models/report/validation.csv").unlink()
+    (repo / "models/probe/out_of_fold.csv").unlink()
+    done = compare(repo, "HEAD", ".")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        f"here: no {file} here (`dvc fetch` may have it): figures alone"
+        for file in ("models/probe/out_of_fold.csv", "models/report/validation.csv")
+    ]
+    assert done.stdout.count("(figures alone): can't be told from noise") == 4
+
+
+def test_answers_of_other_images_than_the_index_are_named(repo):
+    """An index that was made anew since, of which stages 1 and 2 know nothing yet."""
+    index = repo / "data/prepared/index.csv"
+    index.chmod(0o644)
+    index.write_text(index.read_text().replace("class0/", "class9/"))
+    for judge in ((), ("--test",)):
+        done = compare(repo, *judge, "HEAD", ".")
+        assert done.returncode == 0, done.stderr
+        assert "is of other images than data/prepared/index.csv; run `dvc repro`" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_right_answers_are_those_of_the_tables(repo, monkeypatch):
     monkeypatch.chdir(repo)
     run = read(".")
-    with (repo / "models/report/predictions.csv").open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    for model in run.test:
-        right = [row[model] == row["label"] for row in rows]
-        assert np.mean(right) == pytest.approx(run.test[model]["accuracy"])
-        assert sorted(run.right[model].values()) == sorted(right)
+    for kind, file in (
+        ("validation", "models/report/validation.csv"),
+        ("out-of-fold", "models/probe/out_of_fold.csv"),
+    ):
+        with (repo / file).open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        for model, right in run.right[kind].items():
+            expected = [row[model] == row["label"] for row in rows]
+            assert sorted(right.values()) == sorted(expected)
+    for model, accuracy in run.accuracies.items():
+        assert np.mean(list(run.right["validation"][model].values())) == pytest.approx(accuracy)
 
 
 def test_on_the_same_images_the_test_is_paired():
-    """Ten images better and none worse: two-sided p is 2 / 2^10, though the intervals overlap."""
+    """Ten images better and none worse: a sign test has 2 / 2^10."""
     base, run = run_of("a", "1" * 30 + "0" * 10), run_of("b", "1" * 40)
     [found] = against(run, base)
     assert found.accuracy == pytest.approx(0.25)
-    assert found.p_value == pytest.approx(2 / 2**10, abs=1e-3)
-    assert not found.noise
-    assert said(found).endswith("more than noise")
+    assert found.p_value == pytest.approx(binomtest(0, 10).pvalue, abs=0.002)
+    assert found.noise is False
+    assert said(found).endswith(
+        "(+10.3 to +39.7; p = 0.001; 40 validation images): more than noise"
+    )
 
 
-def test_on_other_images_the_intervals_decide():
-    base, run = run_of("a", "1" * 30 + "0" * 10), run_of("b", "1" * 32 + "0" * 8, start=100)
+def test_groups_count_and_not_images():
+    """The same answers in ten groups of four, of which two hold all that differ."""
+    base, run = run_of("a", "1" * 30 + "0" * 10), run_of("b", "1" * 40)
+    of = {image: int(image) // 5 for image in run.groups}
+    [alone] = against(run, base)
+    [grouped] = against(replace(run, groups=of), base)
+    assert grouped.p_value > 10 * alone.p_value
+    [none] = against(replace(run, groups=dict.fromkeys(of, 0)), base)
+    assert (none.low, none.p_value, none.noise) == (None, None, None)
+    assert said(none).endswith("in too few groups): can't be told from noise")
+
+
+def test_other_validation_images_tell_nothing_by_themselves():
+    base, run = run_of("a", "1" * 30 + "0" * 10), run_of("b", "1" * 39 + "0", start=100)
     [found] = against(run, base)
-    assert found.p_value is None
-    assert found.high - found.accuracy == pytest.approx(0.1 * 2**0.5)
-    assert found.noise
-    far = run_of("c", "1" * 38 + "0" * 2, start=100)
-    assert not next(against(far, base)).noise
+    assert (found.p_value, found.noise) == (None, None)
+    assert said(found).endswith("(other validation images): can't be told from noise")
+
+
+def test_probes_are_judged_by_what_cross_validation_held_out():
+    """Validation says nothing, the 200 training images do."""
+
+    def run(name: str, right: int) -> Run:
+        made = run_of(name, "1" * 40)
+        answers = {"probe": {f"t{i}": i < right for i in range(200)}}
+        groups = {**made.groups, **{f"t{i}": i for i in range(200)}}
+        both = {"out-of-fold": answers, "validation": {"probe": made.right["validation"]["stage1"]}}
+        return replace(made, accuracies={"probe": 1.0}, right=both, groups=groups)
+
+    [found] = against(run("b", 180), run("a", 150))
+    images = np.arange(200)
+    expected = difference(images < 180, images < 150, images)
+    assert found.p_value == pytest.approx(expected["p_value"])
+    assert found.on == "200 training images, out of fold"
 
 
 def test_p_values_are_raised_by_holms_method():
@@ -137,10 +219,11 @@ def test_runs_that_differ_in_their_seed_alone_are_put_together():
     other = replace(runs[0], name="other", params={**runs[0].params, "stage2.lr": 1e-5})
     groups = by_seed([*runs, other])
     assert [[run.name for run in group] for group in groups] == [["r0", "r1", "r2"], ["other"]]
-    only_probe = [
-        [replace(r, test=dict.fromkeys(MODELS, r.test["probe"])) for r in g] for g in groups
+    of_all = [
+        [replace(r, accuracies=dict.fromkeys(MODELS, r.accuracies["stage1"])) for r in g]
+        for g in groups
     ]
-    head, first, second = seeds(only_probe)
+    head, first, second = seeds(of_all, [])
     assert head.split() == ["over", "seeds", "n", *MODELS, "chosen"]
     assert first.split() == ["3", *["0.7750", "±", "0.0250"] * 5, "as", "r0"]
     assert second.split() == ["1", *["0.7500"] * 5, *["stage2.lr", "5e-05", "→", "1e-05"]]
@@ -149,26 +232,56 @@ def test_runs_that_differ_in_their_seed_alone_are_put_together():
 
 def test_the_table_keeps_its_columns():
     lines = table([run_of("a", "1110"), run_of("b" * 50, "1100")])
-    assert lines[0].split() == ["test", "accuracy", "a", "b" * 50]
-    assert lines[2].startswith("probe          0.7500 (0.650 to 0.850)  0.5000 (0.400 to 0.600)")
+    assert lines[0].split() == ["validation", "accuracy", "a", "b" * 50]
+    assert lines[3].startswith(
+        "stage1               0.7500 (0.301 to 0.954)  0.5000 (0.150 to 0.850)"
+    )
 
 
-def test_groups_of_seeds_are_compared_by_welchs_test():
-    def group(lr: float, rights: list[int]) -> list[Run]:
-        runs = [run_of(f"{lr}-{n}", "1" * n + "0" * (40 - n), seed=n) for n in rights]
-        return [
-            replace(
-                run,
-                params={**run.params, "stage2.lr": lr},
-                test=dict.fromkeys(MODELS, run.test["probe"]),
-            )
-            for run in runs
-        ]
+def of_rate(lr: float, rights: list[int], first: int = 0) -> list[Run]:
+    """Runs of one rate, a seed each, with so many of 40 right."""
+    runs = [
+        run_of(f"{lr}-{n}", "1" * n + "0" * (40 - n), seed=first + i) for i, n in enumerate(rights)
+    ]
+    return [
+        replace(
+            run,
+            params={**run.params, "stage2.lr": lr},
+            accuracies=dict.fromkeys(MODELS, run.accuracies["stage1"]),
+        )
+        for run in runs
+    ]
 
-    first, second = group(1e-5, [20, 21, 22]), group(5e-5, [30, 31, 32])
-    p = ttest_ind([0.75, 0.775, 0.8], [0.5, 0.525, 0.55], equal_var=False).pvalue
-    assert f"p = {p:.3f}: more than noise  stage2.lr 1e-05 → 5e-05" in seeds([first, second])[2]
-    assert "no more than noise" in seeds([first, group(5e-5, [20, 21, 23])])[2]
+
+def test_seeds_are_compared_as_re_splits_of_one_set():
+    """Three and more seeds don't narrow the interval as new images would (Nadeau and Bengio)."""
+    first, second = of_rate(1e-5, [20, 22, 21, 24]), of_rate(5e-5, [30, 31, 32, 33])
+    [found] = of_seeds([first, second])
+    a, b = ([n / 40 for n in of] for of in ([30, 31, 32, 33], [20, 22, 21, 24]))
+    assert found.accuracy == pytest.approx(np.mean(a) - np.mean(b))
+    assert (found.low, found.high, found.p_value) == pytest.approx(over_resplits(a, b, 40 / 120))
+    assert found.on == "4 seeds"
+    line = seeds([first, second], [found])[2]
+    assert f"p = {found.p_value:.3f}: more than noise  stage2.lr 1e-05 → 5e-05" in line
+    [unlike] = of_seeds([first, of_rate(5e-5, [20, 23, 21], first=7)])
+    assert unlike.on == "3 and 4 seeds"
+    assert unlike.noise
+    [one] = of_seeds([first, of_rate(5e-5, [30])])
+    assert one.p_value is None
+
+
+def test_seeds_that_both_have_are_paired():
+    first, second = of_rate(1e-5, [20, 30, 25]), of_rate(5e-5, [21, 31])
+    [found] = of_seeds([first, second])
+    assert found.on == "2 seeds"
+    assert found.accuracy == pytest.approx(1 / 40)  # on the seeds that they share
+
+
+def test_comparisons_over_seeds_are_raised_with_all_others():
+    [one] = of_seeds([of_rate(1e-5, [20, 22, 21, 24]), of_rate(5e-5, [30, 31, 32, 33])])
+    others = [replace(one, p_value=0.5)] * 3
+    raised = corrected([*others, one])[-1]
+    assert raised.p_value == pytest.approx(min(1, 4 * one.p_value))
 
 
 def test_of_many_runs_each_has_a_line_and_only_what_is_clear_is_named(repo):
@@ -177,7 +290,7 @@ def test_of_many_runs_each_has_a_line_and_only_what_is_clear_is_named(repo):
     done = compare(repo, "HEAD", "one", "two", ".")
     lines = done.stdout.splitlines()
     tested = json.loads((repo / "models/report/metrics.json").read_text())
-    expected = [f"{tested['test'][model]['accuracy']:.4f}" for model in MODELS]
+    expected = [f"{tested['val'][model]:.4f}" for model in MODELS]
     assert [line.split() for line in lines[1:5]] == [
         [name, *expected, tested["chosen"]] for name in ("HEAD", "one", "two", "here")
     ]
@@ -190,5 +303,5 @@ def test_all_experiments_on_the_last_commit_are_found(repo):
         dvc(repo, "exp", "run", "--name", name, "--set-param", f"stage2.lr={value}")
     done = compare(repo, "--experiments")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].split() == ["test", "accuracy", "HEAD", "fast", "slow"]
+    assert done.stdout.splitlines()[0].split() == ["validation", "accuracy", "HEAD", "fast", "slow"]
     assert "slow against HEAD: stage2.lr 5e-05 → 1e-05" in done.stdout

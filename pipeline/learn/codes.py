@@ -17,6 +17,8 @@ from pipeline.nets.depths import JOIN
 class Labelled:
     """Labels of one split, in the order of its codes; each array is (N,)."""
 
+    ids: NDArray[np.int64]
+    paths: list[str]
     labels: NDArray[np.int64]
     groups: NDArray[np.int64]
     weights: NDArray[np.float64]
@@ -53,10 +55,11 @@ def write_labels(file: Path, splits: dict[str, Labelled]) -> None:
     """Write the labels of the given splits, so that who reads codes needs no images."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(("split", "label", "group", "weight"))
+        writer.writerow(("split", "id", "path", "label", "group", "weight"))
         for split, rows in splits.items():
-            for row in zip(rows.labels, rows.groups, rows.weights, strict=True):
-                writer.writerow((split, *(value.item() for value in row)))
+            columns = zip(rows.ids, rows.paths, rows.labels, rows.groups, rows.weights, strict=True)
+            for number, path, *values in columns:
+                writer.writerow((split, number, path, *(value.item() for value in values)))
 
 
 def read_labels(features: Path, split: str) -> Labelled:
@@ -69,6 +72,8 @@ def read_labels(features: Path, split: str) -> Labelled:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = [row for row in csv.DictReader(lines) if row["split"] == split]
         return Labelled(
+            np.array([int(row["id"]) for row in rows], np.int64),
+            [row["path"] for row in rows],
             np.array([int(row["label"]) for row in rows], np.int64),
             np.array([int(row["group"]) for row in rows], np.int64),
             np.array([float(row["weight"]) for row in rows]),

@@ -1,4 +1,4 @@
-"""What a finished model is worth: test metrics, and how sure they are, by groups of images."""
+"""What a finished model is worth: test metrics, the choice among models, the verdict in words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
-from scipy.stats import binomtest, bootstrap
 from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
 
 from pipeline.learn.metrics import balanced_accuracy
@@ -14,8 +13,7 @@ from pipeline.learn.metrics import balanced_accuracy
 Scores = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
-RESAMPLES = 5000
-AT_ONCE = 1_000_000  # drawn numbers held in memory
+TOO_FEW = "too few groups for an interval"
 
 
 def model_scores(scores: Scores, labels: Ints, weights: NDArray[np.float64]) -> dict[str, Any]:
@@ -69,83 +67,20 @@ def simplest_of_the_best(right: Sequence[Bools], groups: Ints, tie: float) -> in
     return next(place for place, model in enumerate(right) if ties(model))
 
 
-def sure_above(probabilities: Scores, labels: Ints, wanted: float) -> float:
-    """Find the lowest confidence from which on validation images are right often enough.
-
-    Returns 0 if all of them together are, 1 if no such confidence exists.
-    """
-    confidence = probabilities.max(1)
-    right = probabilities.argmax(1) == labels
-    order = np.argsort(-confidence, kind="stable")
-    share = right[order].cumsum() / np.arange(1, len(order) + 1)
-    enough = np.flatnonzero(share >= wanted)
-    if len(enough) == 0:
-        return 1.0
-    last = int(enough[-1])
-    return 0.0 if last == len(order) - 1 else float(confidence[order[last]])
-
-
-def accuracy_interval(right: Bools, groups: Ints, seed: int) -> tuple[float, float]:
-    """Give the 95 % interval of an accuracy from which images (N,) were right.
-
-    Where groups hold several images, by resampling whole groups (percentile bootstrap); where each
-    image is on its own, Wilson's interval, which the bootstrap approaches with many images and
-    which stays honest with few, or with all of them right.
-    """
-    if len(np.unique(groups)) == len(groups):
-        found = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
-    return _by_groups(right.astype(float), groups, seed)
-
-
-def difference(a: Bools, b: Bools, groups: Ints, seed: int) -> dict[str, float]:
-    """Compare two models on the same images: accuracy of `a` minus `b`, 95 % interval, p-value.
-
-    The interval is a bootstrap over groups, the p-value a two-sided permutation test that swaps
-    the two models' answers for whole groups at a time.
-    """
-    change = a.astype(float) - b.astype(float)
-    low, high = _by_groups(change, groups, seed)
-    sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=change)
-    random, swaps, extreme = np.random.default_rng(seed), 2 * RESAMPLES, 0
-    each = max(1, AT_ONCE // len(sums))
-    for start in range(0, swaps, each):
-        signs = random.choice((-1.0, 1.0), (min(each, swaps - start), len(sums)))
-        # A hair below the observed sum, so that equal sums count as such despite rounding.
-        extreme += int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).sum())
-    p_value = (1 + extreme) / (1 + swaps)
-    return {"accuracy": float(change.mean()), "low": low, "high": high, "p_value": p_value}
-
-
-def helped(found: dict[str, float]) -> str:
+def helped(found: dict[str, float | None]) -> str:
     """Say in a sentence whether fine-tuning helped, from the `difference` of stage 2 and probe."""
-    better = (
-        "helped" if found["low"] > 0 else "hurt" if found["high"] < 0 else "made no sure difference"
-    )
+    accuracy, low, high = (found[key] for key in ("accuracy", "low", "high"))
+    assert accuracy is not None
+    measured = f"stage 2 minus probe {100 * accuracy:+.1f} points"
+    if low is None or high is None:
+        return f"fine-tuning: {measured}, on {TOO_FEW}: nothing can be said beyond these images"
+    better = "helped" if low > 0 else "hurt" if high < 0 else "made no sure difference"
     return (
-        f"fine-tuning {better}: stage 2 minus probe {100 * found['accuracy']:+.1f} points "
-        f"(95 % interval {100 * found['low']:+.1f} to {100 * found['high']:+.1f}, "
+        f"fine-tuning {better}: {measured} (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
         f"p = {found['p_value']:.3f})"
     )
 
 
-def _by_groups(values: NDArray[np.float64], groups: Ints, seed: int) -> tuple[float, float]:
-    _, of = np.unique(groups, return_inverse=True)
-    sums, sizes = np.bincount(of, weights=values), np.bincount(of).astype(float)
-    if len(sums) < 2 or np.ptp(sums / sizes) == 0:
-        return float(values.mean()), float(values.mean())
-
-    def mean(s: NDArray[Any], n: NDArray[Any], axis: int = -1) -> NDArray[Any]:
-        return np.asarray(s.sum(axis) / n.sum(axis))
-
-    found = bootstrap(
-        (sums, sizes),
-        mean,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=max(1, AT_ONCE // len(sums)),
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+def interval_in_words(low: float | None, high: float | None) -> str:
+    """Write the interval of an accuracy, or that there is none."""
+    return TOO_FEW if low is None or high is None else f"{low:.3f} to {high:.3f}"

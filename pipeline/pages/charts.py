@@ -58,12 +58,13 @@ def draw(spec: dict[str, Any], described: str) -> Markup:
 
 
 def intervals(rows: Sequence[Row], title: str, described: str, zero: bool = False) -> Markup:
-    """Draw values with their intervals: rows of name, value, low, high, in percent."""
+    """Draw values with their intervals: rows of name, value, and if any low, high, in percent."""
     names = {"field": "name", "type": "nominal", "sort": None, "title": None}
     x = {"type": "quantitative", "title": title, "scale": {"zero": zero, "nice": True}}
     layers: list[dict[str, Any]] = [
         {
             "mark": {"type": "rule", "strokeWidth": 3, "color": BLUE, "opacity": 0.6},
+            "transform": [{"filter": "isValid(datum.low)"}],
             "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}},
         },
         {

@@ -1,0 +1,171 @@
+"""What an accuracy, or a difference of two, says beyond these images: intervals and p-values.
+
+Images of one group (one patient, one module, near duplicates) answer alike, so groups are what
+counts, not images. All that is said here rests on one statistic, the mean over images with this
+variance:
+
+    that of independent images × design effect            (Kish 1965, Survey Sampling)
+    design effect = 1 + (mean size of an image's group - 1) × correlation within groups
+
+The correlation is measured by the groups' residuals (the CR2 form of Bell and McCaffrey 2002, which
+has no bias where images are independent). Few groups say little about it, and groups without a
+single error nothing, so it is drawn towards a usual one, which counts as much as a few groups. The
+degrees of freedom are those of the part of the variance that had to be measured so (Satterthwaite
+1946). docs/intervals.md has the simulation by which the two constants were chosen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import beta, norm, t
+
+Values = NDArray[np.floating[Any]]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Interval = tuple[float, float]
+Tested = tuple[float, float, float]  # low, high and the p-value
+
+LEAST_GROUPS = 3  # fewer say nothing
+USUAL_CORRELATION, USUAL_GROUPS = (
+    0.1,
+    2.5,
+)  # what is taken for granted, as if so many groups said it
+CONFIDENCE = 0.95
+TINY = 1e-12  # a spread that is rounding
+PSEUDO = 2  # images that answer differently, one in each direction (Bonett and Price 2012)
+
+
+@dataclass(frozen=True)
+class Design:
+    """What groups do to the variance of a mean over images."""
+
+    effect: float  # the factor on the variance
+    freedom: float  # degrees of freedom with which that is known
+
+    def quantile(self, confidence: float) -> float:
+        """Return the two-sided quantile of Student's t."""
+        return float(t.ppf(0.5 + confidence / 2, self.freedom))
+
+
+def accuracy_interval(right: Bools, groups: Ints) -> Interval | None:
+    """Return the 95 % interval of an accuracy from which images (N,) were right, or None.
+
+    Wilson's score interval (1927) with the number of images divided by the design effect; where
+    each image is on its own it is Wilson's. None for fewer than three groups.
+    """
+    if (found := _design(right.astype(float), right, groups)) is None:
+        return None
+    share, z2 = float(right.mean()), found.quantile(CONFIDENCE) ** 2
+    n = len(right) / found.effect
+    middle, arm = share + z2 / (2 * n), np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2)))
+    low, high = (middle - arm) / (1 + z2 / n), (middle + arm) / (1 + z2 / n)
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def difference(a: Bools, b: Bools, groups: Ints) -> dict[str, float | None]:
+    """Compare two models on the same images: accuracy of `a` minus `b`, 95 % interval, p-value.
+
+    The p-value is two-sided and below .05 exactly where the interval leaves 0 out: both are of the
+    statistic that this module describes. Low, high and p-value are None for fewer than three
+    groups.
+    """
+    change = a.astype(float) - b.astype(float)
+    mean, n, differing = float(change.mean()), len(change), change != 0
+    if (found := _design(change, differing, groups)) is None:
+        return {"accuracy": mean, "low": None, "high": None, "p_value": None}
+    variance = (differing.sum() + PSEUDO) / (n + PSEUDO) - mean**2
+    error = float(np.sqrt(variance * found.effect / n))
+    arm = found.quantile(CONFIDENCE) * error
+    p_value = float(2 * t.sf(abs(mean) / error, found.freedom))
+    return {
+        "accuracy": mean,
+        "low": max(-1.0, mean - arm),
+        "high": min(1.0, mean + arm),
+        "p_value": p_value,
+    }
+
+
+def over_resplits(a: Sequence[float], b: Sequence[float], ratio: float) -> Tested | None:
+    """Return interval and p-value of the mean of `a` minus that of `b` over re-splits of one set.
+
+    Re-splits share most of their images, so that more of them don't narrow the interval as new
+    images would: the variance of a mean is (1 / number + ratio) times that of a value, with the
+    ratio of tested to training images (Nadeau and Bengio 2003, Machine Learning 52). Values at the
+    same place are of the same split, and paired, where there are as many of both.
+
+    None where there is no spread to measure: fewer than two values, or all the same.
+    """
+    pairs = [np.subtract(a, b)] if len(a) == len(b) else [np.array(a), -np.array(b)]
+    if min(len(values) for values in pairs) < 2:
+        return None
+    mean = float(sum(values.mean() for values in pairs))
+    parts = [float(v.var(ddof=1)) * (1 / len(v) + ratio) for v in pairs]
+    error = float(np.sqrt(sum(parts)))
+    if error < TINY:
+        return None
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, pairs, strict=True))
+    arm = float(t.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
+    return mean - arm, mean + arm, float(2 * t.sf(abs(mean) / error, freedom))
+
+
+def least_accuracy(right: Bools, groups: Ints, confidence: float) -> float | None:
+    """Return what the accuracy is above with this confidence, or None for fewer than three groups.
+
+    The one-sided bound of Clopper and Pearson (1934) on the effective number of images (Korn and
+    Graubard 1998); where each image is on its own it is exact.
+    """
+    if (found := _design(right.astype(float), right, groups)) is None:
+        return None
+    normal = float(norm.ppf(confidence))
+    n = len(right) / found.effect * (normal / float(t.ppf(confidence, found.freedom))) ** 2
+    k = n * float(right.mean())
+    return float(beta.ppf(1 - confidence, k, n - k + 1)) if k > 0 else 0.0
+
+
+def usual_effect(groups: Ints) -> float:
+    """Return the design effect of groups (N,) of which nothing but their sizes is known."""
+    sizes = np.unique(groups, return_counts=True)[1].astype(float)
+    return 1 + (float((sizes**2).sum() / len(groups)) - 1) * USUAL_CORRELATION
+
+
+def _design(values: Values, events: Bools, groups: Ints) -> Design | None:
+    """Measure what groups do to the mean of values (N,); None where there are too few groups.
+
+    `events` (N,) are the images that make the values vary: those that are right, of which the rarer
+    answer counts, or those on which two models differ.
+    """
+    _, of = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(of).astype(float)
+    if len(sizes) < LEAST_GROUPS:
+        return None
+    n = len(values)
+    size = float((sizes**2).sum() / n)  # of the group that an image is in, in the mean
+    if size == 1:
+        return Design(1.0, np.inf)
+    mean, variance = float(values.mean()), float(values.var())
+    shares = sizes / n
+    residuals = np.bincount(of, weights=values) - mean * sizes
+    measured = 1.0
+    if variance > 0:
+        measured = float((residuals**2 / (1 - shares)).sum()) / (n * variance)
+    # The correlation is measured by no more groups than the rarer answer comes from.
+    rare = events if 2 * events.sum() <= n else ~events
+    counts = np.bincount(of, weights=rare)
+    from_groups = float(counts.sum() ** 2 / (counts**2).sum()) if counts.any() else 0.0
+    known = max(0.0, min(_freedom(shares), from_groups - 1))
+    usual = (size - 1) * USUAL_CORRELATION
+    excess = (known * (measured - 1) + USUAL_GROUPS * usual) / (known + USUAL_GROUPS)
+    unknown = (size - 1) / size  # the share of the variance that is at most due to groups
+    return Design(1 + max(0.0, excess), (known + USUAL_GROUPS) / unknown**2)
+
+
+def _freedom(shares: NDArray[np.float64]) -> float:
+    """Return Bell and McCaffrey's degrees of freedom for groups of these shares: equal ones G - 1.
+
+    Those of the sum of squared residuals, each divided by 1 - share, where images are independent.
+    """
+    squares = shares**2 / (1 - shares)
+    return float(1 / ((shares**2).sum() + squares.sum() ** 2 - (squares**2).sum()))
