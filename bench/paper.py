@@ -24,7 +24,9 @@ from pipeline.images.alike import near_duplicates
 from pipeline.progress import duration, say
 from pipeline.table import aligned
 
-LISTED = 524  # bytes of memory an image while prepare lists and splits them (bench/large.py)
+# Bytes of memory an image while prepare lists and splits them (bench/large.py), on its own and in
+# one of many groups.
+LISTED, GROUPED = 524, 749
 
 
 class Blank:
@@ -83,6 +85,7 @@ def costs(root: Path, n: int, search: float) -> dict[str, str]:
         "prepare: decode and pack": long(n / timings["prepare"]["images_per_second"]),
         "prepare: search for near duplicates": long(search * n**2),
         "prepare: memory": size(LISTED * n),
+        "prepare: memory, in groups of four": size(GROUPED * n),
         f"packed, {params['prepare']['storage']}": size(packed * n / here),
         "extract": long(n / timings["extract"]["images_per_second"]),
         "codes": size(codes * n / here),
