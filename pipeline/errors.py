@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 # How the processor's allocator, CUDA, its libraries and ONNX Runtime say that memory ran out.
-ONNX_RUNTIME = "onnxruntime."  # the package that its errors are of
 NO_MEMORY = (
     *("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED"),
     *("Failed to allocate memory", "bad_alloc"),
@@ -77,7 +76,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     kinds = [kind.__name__ for kind in type(error).__mro__]
     if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
         return True
-    compiled = isinstance(error, RuntimeError) or type(error).__module__.startswith(ONNX_RUNTIME)
+    compiled = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
     return compiled and any(words in str(error) for words in NO_MEMORY)
 
 
