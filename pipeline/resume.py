@@ -9,6 +9,7 @@ stay there too, until DVC has recorded them: killed in between, they are put bac
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import time
@@ -245,9 +246,20 @@ def _key(arguments: dict[str, Any], inputs: Sequence[Path], sources: Sequence[Pa
         [(str(path), _sizes_and_times(path)) for path in sources],
         [(str(file.relative_to(CODE.parent)), _digest(file)) for file in own_code()],
         os.environ.get("PIPELINE_DEVICE"),
+        _processor(),
         None if may_shrink() else (threads(), team_size(), os.environ.get("OMP_NUM_THREADS")),
     ]
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+
+
+def _processor() -> str:
+    """Name what this processor can do, which decides how it rounds: hosts may share a cache."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # another system than Linux
+        return platform.processor()
+    told = ("model name", "flags", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
 
 
 def own_code() -> list[Path]:
