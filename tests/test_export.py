@@ -132,7 +132,8 @@ def test_the_model_card_says_what_dvc_and_evaluate_recorded(finished, exported):
     card = (exported / "README.md").read_text()
     metrics = json.loads(where(finished)["report"].read_text())
     found = metrics["test"][metrics["chosen"]]
-    assert f"{found['accuracy']:.4f} ({found['accuracy_low']:.4f} to" in card
+    assert f"{found['accuracy']:.4f} ({found['accuracy_low']:.3f} to" in card
+    assert '"not sure" is never said: no confidence is sure to have 95% right above it' in card
     lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
     for out in lock["prepare"]["outs"]:
         assert out["path"] != "data/prepared" or out["md5"] in card

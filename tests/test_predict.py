@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def test_files_get_the_probabilities_of_their_packed_pixels(finished, model):
     assert [a.labels for a in found] == [[f"class{i}" for i in row] for row in order]
     sorted_p = np.take_along_axis(expected, order, axis=1)
     assert np.allclose([a.probabilities for a in found], sorted_p, atol=1e-4)
-    assert [a.sure for a in found] == list(expected.max(1) >= final.sure_above)
+    assert final.sure_above is None  # so few validation images promise nothing
+    assert [a.sure for a in found] == [None] * len(files)
+    sure = predict(replace(final, sure_above=0.9), files)
+    assert [a.sure for a in sure] == list(expected.max(1) >= 0.9)
 
 
 @pytest.mark.parametrize("content", [b"no picture", b""])
@@ -185,3 +189,19 @@ def test_the_page_holds_the_pictures_and_runs_no_name(photos, tmp_path, model):
 
 def test_a_page_of_what_cannot_be_read_says_so():
     assert "3 images, 1 not sure, 1 not readable" in page(ANSWERS)
+
+
+def test_where_no_confidence_is_promised_none_is_said_to_be_unsure():
+    answers = [Answer(f"{i}.png", ["ants"], [0.3], sure) for i, sure in enumerate((None, False))]
+    table = io.StringIO()
+    as_table(answers, table)
+    assert [line.split()[1:] for line in table.getvalue().splitlines()[1:]] == [
+        ["ants", "0.300"],
+        ["ants", "(not", "sure)", "0.300"],
+    ]
+    lines = io.StringIO()
+    as_csv(answers, lines)
+    assert [row["sure"] for row in csv.DictReader(io.StringIO(lines.getvalue()))] == ["", "False"]
+    assert [answer.row()["sure"] for answer in answers] == [None, False]
+    assert page(answers).count("(not sure)") == 1
+    assert "2 images, 1 not sure" in page(answers)

@@ -84,20 +84,37 @@ def test_the_page_says_what_evaluate_found(hard):
     assert rows == [f"{100 * found['test'][m]['accuracy']:.1f}" for m in models]
 
 
-def test_the_page_shows_the_surest_mistakes_and_the_least_sure_images(hard):
-    with (page_of(hard).parent / "predictions.csv").open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    chosen = json.loads((page_of(hard).parent / "metrics.json").read_text())["chosen"]
+def answers(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def surest_mistakes(rows: list[dict[str, str]], model: str) -> list[str]:
     by_trust = sorted(rows, key=lambda row: -float(row["probability"]))
-    wrong = [row["path"] for row in by_trust if row[chosen] != row["label"]]
+    return [row["path"] for row in by_trust if row[model] != row["label"]][:12]
+
+
+def test_the_page_shows_mistakes_and_doubts_of_validation_and_held_out_training_images(hard):
+    report = page_of(hard).parent
+    rows = answers(report / "validation.csv")
+    held_out = answers(report.parent / "probe" / "out_of_fold.csv")
+    chosen = json.loads((report / "metrics.json").read_text())["chosen"]
+    wrong = surest_mistakes(rows, chosen)
+    wrong_of_train = surest_mistakes([row for row in held_out if row["probe"]], "probe")
     assert wrong
-    doubtful = [row["path"] for row in by_trust[::-1]][:12]
+    assert wrong_of_train
+    doubtful = sorted(rows, key=lambda row: float(row["probability"]))[:12]
     pictures = [str(i["alt"]) for i in Page(page_of(hard).read_text()).all("img")]
     shown = [alt.split(": ")[0] for alt in pictures if not alt.startswith("where")]
-    n = min(len(wrong), 12)
-    assert shown[:n] == wrong[:n]
-    assert set(shown[n : n + len(doubtful)]) == set(doubtful)
-    assert len([alt for alt in pictures if alt.startswith("where")]) == len(shown) - len(doubtful)
+    assert shown[: len(wrong)] == wrong
+    unsure = shown[len(wrong) : len(wrong) + len(doubtful)]
+    assert set(unsure) == {row["path"] for row in doubtful}
+    assert shown[-len(wrong_of_train) :] == wrong_of_train
+    maps = len(shown) - len(doubtful) - len(wrong_of_train)
+    assert len([alt for alt in pictures if alt.startswith("where")]) == maps
+    tested = {row["path"] for row in answers(report / "predictions.csv")}
+    assert tested
+    assert not tested & set(shown)
 
 
 def test_the_page_runs_no_name_and_asks_for_no_other_file(hard):
@@ -156,7 +173,7 @@ def test_without_test_images_there_is_a_page_and_no_verdict(photos, tmp_path):
     run(tmp_path, read_params(prepare={"path": str(photos), "test_fraction": 0.0}))
     page = Page(page_of(tmp_path).read_text())
     assert "No labelled test split, so no verdict" in page.words
-    assert [] == page.all("img")
+    assert page.all("img")  # of validation and training images
     assert len(page.all("svg")) == 4  # curves, interpolation and profile
 
 

@@ -45,6 +45,7 @@ def test_every_stage_leaves_the_files_of_the_contract(finished):
     names = {str(f.relative_to(finished / "models")) for f in (finished / "models").rglob("*.*")}
     assert names == {
         *("probe/probe.safetensors", "probe/grid.csv", "probe/metrics.json"),
+        *("probe/out_of_fold.csv", "report/validation.csv"),
         *(f"stage{i}/{n}" for i in (1, 2) for n in ("model.safetensors", "history.csv")),
         *("stage1/metrics.json", "stage2/metrics.json", "stage2/interpolation.csv"),
         *("report/metrics.json", "report/confusion.csv", "report/per_class.csv"),

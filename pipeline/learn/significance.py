@@ -62,7 +62,7 @@ def accuracy_interval(right: Bools, groups: Ints) -> Interval | None:
     n = len(right) / found.effect
     middle, arm = share + z2 / (2 * n), np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2)))
     low, high = (middle - arm) / (1 + z2 / n), (middle + arm) / (1 + z2 / n)
-    return max(0.0, float(low)), min(1.0, float(high))
+    return max(0.0, min(share, float(low))), min(1.0, max(share, float(high)))
 
 
 def difference(a: Bools, b: Bools, groups: Ints) -> dict[str, float | None]:
@@ -76,7 +76,7 @@ def difference(a: Bools, b: Bools, groups: Ints) -> dict[str, float | None]:
     mean, n, differing = float(change.mean()), len(change), change != 0
     if (found := _design(change, differing, groups)) is None:
         return {"accuracy": mean, "low": None, "high": None, "p_value": None}
-    variance = (differing.sum() + PSEUDO) / (n + PSEUDO) - mean**2
+    variance = (differing.sum() + PSEUDO) / (n + PSEUDO) - (mean * n / (n + PSEUDO)) ** 2
     error = float(np.sqrt(variance * found.effect / n))
     arm = found.quantile(CONFIDENCE) * error
     p_value = float(2 * t.sf(abs(mean) / error, found.freedom))
