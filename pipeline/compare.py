@@ -128,10 +128,10 @@ def read(revision: str, judge: Judge = "validation") -> Run:
         {m: v["accuracy"] if judge == "test" else v for m, v in tested.items()},
         {},
     )
-    return _with_answers(run, revision, text, judge)
+    return _with_answers(run, text, judge)
 
 
-def _with_answers(run: Run, revision: str, text: Callable[[str], str], judge: Judge) -> Run:
+def _with_answers(run: Run, text: Callable[[str], str], judge: Judge) -> Run:
     """Add what a run's models answered, as far as DVC's cache has it."""
     images: dict[str, str] = {}
     groups: dict[str, int] = {}
@@ -143,17 +143,17 @@ def _with_answers(run: Run, revision: str, text: Callable[[str], str], judge: Ju
             groups[images[row["path"]]] = int(row["group"])
             splits[row["split"]] += 1
     except Exception:  # each layer of DVC has its own for what isn't in the cache
-        _note(f"{revision}: data/prepared isn't here (`dvc fetch` may have it)")
+        _note(f"{run.name}: data/prepared isn't here (`dvc fetch` may have it)")
         return run
     for kind in ("test",) if judge == "test" else ("out-of-fold", "validation"):
         file = ANSWERS[kind][0]
         try:
             rows = list(csv.DictReader(io.StringIO(text(file))))
         except Exception:
-            _note(f"{revision}: no {file} here (`dvc fetch` may have it): figures alone")
+            _note(f"{run.name}: no {file} here (`dvc fetch` may have it): figures alone")
             continue
         if any(row["path"] not in images for row in rows):
-            _note(f"{revision}: {file} is of other images than {INDEX}; run `dvc repro`")
+            _note(f"{run.name}: {file} is of other images than {INDEX}; run `dvc repro`")
             continue
         right[kind] = {
             model: {images[r["path"]]: r[model] == r["label"] for r in rows if r[model]}

@@ -206,7 +206,7 @@ def test_p_values_are_raised_by_holms_method():
 
 
 def test_a_difference_that_is_one_of_many_may_be_noise():
-    base, run = run_of("a", "1" * 34 + "0" * 6), run_of("b", "1" * 40)
+    base, run = run_of("a", "1" * 35 + "0" * 5), run_of("b", "1" * 40)
     [alone] = against(run, base)
     assert alone.p_value is not None
     assert alone.p_value < 0.05 < 2 * alone.p_value

