@@ -1,7 +1,7 @@
 """Simulate what intervals, p-values and "not sure" promise, on sets whose truth is known.
 
-    python runs/simulate.py intervals --draws 2000    # the tables of docs/intervals.md
-    python runs/simulate.py sure --draws 1000
+    python -m runs.simulate intervals --draws 2000    # the tables of docs/intervals.md
+    python -m runs.simulate sure --draws 1000
 
 Groups answer alike: each has a share of right answers of its own, drawn from a beta distribution
 with the given mean and correlation between two images of a group. Of two models, half of the groups

@@ -179,3 +179,9 @@ def test_sets(tmp_path):
         of = () if name in ("digits", "wafers") else ("--package", package)
         command(tmp_path, "-m", "runs.sets", name, tmp_path / name, *of)
         assert len(list((tmp_path / name).rglob("*.png"))) == images
+
+
+@pytest.mark.parametrize(("what", "rows"), [("intervals", 7 * (2 + 9)), ("sure", 2 + 9)])
+def test_simulate(what, rows):
+    said = command(ROOT, "-m", "runs.simulate", what, "--draws", 4)
+    assert len(re.findall(r"^\|", said, re.MULTILINE)) == rows
