@@ -140,11 +140,11 @@ def folded_forward(times: int) -> float:
 
 
 def bare_step(times: int) -> float:
-    """Time the quickest step of the whole network, of two layouts and two number formats."""
+    """Time the quickest step of the whole network, of two layouts and the formats there are."""
     found = []
     y = torch.from_numpy(read_rows(PREPARED, "train").labels[:BATCH])
     for layout in (torch.contiguous_format, torch.channels_last):
-        for low in (False, True):
+        for low in (False, True) if resolved("auto") == "bf16" else (False,):
             plain = unfolded()
             plain.to(memory_format=layout)  # type: ignore[call-overload]  # of modules too
             freeze_all_but(plain, everything(plain), "frozen")
@@ -276,7 +276,12 @@ def steps(images: Images, bare: Bare, times: int) -> dict[str, float]:
 
 
 def depthwise_gradients(times: int) -> dict[str, float]:
-    """Compare oneDNN's gradients of a depthwise convolution with ours, in bfloat16."""
+    """Compare oneDNN's gradients of a depthwise convolution with ours, in bfloat16.
+
+    None where the processor has no such arithmetic.
+    """
+    if resolved("auto") != "bf16":
+        return {}
     ratios = {}
     for kernel, stride, size, channels in ((5, 1, 10, 672), (3, 2, 80, 96)):
         conv = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels)

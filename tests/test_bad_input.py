@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, STAGES, TINY, call, paths, read_params, run
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -916,6 +917,7 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeException("Failed to allocate memory for requested buffer of size 20000000000"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 
