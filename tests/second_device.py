@@ -84,6 +84,10 @@ class _Functions(TorchFunctionMode):
         # It makes its tensor out of sight of operations.
         if func is torch.tensor and kwargs.get("device") == DEVICE:
             return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        # A wrapper can't be a view in inference mode, as a real device's tensor can.
+        if func is torch.Tensor.detach and isinstance(args[0], Elsewhere):
+            with torch.inference_mode(False):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
