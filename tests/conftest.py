@@ -16,6 +16,7 @@ os.environ.setdefault("PIPELINE_THREADS", "2")
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from repository import commit, dvc, new_repository
@@ -37,6 +38,13 @@ from pipeline.stage2 import stage2
 ROOT = Path(__file__).parent.parent
 PHOTOS = "photos"  # of the repositories that tests run DVC in: in Git, so that a clone has them
 TINY = "timm/test_efficientnet"  # 0.4 million weights, drawn once and kept as a file
+
+# oneDNN's bfloat16 needs AVX-512 (or AMX); a processor without computes in float32.
+needs_bf16 = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
+    reason="this processor can't compute in bfloat16",
+)
+FORMATS = ["fp32", pytest.param("bf16", marks=needs_bf16)]
 
 SMALL = {
     "backbone": {"name": TINY},

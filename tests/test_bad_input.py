@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, STAGES, TINY, call, paths, read_params, run
+from conftest import FORMATS, ROOT, STAGES, TINY, call, paths, read_params, run
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from PIL import Image
 from safetensors.torch import save_file
@@ -724,7 +724,7 @@ def earlier_version(tensors: Tensors, meta: dict[str, Any]) -> None:
     del meta["weights_sha256"], meta["val_images"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", FORMATS)
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -740,14 +740,12 @@ def earlier_version(tensors: Tensors, meta: dict[str, Any]) -> None:
 )
 def test_stage2_refuses_what_stage_1_did_not_leave(change, line, precision, finished, tmp_path):
     """In either number format, whichever stage 1 was computed in."""
-    if precision == "bf16" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        pytest.skip("this processor can't compute in bfloat16")
     other = rewritten(paths(finished)["stage2"]["stage1"], tmp_path / "o.safetensors", change)
     ways = elsewhere(finished, "stage2", tmp_path, stage1=other)
     refuses(CheckpointError, line, "stage2", ways, read_params(precision=precision))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", FORMATS)
 def test_stage2_refuses_validation_images_with_other_labels(precision, finished, tmp_path):
     swapped = {"class0": "class1", "class1": "class0"}
     prepared = relabelled(finished, tmp_path, swapped.__getitem__)

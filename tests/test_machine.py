@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import FORMATS, ROOT
 from repository import tool
 
 from pipeline import machine
@@ -34,7 +34,7 @@ def test_it_says_what_the_environment_asks_for(repo, monkeypatch):
     assert (words["threads"], words["processes"], words["cache"]) == ("1", "2", "3")
 
 
-@pytest.mark.parametrize("form", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_network_that_computes_wrongly_is_noticed(form, monkeypatch, capsys):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["backbone"]["name"] = "timm/test_efficientnet"

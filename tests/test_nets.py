@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import FORMATS, TINY, needs_bf16
 from torch import nn
 
 from pipeline.cache_entries import hold
@@ -19,7 +19,7 @@ from pipeline.nets.blocks import chain, depths, is_inside, match, trace, trained
 from pipeline.nets.convolve import ACTS, Shape, convolve, shape_of
 from pipeline.nets.cut import Cut, cut_below
 from pipeline.nets.depths import LAST, SOURCE
-from pipeline.nets.fold import fold
+from pipeline.nets.fold import fold, resolved
 from pipeline.nets.freeze import everything, freeze_all_but
 from pipeline.nets.network import EVAL_BATCH, Network
 from pipeline.nets.stored import key_of, stored
@@ -107,7 +107,7 @@ def test_networks_of_many_families_fold_to_the_same_outputs(name):
     ],
 )
 @pytest.mark.parametrize("groups", [1, 8])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", FORMATS)
 def test_convolutions_padded_in_any_way_fold_to_the_same_outputs(how, groups, precision):
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -123,6 +123,7 @@ def test_convolutions_padded_in_any_way_fold_to_the_same_outputs(how, groups, pr
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+@needs_bf16
 @pytest.mark.parametrize("name", NETWORKS)
 def test_folded_bf16_network_agrees_to_its_precision(name):
     model, x = drawn(name), images()
@@ -304,7 +305,7 @@ def test_a_depthwise_kernel_may_be_larger_than_the_map(size, stride):
 
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.Identity()])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
 def test_convolution_and_activation_at_once_are_the_two_to_the_bit(act, dtype):
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 16, 3, padding=1, stride=2, groups=16).to(dtype)
@@ -338,7 +339,7 @@ def test_depths_are_blocks_of_convolutions_from_early_to_late():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_trunk_and_top_give_the_whole_network_to_the_bit(name):
-    model = fold(drawn(name), "bf16")
+    model = fold(drawn(name), resolved("auto"))
     x = images()
     with torch.no_grad():
         expected = model(x)
@@ -528,7 +529,7 @@ def test_averages_of_low_precision_maps_are_those_in_double_precision(shape):
     torch.testing.assert_close(found.double(), maps.double().mean((2, 3)), rtol=2**-9, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", FORMATS)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     ("mean", "std"),
@@ -572,7 +573,7 @@ def test_flips_and_turns_may_come_before_shrinking_or_after(channels):
 
 def test_an_image_gives_the_same_bits_at_any_place_of_a_batch():
     model, _ = pretrained(LITE0, "imagenet", "", 0)
-    model = fold(model.eval(), "bf16")
+    model = fold(model.eval(), resolved("auto"))
     x, order = images(EVAL_BATCH), torch.randperm(EVAL_BATCH)
     with torch.no_grad():
         assert torch.equal(model(x)[order], model(x[order]))
