@@ -745,7 +745,7 @@ def test_stage2_refuses_what_stage_1_did_not_leave(change, line, precision, fini
     refuses(CheckpointError, line, "stage2", ways, read_params(precision=precision))
 
 
-@pytest.mark.parametrize("precision", FORMATS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stage2_refuses_validation_images_with_other_labels(precision, finished, tmp_path):
     swapped = {"class0": "class1", "class1": "class0"}
     prepared = relabelled(finished, tmp_path, swapped.__getitem__)
