@@ -157,9 +157,9 @@ def test_on_the_same_images_the_test_is_paired():
     assert found.accuracy == pytest.approx(0.25)
     assert found.p_value == pytest.approx(binomtest(0, 10).pvalue, abs=0.002)
     assert found.noise is False
-    assert said(found).endswith(
-        "(+10.3 to +39.7; p = 0.001; 40 validation images): more than noise"
-    )
+    low, high = 100 * found.low, 100 * found.high
+    interval = f"({low:+.1f} to {high:+.1f}; p = {found.p_value:.3f}; 40 validation images)"
+    assert said(found) == f"stage1        +25.0 points {interval}: more than noise"
 
 
 def test_groups_count_and_not_images():
