@@ -274,3 +274,20 @@ def test_the_calibration_error_weighs_bins_by_their_images():
 @pytest.mark.parametrize(("images", "bins"), [(0, 0), (5, 1), (19, 1), (25, 2), (999, 10)])
 def test_of_few_images_there_are_few_bins(images, bins):
     assert len(reliability(np.linspace(0.5, 1, images), np.ones(images, bool))) == bins
+
+
+def test_where_test_groups_are_too_few_the_page_says_so(hard, tmp_path):
+    folder = copied(hard, tmp_path)
+    file = page_of(folder).parent / "metrics.json"
+    metrics = json.loads(file.read_text())
+    for found in metrics["test"].values():
+        found |= {"accuracy_low": None, "accuracy_high": None}
+    metrics["stage2_minus_probe"] |= {"low": None, "high": None, "p_value": None}
+    file.write_text(json.dumps(metrics))
+    run(folder, read_params(), "report")
+    page = Page(page_of(folder).read_text())
+    assert "too few groups of images for an interval" in page.words
+    assert "on too few groups for an interval: nothing can be said beyond these" in page.words
+    charts = " ".join(str(chart["aria-label"]) for chart in page.all("svg"))
+    assert charts.count("too few groups for an interval") >= 4
+    assert "None" not in page.words
