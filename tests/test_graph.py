@@ -125,15 +125,21 @@ def test_code_deps_are_what_the_stage_imports(stage):
     assert closure(stage) == {file for file in listed(stage, "deps") if file.endswith(".py")}
 
 
-def test_code_deps_hold_every_module_that_importing_a_stage_loads():
+def of_each_stage(program: str) -> dict[str, list[str]]:
+    """Run one of the programs above in a process of its own: the files it names for each stage."""
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_EACH, *STAGES],
+        [sys.executable, "-c", program, *STAGES],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    for stage, files in json.loads(done.stdout).items():
+    files: dict[str, list[str]] = json.loads(done.stdout)
+    return files
+
+
+def test_code_deps_hold_every_module_that_importing_a_stage_loads():
+    for stage, files in of_each_stage(IMPORT_EACH).items():
         loads = {str(Path(file).relative_to(ROOT)) for file in files}
         assert f"pipeline/{stage}.py" in loads
         assert set() == loads - set(listed(stage, "deps"))
@@ -141,14 +147,7 @@ def test_code_deps_hold_every_module_that_importing_a_stage_loads():
 
 def test_a_state_belongs_to_the_code_that_its_stage_depends_on_and_the_versions():
     """So an edit of `compare` leaves a half-trained stage 2, and one of `learn/fit` doesn't."""
-    done = subprocess.run(
-        [sys.executable, "-c", START_EACH, *STAGES],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = {stage: set(files) for stage, files in json.loads(done.stdout).items()}
+    found = {stage: set(files) for stage, files in of_each_stage(START_EACH).items()}
     assert set(STAGES) == set(found)
     for stage, code in found.items():
         deps = {file for file in listed(stage, "deps") if file.startswith("pipeline/")}
