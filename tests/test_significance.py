@@ -1,10 +1,7 @@
 """Intervals and p-values hold where groups are few or unequal, and all or none are right."""
 
-import importlib.util
-
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, binomtest, t, ttest_rel
@@ -18,14 +15,7 @@ from pipeline.learn.significance import (
     over_resplits,
 )
 from pipeline.learn.verdict import TOO_FEW, helped, interval_in_words
-
-
-def simulate():
-    """Import the script that simulates, which is no package."""
-    spec = importlib.util.spec_from_file_location("simulate", ROOT / "runs" / "simulate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from runs import simulate
 
 
 def test_the_interval_of_145_of_153_single_images_is_wilsons():
@@ -207,20 +197,19 @@ def test_groups_that_answer_alike_promise_less():
 
 @pytest.mark.long
 def test_intervals_hold_the_truth_and_few_differences_are_invented():
-    script = simulate()
-    found = list(script.cells(draws=2000))
+    found = list(simulate.cells(draws=2000))
     assert len(found) == 72
     for covered in ([c.covered for c in found], [c.difference_covered for c in found]):
         assert np.mean(covered) >= 0.93
         assert min(covered) >= 0.91
     assert max(cell.false for cell in found) <= 0.06
-    assert max(script.ratios_of_means(found)) <= 1.3
+    assert max(simulate.ratios_of_means(found)) <= 1.3
     assert np.mean([cell.t_covered for cell in found]) < 0.9  # so the cells are hard ones
 
 
 @pytest.mark.long
 def test_what_is_called_sure_is_right_as_often_as_promised():
-    found = list(simulate().promises(draws=1000))
+    found = list(simulate.promises(draws=1000))
     assert min(promise.held for promise in found) >= 0.9
     of_use = {p.shape: p.used for p in found if p.images == 300}
     assert min(of_use["two ends"], of_use["beta, steep"]) >= 0.6
