@@ -89,9 +89,13 @@ class Against:
     accuracy: float  # the difference
     low: float | None
     high: float | None
-    p_value: float | None
-    noise: bool | None  # None: there is no telling
+    p_value: float | None  # None: there is no telling
     on: str  # which images, or why there is no telling
+
+    @property
+    def noise(self) -> bool | None:
+        """Tell whether it is no more than noise; None where there is no telling."""
+        return None if self.p_value is None else self.p_value >= NOISE
 
 
 def read(revision: str, judge: Judge = "validation") -> Run:
@@ -180,24 +184,22 @@ def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Agains
         if not same:
             apart = run.accuracies[model] - base.accuracies[model]
             why = f"other {ANSWERS[judge][1]}" if both else "figures alone"
-            yield Against(model, run.name, base.name, apart, None, None, None, None, why)
+            yield Against(model, run.name, base.name, apart, None, None, None, why)
             continue
         kind, ours, theirs = same[0]
-        images = sorted(ours)
-        groups = np.array([run.groups[image] for image in images])
-        found = difference(_of(ours, images), _of(theirs, images), groups)
-        p, gap = found["p_value"], found["accuracy"]
+        images, groups = _images(run, ours)
+        a, b = (np.array([right[image] for image in images]) for right in (ours, theirs))
+        found = difference(a, b, groups)
+        gap, low, high, p = (found[key] for key in ("accuracy", "low", "high", "p_value"))
         assert gap is not None
-        on = f"{len(images):,} {ANSWERS[kind][1]}"
-        yield Against(
-            *(model, run.name, base.name, gap, found["low"], found["high"], p),
-            None if p is None else p >= NOISE,
-            on if p is not None else f"{on}, in too few groups",
-        )
+        on = f"{len(images):,} {ANSWERS[kind][1]}" + (", in too few groups" if p is None else "")
+        yield Against(model, run.name, base.name, gap, low, high, p, on)
 
 
-def _of(right: dict[str, bool], images: Sequence[str]) -> NDArray[np.bool_]:
-    return np.array([right[image] for image in images])
+def _images(run: Run, right: dict[str, bool]) -> tuple[list[str], NDArray[np.int64]]:
+    """List the images that were answered, in one order for all runs, and their groups."""
+    images = sorted(right)
+    return images, np.array([run.groups[image] for image in images])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -214,10 +216,7 @@ def corrected(found: Sequence[Against]) -> list[Against]:
     tested = [one.p_value for one in found if one.p_value is not None]
     raised = iter(holm(tested))
     p_values = [None if one.p_value is None else next(raised) for one in found]
-    return [
-        one if p is None else replace(one, p_value=p, noise=p >= NOISE)
-        for one, p in zip(found, p_values, strict=True)
-    ]
+    return [replace(one, p_value=p) for one, p in zip(found, p_values, strict=True)]
 
 
 def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
@@ -273,9 +272,8 @@ def _with_interval(run: Run, model: str, judge: Judge) -> str:
     right = run.right.get(judge, {}).get(model, {})
     if not right:
         return said
-    images = sorted(right)
-    groups = np.array([run.groups[image] for image in images])
-    found = accuracy_interval(_of(right, images), groups) or (None, None)
+    images, groups = _images(run, right)
+    found = accuracy_interval(np.array([right[i] for i in images]), groups) or (None, None)
     return f"{said} ({interval_in_words(*found)})"
 
 
@@ -308,13 +306,8 @@ def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> li
         tested = over_resplits(a, b, images[SPLIT_OF[judge]] / images["train"])
         low, high, p = tested or (None, None, None)
         on = f"{len(a)} seeds" if len(a) == len(b) else f"{len(a)} and {len(b)} seeds"
-        noise = None if p is None else p >= NOISE
-        found.append(
-            Against(
-                *("chosen", group[0].name, base[0].name, mean(a) - mean(b), low, high, p),
-                *(noise, on),
-            )
-        )
+        apart = mean(a) - mean(b)
+        found.append(Against("chosen", group[0].name, base[0].name, apart, low, high, p, on))
     return found
 
 
@@ -369,8 +362,9 @@ def main() -> None:
         by_image, over_seeds = found[: len(by_image)], found[len(by_image) :]
         if options.json:
             judged = {r.name: {"chosen": r.chosen, "accuracy": r.accuracies} for r in runs}
-            said = {"judged_by": judge, "runs": judged, "against": [asdict(one) for one in found]}
-            print(json.dumps(said, indent=2))
+            comparisons = [{**asdict(one), "noise": one.noise} for one in found]
+            all_of_it = {"judged_by": judge, "runs": judged, "against": comparisons}
+            print(json.dumps(all_of_it, indent=2))
             return
         for line in (*table(runs, judge), *_differences(runs, by_image)):
             say(line)
@@ -388,8 +382,8 @@ def _differences(runs: Sequence[Run], found: Sequence[Against]) -> Iterator[str]
         yield f"\nof {len(found)} comparisons with {base.name}, more than noise: {len(clear)}"
         width = max(len(run.name) for run in runs)
         yield from (f"{one.run:<{width}}  {said(one)}" for one in clear)
-        if others_images := sum(one.noise is None for one in found):
-            yield f"{others_images} can't be told from noise: of other images, or figures alone"
+        if untold := sum(one.noise is None for one in found):
+            yield f"{untold} can't be told from noise: of other images, or figures alone"
         return
     for run in others:
         params = ", ".join(changed(run, base)) or "same params"
