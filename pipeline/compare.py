@@ -297,15 +297,16 @@ def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> li
     for group in others:
         sides = [{r.params.get("seed"): r for r in side if r.accuracies} for side in (group, base)]
         shared = [seed for seed in sides[0] if seed in sides[1]]
-        if len(shared) > 1:
+        paired = len(shared) > 1
+        if paired:
             sides = [{seed: side[seed] for seed in shared} for side in sides]
         a, b = ([_accuracy(run, "chosen") for run in side.values()] for side in sides)
         images = group[0].images
         if not a or not b or not images:
             continue
-        tested = over_resplits(a, b, images[SPLIT_OF[judge]] / images["train"])
+        tested = over_resplits(a, b, images[SPLIT_OF[judge]] / images["train"], paired)
         low, high, p = tested or (None, None, None)
-        on = f"{len(a)} seeds" if len(a) == len(b) else f"{len(a)} and {len(b)} seeds"
+        on = f"{len(a)} seeds" if paired else f"{len(a)} and {len(b)} seeds"
         apart = mean(a) - mean(b)
         found.append(Against("chosen", group[0].name, base[0].name, apart, low, high, p, on))
     return found

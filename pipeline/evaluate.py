@@ -247,9 +247,11 @@ def _write_tables(
             precision = f"{counts[i, i] / answered:.6f}" if answered else ""
             lines.append((m.name, name, actual, recall, precision))
     write_csv(out / "per_class.csv", lines)
-    for file, rows, split in (("predictions.csv", test, "test"), ("validation.csv", val, "val")):
-        of = {m.name: (m.test if split == "test" else m.val) for m in models}
-        write_csv(out / file, _answers(rows, of, chosen.name, temperature, classes))
+    for file, rows, scores in (
+        ("predictions.csv", test, {m.name: m.test for m in models}),
+        ("validation.csv", val, {m.name: m.val for m in models}),
+    ):
+        write_csv(out / file, _answers(rows, scores, chosen.name, temperature, classes))
 
 
 def _answers(

@@ -259,12 +259,17 @@ def test_seeds_are_compared_as_re_splits_of_one_set():
     [found] = of_seeds([first, second])
     a, b = ([n / 40 for n in of] for of in ([30, 31, 32, 33], [20, 22, 21, 24]))
     assert found.accuracy == pytest.approx(np.mean(a) - np.mean(b))
-    assert (found.low, found.high, found.p_value) == pytest.approx(over_resplits(a, b, 40 / 120))
+    assert (found.low, found.high, found.p_value) == pytest.approx(
+        over_resplits(a, b, 40 / 120, paired=True)
+    )
     assert found.on == "4 seeds"
     line = seeds([first, second], [found])[2]
     assert f"p = {found.p_value:.3f}: more than noise  stage2.lr 1e-05 → 5e-05" in line
     [unlike] = of_seeds([first, of_rate(5e-5, [20, 23, 21], first=7)])
     assert unlike.on == "3 and 4 seeds"
+    [as_many] = of_seeds([first, of_rate(5e-5, [30, 31, 32, 33], first=7)])
+    assert as_many.on == "4 and 4 seeds"  # of other splits: not paired
+    assert as_many.p_value == pytest.approx(over_resplits(a, b, 40 / 120, paired=False)[2])
     assert unlike.noise
     [one] = of_seeds([first, of_rate(5e-5, [30])])
     assert one.p_value is None

@@ -136,13 +136,13 @@ def test_re_splits_are_tested_as_nadeau_and_bengio_do():
     a, b = [0.90, 0.92, 0.91, 0.95, 0.93], [0.88, 0.91, 0.87, 0.91, 0.92]
     plain = ttest_rel(a, b).statistic
     for ratio in (0.0, 1 / 3):
-        low, high, p = over_resplits(a, b, ratio)
+        low, high, p = over_resplits(a, b, ratio, paired=True)
         by_hand = plain / np.sqrt(1 + 5 * ratio)
         assert p == pytest.approx(2 * t.sf(by_hand, 4))
         assert (low > 0) == (p < 0.05)
-    assert over_resplits([0.9], [0.8], 0.1) is None
-    assert over_resplits([0.9, 0.8], [0.8, 0.7], 0.1) is None  # no spread
-    low, high, p = over_resplits([0.9, 0.8, 0.85], [0.7, 0.72], 0.1)
+    assert over_resplits([0.9], [0.8], 0.1, paired=True) is None
+    assert over_resplits([0.9, 0.8], [0.8, 0.7], 0.1, paired=True) is None  # no spread
+    low, high, p = over_resplits([0.9, 0.8, 0.85], [0.7, 0.72], 0.1, paired=False)
     assert low < 0.14 < high
 
 

@@ -75,18 +75,15 @@ def sure_threshold(probabilities: Floats, labels: Ints, groups: Ints, wanted: fl
     tried = np.minimum(np.ceil(STEP ** np.arange(steps)).astype(int), n)
     tried = np.unique(np.searchsorted(-confidence, -confidence[tried - 1], side="right"))
     means = confidence.cumsum()[tried - 1] / tried
-    effects = np.array([usual_effect(groups[:k]) for k in tried])
-    chances = _chance(tried / effects, means, wanted)
-    if not chances.any():
-        return Sure(None, _images_needed(n, tried / effects, means, wanted))
+    effective = tried / [usual_effect(groups[:k]) for k in tried]
+    chances = _chance(effective, means, wanted)
     above = None
-    for k in tried[int((tried * chances).argmax()) :]:
+    for k in tried[int((tried * chances).argmax()) :] if chances.any() else ():
         least = least_accuracy(right[:k], groups[:k], HELD)
         if least is None or least < wanted:
             break
         above = 0.0 if k == n else float(confidence[k - 1])
-    needed = None if above is not None else _images_needed(n, tried / effects, means, wanted)
-    return Sure(above, needed)
+    return Sure(above, _images_needed(n, effective, means, wanted) if above is None else None)
 
 
 def _chance(n: Floats, accuracy: Floats, wanted: float) -> Floats:

@@ -88,25 +88,29 @@ def difference(a: Bools, b: Bools, groups: Ints) -> dict[str, float | None]:
     }
 
 
-def over_resplits(a: Sequence[float], b: Sequence[float], ratio: float) -> Tested | None:
+def over_resplits(
+    a: Sequence[float], b: Sequence[float], ratio: float, paired: bool
+) -> Tested | None:
     """Return interval and p-value of the mean of `a` minus that of `b` over re-splits of one set.
 
     Re-splits share most of their images, so that more of them don't narrow the interval as new
     images would: the variance of a mean is (1 / number + ratio) times that of a value, with the
-    ratio of tested to training images (Nadeau and Bengio 2003, Machine Learning 52). Values at the
-    same place are of the same split, and paired, where there are as many of both.
+    ratio of tested to training images (Nadeau and Bengio 2003, Machine Learning 52). `paired`
+    values at the same place are of the same split.
 
     None where there is no spread to measure: fewer than two values, or all the same.
     """
-    pairs = [np.subtract(a, b)] if len(a) == len(b) else [np.array(a), -np.array(b)]
-    if min(len(values) for values in pairs) < 2:
+    samples = [np.subtract(a, b)] if paired else [np.array(a), -np.array(b)]
+    if min(len(values) for values in samples) < 2:
         return None
-    mean = float(sum(values.mean() for values in pairs))
-    parts = [float(v.var(ddof=1)) * (1 / len(v) + ratio) for v in pairs]
+    mean = float(sum(values.mean() for values in samples))
+    parts = [float(v.var(ddof=1)) * (1 / len(v) + ratio) for v in samples]
     error = float(np.sqrt(sum(parts)))
     if error < TINY:
         return None
-    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, pairs, strict=True))
+    freedom = sum(parts) ** 2 / sum(
+        p**2 / (len(v) - 1) for p, v in zip(parts, samples, strict=True)
+    )
     arm = float(t.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
     return mean - arm, mean + arm, float(2 * t.sf(abs(mean) / error, freedom))
 
@@ -127,8 +131,12 @@ def least_accuracy(right: Bools, groups: Ints, confidence: float) -> float | Non
 
 def usual_effect(groups: Ints) -> float:
     """Return the design effect of groups (N,) of which nothing but their sizes is known."""
-    sizes = np.unique(groups, return_counts=True)[1].astype(float)
-    return 1 + (float((sizes**2).sum() / len(groups)) - 1) * USUAL_CORRELATION
+    return 1 + (_size_seen(np.unique(groups, return_counts=True)[1]) - 1) * USUAL_CORRELATION
+
+
+def _size_seen(sizes: NDArray[Any]) -> float:
+    """Return the size of the group that an image is in, in the mean over images."""
+    return float((sizes.astype(float) ** 2).sum() / sizes.sum())
 
 
 def _design(values: Values, events: Bools, groups: Ints) -> Design | None:
@@ -138,11 +146,10 @@ def _design(values: Values, events: Bools, groups: Ints) -> Design | None:
     answer counts, or those on which two models differ.
     """
     _, of = np.unique(groups, return_inverse=True)
-    sizes = np.bincount(of).astype(float)
+    sizes = np.bincount(of)
     if len(sizes) < LEAST_GROUPS:
         return None
-    n = len(values)
-    size = float((sizes**2).sum() / n)  # of the group that an image is in, in the mean
+    n, size = len(values), _size_seen(sizes)
     if size == 1:
         return Design(1.0, np.inf)
     mean, variance = float(values.mean()), float(values.var())

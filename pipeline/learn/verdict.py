@@ -26,7 +26,8 @@ def model_scores(scores: Scores, labels: Ints, weights: NDArray[np.float64]) -> 
         auroc = float(
             roc_auc_score(labels, p[:, 1])
             if n_classes == 2
-            else roc_auc_score(labels, p, multi_class="ovr", average="macro")
+            # A class at a time: a matrix of images and classes would be large where both are many.
+            else np.mean([roc_auc_score(labels == c, p[:, c]) for c in range(n_classes)])
         )
     return {
         "accuracy": float(right.mean()),
