@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.images.pack import Rows, read_facts, read_rows
+from pipeline.images.pack import read_facts, read_rows
+from pipeline.images.rows import Rows
 from pipeline.images.sources import elpv
 from pipeline.nets.backbone import Backbone, head_name, pretrained, set_head
 from pipeline.progress import say

@@ -14,7 +14,9 @@ from pipeline.classifier import Classifier, Scores
 from pipeline.errors import CheckpointError
 from pipeline.files import write_csv, write_json
 from pipeline.images.augment import Flips
-from pipeline.images.pack import Images, Rows, read_facts, read_images, read_rows
+from pipeline.images.pack import Images, read_facts, read_images, read_rows
+from pipeline.images.rows import Rows
+from pipeline.learn.answers import answer_lines
 from pipeline.learn.calibration import sure_in_words, sure_threshold
 from pipeline.learn.codes import read_codes
 from pipeline.learn.metrics import fit_temperature
@@ -251,19 +253,7 @@ def _write_tables(
         ("predictions.csv", test, {m.name: m.test for m in models}),
         ("validation.csv", val, {m.name: m.val for m in models}),
     ):
-        write_csv(out / file, _answers(rows, scores, chosen.name, temperature, classes))
-
-
-def _answers(
-    rows: Rows, scores: dict[str, Scores], chosen: str, temperature: float, classes: Sequence[str]
-) -> Iterator[Sequence[object]]:
-    """List what the models say of each image, and how sure the chosen one is of it."""
-    yield "id", "path", "label", *scores, "probability", "uncalibrated"
-    answers = [s.argmax(1) for s in scores.values()]
-    p, raw = (softmax(scores[chosen] / t, axis=1).max(1) for t in (temperature, 1.0))
-    for i, (number, path) in enumerate(zip(rows.ids, rows.paths, strict=True)):
-        answered = [classes[int(answer[i])] for answer in answers]
-        yield number, path, classes[rows.labels[i]], *answered, f"{p[i]:.6f}", f"{raw[i]:.6f}"
+        write_csv(out / file, answer_lines(rows, scores, chosen.name, temperature, classes))
 
 
 def _verdict(metrics: dict[str, Any], n: int) -> list[str]:

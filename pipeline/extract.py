@@ -12,7 +12,7 @@ from pipeline.errors import ParamError
 from pipeline.files import link, whole_folder, write_json
 from pipeline.images.augment import Flips
 from pipeline.images.pack import SPLITS, Images, read_facts, read_images, read_rows
-from pipeline.learn.codes import Labelled, codes_name, write_labels
+from pipeline.learn.codes import codes_name, write_labels
 from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.depths import LAST, SOURCE
@@ -86,10 +86,7 @@ def extract(
         of_codes = {"depths": taps.depths, "pooling": pooling}
         viewing = {"viewing": asdict(Viewing(flips, views))}
         write_json(folder / "facts.json", {**network.facts(), **of_codes, **viewing})
-        labelled = {}
-        for split in ("train", "val"):
-            rows = read_rows(prepared, split)
-            labelled[split] = Labelled(rows.ids, rows.paths, rows.labels, rows.groups, rows.weights)
+        labelled = {split: read_rows(prepared, split) for split in ("train", "val")}
         write_labels(folder / "labels.csv", labelled)
     return {"images_per_second": n_images / seconds} if n_images else {}
 

@@ -1,6 +1,7 @@
 """Files written whole, and arrays that have their room on the disk before they are filled."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import DataError, PipelineError, said_by
 
 
 class Rowwise(Protocol):
@@ -63,6 +64,12 @@ def write_csv(file: Path, lines: Iterable[Sequence[object]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     write_text(file, text.getvalue())
+
+
+def hash_of(file: Path) -> str:
+    """Give a file's SHA-256."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def is_formula(cell: str) -> bool:
@@ -156,7 +163,7 @@ def reading(file: Path, stage: str) -> Iterator[None]:
     except (PipelineError, OSError):
         raise
     except Exception as error:  # damaged bytes raise anything; a NumPy header even SyntaxError
-        said = " ".join(str(error).split())[:120]
+        said = said_by(error, 120)
         raise DataError(
             f"{file}: damaged ({type(error).__name__}: {said}); run `dvc checkout --force`"
         ) from None

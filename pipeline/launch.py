@@ -21,7 +21,7 @@ from datetime import timedelta
 from itertools import count
 
 from pipeline.alone import LAUNCHED, end_with
-from pipeline.errors import SettingError, TeamError
+from pipeline.errors import SettingError, TeamError, said_by
 from pipeline.progress import say
 from pipeline.runtime import hosts, launcher, meeting_point, processes, threads
 from pipeline.team import address_towards
@@ -68,7 +68,7 @@ def launch(module: str, arguments: Sequence[str]) -> int:
     try:
         store = TCPStore(*meet, is_master=True, multi_tenant=True, timeout=limit)
     except RuntimeError as error:
-        said = " ".join(str(error).split())[:120]
+        said = said_by(error, 120)
         raise SettingError(
             f"PIPELINE_MEET = {meet[0]}:{meet[1]}: can't listen there ({said}); it has to be an "
             "address of this host, and a port that is free"

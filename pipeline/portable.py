@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.classifier import Classifier
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, said_by
 from pipeline.nets.network import EVAL_BATCH
 from pipeline.unfolded import Graph, Inputs
 
@@ -47,7 +47,7 @@ class Portable:
         try:
             self.session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         except Exception as error:  # of its own kinds, for a missing and for a damaged file
-            said = " ".join(str(error).split())[:120]
+            said = said_by(error, 120)
             raise CheckpointError(f"{file}: can't be read as ONNX ({said})") from None
         found = self.session.get_modelmeta().custom_metadata_map.get(KEY)
         if found is None:

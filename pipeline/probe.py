@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -17,14 +17,15 @@ import numpy as np
 import sklearn.linear_model
 import sklearn.svm  # noqa: F401
 from annotated_types import Ge, Gt, Interval, MinLen
-from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import DataError
 from pipeline.files import write_csv, write_json
-from pipeline.learn.codes import Labelled, read_codes, read_feature_facts, read_labels
+from pipeline.images.rows import Rows
+from pipeline.learn.answers import answer_lines
+from pipeline.learn.codes import read_codes, read_feature_facts, read_labels
 from pipeline.learn.metrics import cross_entropy, fit_temperature, validation
 from pipeline.learn.probes import (
     KINDS,
@@ -128,11 +129,11 @@ def probe(
         best = best_cell([cell for cell in cells if cell.kind in kinds])
         best_linear = best_cell([c for c in cells if c.kind == "linear" and c.depth == LAST])
         linear = search.fit(best_linear, read_codes(features, "train", LAST))
-        held_out = {"probe_linear": _HeldOut.of(search, best_linear, features)}
-        winner, held_out["probe"] = linear, held_out["probe_linear"]
+        held_out_linear = search.held_out(best_linear, read_codes(features, "train", LAST))
+        winner, held_out = linear, held_out_linear
         if best != best_linear:
-            winner = search.fit(best, read_codes(features, "train", best.depth))
-            held_out["probe"] = _HeldOut.of(search, best, features)
+            codes = read_codes(features, "train", best.depth)
+            winner, held_out = search.fit(best, codes), search.held_out(best, codes)
 
     scores = {
         name: p.scores(read_codes(features, "val", p.depth))
@@ -149,7 +150,11 @@ def probe(
     }
     save_probes(out / "probe.safetensors", winner, linear, {**facts, "val": of_linear})
     write_csv(out / "grid.csv", _grid(cells))
-    write_csv(out / "out_of_fold.csv", _out_of_fold(train, held_out, facts["classes"]))
+    seen = ~np.isnan(held_out[:, 0])
+    out_of_fold = {"probe": held_out, "probe_linear": held_out_linear}
+    of_winner = fit_temperature(held_out[seen], train.labels[seen])
+    answers = answer_lines(train, out_of_fold, "probe", of_winner, facts["classes"])
+    write_csv(out / "out_of_fold.csv", answers)
     write_json(out / "metrics.json", {"probe": metrics})
     for name, cell, s in (
         ("winner", best, scores["winner"]),
@@ -174,7 +179,7 @@ class _Search:
 
     def __init__(
         self,
-        train: Labelled,
+        train: Rows,
         weights: Floats,
         balance: str | None,
         folds: int,
@@ -204,8 +209,10 @@ class _Search:
             before = loss
 
     def held_out(self, cell: Cell, codes: Any) -> Floats:
-        """Score each image of `rows` by the fold that didn't see it: (N, C)."""
-        ((_, scores, _),) = self._held_out(cell.kind, cell.depth, codes, [cell.c])
+        """Score each training image by the fold that didn't see it: (N, C); NaN if none has it."""
+        scores = np.full((len(self.labels), self.n_classes), np.nan)
+        ((_, found, _),) = self._held_out(cell.kind, cell.depth, codes, [cell.c])
+        scores[self.rows(cell.kind)] = found
         return scores
 
     def rows(self, kind: Kind) -> Ints:
@@ -267,48 +274,13 @@ class _Search:
             yield from StratifiedKFold(self.folds, shuffle=True, random_state=self.seed).split(y, y)
 
 
-class _HeldOut(NamedTuple):
-    """What a probe says of training images that it didn't see."""
-
-    rows: Ints  # (R,) of the training images: SVMs may see some of them alone
-    scores: Floats  # (R, C)
-
-    @classmethod
-    def of(cls, search: _Search, cell: Cell, features: Path) -> "_HeldOut":
-        codes = read_codes(features, "train", cell.depth)
-        return cls(search.rows(cell.kind), search.held_out(cell, codes))
-
-
-def _out_of_fold(
-    train: Labelled, found: dict[str, _HeldOut], classes: Sequence[str]
-) -> Iterator[Sequence[object]]:
-    """List the answers, and how sure the winner is of its own; empty for images it left out."""
-    models = ("probe", "probe_linear")
-    yield "id", "path", "label", *models, "probability", "uncalibrated"
-    answers = {model: np.full(len(train.labels), "", object) for model in models}
-    for model, held in found.items():
-        answers[model][held.rows] = [classes[i] for i in held.scores.argmax(1)]
-    winner = found["probe"]
-    temperature = fit_temperature(winner.scores, train.labels[winner.rows])
-    sure = [np.full(len(train.labels), "", object) for _ in range(2)]
-    for column, t in zip(sure, (temperature, 1.0), strict=True):
-        column[winner.rows] = [f"{p:.6f}" for p in softmax(winner.scores / t, axis=1).max(1)]
-    for i, label in enumerate(train.labels):
-        answered = (answers[model][i] for model in models)
-        yield (
-            *(train.ids[i], train.paths[i], classes[label]),
-            *answered,
-            *(column[i] for column in sure),
-        )
-
-
 def _joined(depths: list[str], join: int) -> list[str]:
     """Name the codes of the deepest blocks side by side; none of fewer than two."""
     deepest = [d for d in depths if d not in (LAST, SOURCE)][-join:] if join else []
     return [JOIN.join(deepest)] if len(deepest) > 1 else []
 
 
-def _refuse_few(train: Labelled, classes: list[str], folds: int) -> None:
+def _refuse_few(train: Rows, classes: list[str], folds: int) -> None:
     counts = np.bincount(train.labels, minlength=len(classes))
     if counts.min() < folds:
         raise DataError(

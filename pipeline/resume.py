@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.cache_entries import discard, hold, make_room
 from pipeline.errors import TeamError
-from pipeline.files import files_below, link, new_array, write_json
+from pipeline.files import files_below, hash_of, link, new_array, write_json
 from pipeline.progress import bar, say
 from pipeline.runtime import (
     cache_folder,
@@ -287,8 +287,7 @@ def _contents(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
 def _digest(file: Path) -> str:
     """Return the SHA-256 of a file; nothing for a link to nothing."""
     try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return hash_of(file)
     except FileNotFoundError:
         return ""
 

@@ -392,3 +392,20 @@ def test_three_classes_of_grey_images_go_through(tmp_path):
     run(tmp_path, read_params(prepare={"path": str(folder)}))
     metrics = json.loads((where(tmp_path)["out"] / "metrics.json").read_text())
     assert set(metrics["test"]) == {"probe", "probe_linear", "stage1", "stage2"}
+
+
+def test_images_that_an_svm_leaves_out_have_no_answer_out_of_fold(finished, tmp_path):
+    """The linear probe answers all, the winner those it was fitted on, each by another fold."""
+    folder = copied(finished, tmp_path, "features")
+    run(folder, read_params(probe={"kinds": ["svm_rbf"], "svm_max_images": 10}), "probe")
+    with (paths(folder)["probe"]["out"] / "out_of_fold.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    with (folder / "features" / "labels.csv").open(newline="") as lines:
+        train = [row for row in csv.DictReader(lines) if row["split"] == "train"]
+    assert [(row["id"], row["path"]) for row in rows] == [(r["id"], r["path"]) for r in train]
+    assert all(row["probe_linear"] in ("class0", "class1") for row in rows)
+    answered = [row for row in rows if row["probe"]]
+    assert len(answered) == 10 < len(rows)
+    for row in rows:
+        assert bool(row["probe"]) == bool(row["probability"]) == bool(row["uncalibrated"])
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in answered)

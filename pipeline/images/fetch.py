@@ -13,7 +13,8 @@ from urllib.parse import urlparse
 import requests
 
 from pipeline.cache_entries import hold
-from pipeline.errors import DataError
+from pipeline.errors import DataError, said_by
+from pipeline.files import hash_of
 from pipeline.progress import track
 from pipeline.runtime import cache_folder
 
@@ -95,12 +96,6 @@ def sources_folder() -> Path:
     return cache_folder() / "sources"
 
 
-def hash_of(file: Path) -> str:
-    """Give a file's SHA-256."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def is_within(path: PurePosixPath) -> bool:
     """Tell whether a path stays within the folder that it is relative to."""
     return not path.is_absolute() and ".." not in path.parts
@@ -121,7 +116,7 @@ def _download(url: str, part: Path) -> None:
                 for chunk in track(chunks, total, "fetch, bytes", width=len):
                     out.write(chunk)
     except requests.RequestException as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = said_by(error, 120)
         raise DataError(f"{url}: can't be fetched ({reason}); run again to go on") from None
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.files import reading
+from pipeline.images.rows import Rows
 from pipeline.runtime import threads
 
 Fit = Literal["squash", "crop", "pad"]  # how an image becomes a square
@@ -45,17 +46,6 @@ class Facts:
     def shape(self) -> tuple[int, ...]:
         """Give the shape of an image: (H, W) for grey ones, else (H, W, 3)."""
         return (self.size, self.size) if self.channels == 1 else (self.size, self.size, 3)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The labelled rows of one split, in the order of its images; each array is (N,)."""
-
-    ids: NDArray[np.int64]  # rows of all packed images
-    paths: list[str]
-    labels: NDArray[np.int64]  # positions in Facts.classes
-    groups: NDArray[np.int64]
-    weights: NDArray[np.float64]
 
 
 class Shard(NamedTuple):

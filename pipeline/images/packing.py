@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.files import link, whole_folder
+from pipeline.files import hash_of, link, whole_folder
 from pipeline.images.alike import hashes_of
 from pipeline.images.decode import Header, decode, header
-from pipeline.images.fetch import hash_of
 from pipeline.images.pack import SHARD, Facts, encoded, shard_files, shard_writer
 from pipeline.images.sources import Item, Source
 from pipeline.progress import Parts, say, track

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import vision
 from pipeline.cache_entries import hold
-from pipeline.errors import DataError, ParamError, near
+from pipeline.errors import DataError, ParamError, near, said_by
 from pipeline.images.fetch import sources_folder
 from pipeline.progress import track
 
@@ -85,7 +85,7 @@ def _opened(name: str, arguments: dict[str, Any], path: Path) -> Any:
     try:
         return make(root=str(root), download=True, **arguments)
     except Exception as error:  # each set fetches in its own way
-        said = " ".join(str(error).split())[:120]
+        said = said_by(error, 120)
         raise DataError(
             f"prepare.source: torchvision/{name}: can't be fetched ({said}); "
             f"put its files into {path} as torchvision.datasets.{name} lays them out"

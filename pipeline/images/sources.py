@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError, near
-from pipeline.files import files_below
-from pipeline.images.fetch import fetched, hash_of, is_within, unpacked
+from pipeline.files import files_below, hash_of
+from pipeline.images.fetch import fetched, is_within, unpacked
 from pipeline.progress import say
 
 # The still-image formats that torchvision's ImageFolder reads, so that counts agree with it.

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.files import reading
+from pipeline.images.rows import Rows
 from pipeline.nets.depths import JOIN
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Labels of one split, in the order of its codes; each array is (N,)."""
-
-    ids: NDArray[np.int64]
-    paths: list[str]
-    labels: NDArray[np.int64]
-    groups: NDArray[np.int64]
-    weights: NDArray[np.float64]
 
 
 def codes_name(split: str, depth: str) -> str:
@@ -51,7 +40,7 @@ def read_feature_facts(features: Path) -> dict[str, Any]:
     return facts
 
 
-def write_labels(file: Path, splits: dict[str, Labelled]) -> None:
+def write_labels(file: Path, splits: dict[str, Rows]) -> None:
     """Write the labels of the given splits, so that who reads codes needs no images."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
@@ -62,7 +51,7 @@ def write_labels(file: Path, splits: dict[str, Labelled]) -> None:
                 writer.writerow((split, number, path, *(value.item() for value in values)))
 
 
-def read_labels(features: Path, split: str) -> Labelled:
+def read_labels(features: Path, split: str) -> Rows:
     """Read the labels of train or val, in the order of their codes.
 
     Raises DataError if the file is damaged.
@@ -71,7 +60,7 @@ def read_labels(features: Path, split: str) -> Labelled:
     with reading(file, "extract"):
         with file.open(newline="", encoding="utf-8") as lines:
             rows = [row for row in csv.DictReader(lines) if row["split"] == split]
-        return Labelled(
+        return Rows(
             np.array([int(row["id"]) for row in rows], np.int64),
             [row["path"] for row in rows],
             np.array([int(row["label"]) for row in rows], np.int64),

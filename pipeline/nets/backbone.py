@@ -1,6 +1,5 @@
 """Networks by name, without or with pretrained weights, and the facts that belong to them."""
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError, ParamError, WeightsError, near
+from pipeline.errors import CheckpointError, ParamError, WeightsError, near, said_by
+from pipeline.files import hash_of
 from pipeline.nets import checkpoint
 from pipeline.vision import timm, torchvision
 
@@ -112,7 +112,7 @@ def pretrained(name: str, weights: str, sha256: str, seed: int) -> tuple[nn.Modu
         raise ParamError(
             f"backbone.weights = {weights!r}: for {name} give a .pth or .safetensors file, or none"
         )
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hash_of(file)
     if file == Path(weights) and not sha256:
         raise ParamError(
             f"backbone.sha256 is empty; set it to {digest}, so that another file is noticed"
@@ -228,7 +228,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling refused, a truncated file, a wrong format
-        said = " ".join(str(error).split())[:120]
+        said = said_by(error, 120)
         raise WeightsError(f"{file}: can't be read as weights ({said})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{file}: holds no plain dictionary of tensors; save a state_dict")

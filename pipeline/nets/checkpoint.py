@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, said_by
 from pipeline.files import write_bytes
 
 KEY = "pipeline"
@@ -73,7 +73,7 @@ def sound(file: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:120]
+        said = said_by(error, 120)
         raise CheckpointError(
             f"{file}: its metadata don't fit together ({type(error).__name__}: {said}); "
             "run `dvc checkout --force`, or choose another"

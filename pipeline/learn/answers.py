@@ -1,0 +1,33 @@
+"""What models answered, a line an image: predictions.csv, validation.csv, out_of_fold.csv."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from pipeline.images.rows import Rows
+
+Scores = NDArray[np.floating[Any]]
+
+
+def answer_lines(
+    rows: Rows,
+    scores: Mapping[str, Scores],
+    chosen: str,
+    temperature: float,
+    classes: Sequence[str],
+) -> Iterator[Sequence[object]]:
+    """List what each model's scores (N, C) say of the images, and how sure the chosen one is of it.
+
+    Where a model's scores are NaN, it didn't answer: the cell is empty.
+    """
+    yield "id", "path", "label", *scores, "probability", "uncalibrated"
+    answered = {model: ~np.isnan(s[:, 0]) for model, s in scores.items()}
+    answers = {model: s.argmax(1) for model, s in scores.items()}
+    p, raw = (softmax(scores[chosen] / t, axis=1).max(1) for t in (temperature, 1.0))
+    for i, label in enumerate(rows.labels):
+        said = (classes[answers[m][i]] if answered[m][i] else "" for m in scores)
+        sure = (f"{p[i]:.6f}", f"{raw[i]:.6f}") if answered[chosen][i] else ("", "")
+        yield rows.ids[i], rows.paths[i], classes[label], *said, *sure
