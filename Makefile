@@ -51,7 +51,7 @@ install: .venv/.installed  ## the environment, once
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("error: Python 3.11 is needed, this is %d.%d; set PYTHON=python3.11" % v)'
 	@echo "installing into .venv (some minutes the first time)"
-	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv  # or a half-made one
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable .
 	@.venv/bin/python -m pipeline.plots .venv/plots.html
