@@ -20,7 +20,7 @@ from pipeline.nets.device import device, set_up_torch
 from pipeline.nets.fold import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
 from pipeline.nets.taps import Pooling, Taps
-from pipeline.progress import track
+from pipeline.progress import say, track
 from pipeline.resume import Resume
 from pipeline.stage import Key, Out, Seed, main
 from pipeline.team import Parts
@@ -57,7 +57,7 @@ def extract(
     set_up_torch()
     packed = read_facts(prepared)
     refuse_larger("extract", image_size, packed.size)
-    model, backbone = pretrained(name, weights, sha256, seed)
+    model, backbone = pretrained(name, weights, sha256, seed, say)
     chosen = (
         blocks.depths(model) if depths == "auto" else blocks.match(model, depths, "extract.depths")
     )

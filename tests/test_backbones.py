@@ -23,6 +23,9 @@ TOP = [
     pytest.param("convnext_tiny", "features.7", marks=pytest.mark.long),
     pytest.param("densenet121", "features.denseblock4", marks=pytest.mark.long),
     pytest.param("vgg11", "classifier", marks=pytest.mark.long),
+    pytest.param("mnasnet0_5", "layers.12", marks=pytest.mark.long),
+    pytest.param("googlenet", "inception5b", marks=pytest.mark.long),
+    pytest.param("inception_v3", "Mixed_7c", marks=pytest.mark.long),
 ]
 
 

