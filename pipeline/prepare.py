@@ -19,10 +19,11 @@ from pipeline.images import audit, sources
 from pipeline.images.alike import clusters_alike
 from pipeline.images.fetch import images_at
 from pipeline.images.findings import summary
+from pipeline.images.layout import Item
 from pipeline.images.pack import SPLITS, Facts, Fit, Images, Storage
 from pipeline.images.packing import headers, pack
 from pipeline.images.published import published
-from pipeline.images.sources import Item, Source
+from pipeline.images.sources import Source
 from pipeline.images.split import draw, numbered, together
 from pipeline.progress import say
 from pipeline.resume import Resume
@@ -40,6 +41,7 @@ def prepare(
     path: Annotated[str, READS],
     url: str,
     sha256: str,
+    splits: str,
     not_images: Literal["refuse", "skip"],
     size: Annotated[int, Interval(ge=16, le=2048)],
     fit: Fit,
@@ -58,7 +60,7 @@ def prepare(
 
     Raises DataError for a set that can't be used, naming the file or the class.
     """
-    found = _source(source, Path(path), url, sha256)
+    found = _source(source, Path(path), url, sha256, splits)
     if found.not_images and not_images == "refuse":
         raise DataError(
             f"{found.folder / found.not_images[0]}: not an image ({len(found.not_images)} such "
@@ -87,15 +89,17 @@ def prepare(
         number = {name: i for i, name in enumerate(classes)}
         labels = np.fromiter((number[item.label] for item in items), np.int64)
         ties = _ties(items, copies, alike, split_by)
-        splits = _splits(items, labels, ties, test_fraction, val_fraction, val_as, seed)
-        splits = _without_copies(splits, copies)
-        _refuse_small(labels[splits == 0], classes, least_per_class)
+        drawn = _splits(items, labels, ties, test_fraction, val_fraction, val_as, seed)
+        drawn = _without_copies(drawn, copies)
+        _refuse_small(labels[drawn == 0], classes, least_per_class)
 
-        names = [SPLITS[split] if split >= 0 else "" for split in splits]
+        names = [SPLITS[split] if split >= 0 else "" for split in drawn]
         sides = audit.sides(short, long, size)
         # Where the images lie is no fact about them.
         reasons = {p: said.replace(f"{found.folder}/", "") for p, said in unreadable.items()}
-        report = audit.report(items, names, copies, alike, sides, found.not_images, reasons)
+        report = audit.report(
+            items, names, copies, alike, sides, found.layout, found.not_images, reasons
+        )
         write_json(folder / "audit.json", report)
         write_json(folder / "facts.json", asdict(facts))
         _write_index(folder / "index.csv", ids, items, names, ties, digests)
@@ -104,15 +108,15 @@ def prepare(
     return {"images_per_second": rate} if packed.decoded else {}
 
 
-def _source(name: str, path: Path, url: str, sha256: str) -> Source:
+def _source(name: str, path: Path, url: str, sha256: str, splits: str) -> Source:
     """List the images of a source by its name in params.yaml."""
     if name.startswith(TORCHVISION):
         return sources.folder(published(name.removeprefix(TORCHVISION), path))
     known: dict[str, Callable[[], Source]] = {
         "elpv": sources.elpv,
         "hymenoptera": lambda: sources.hymenoptera(path),
-        "folder": lambda: sources.folder(images_at(path, url, sha256)),
-        "csv": lambda: sources.table(images_at(path, url, sha256)),
+        "folder": lambda: sources.folder(images_at(path, url, sha256), splits),
+        "csv": lambda: sources.csv(images_at(path, url, sha256)),
     }
     if name not in known:
         hint = near(name, [*known, f"{TORCHVISION}CIFAR10"])

@@ -163,8 +163,18 @@ SPOILT_IMAGES = [
     ),
     (animation, {}, "class1/moving.gif: not an image (1 such files); move it away"),
     (no_class_folder, {}, "photos/alone.png: lies in no class folder; move it into one"),
-    (split_beside_class, {}, "photos: class1 lies beside train; use splits or none"),
-    (under("val", "valid"), {}, "photos: more than one folder for the val split; keep one"),
+    (
+        split_beside_class,
+        {},
+        "photos: class1 lies beside train, which looks like a split; move it away, or set "
+        "prepare.splits: none if both are classes",
+    ),
+    (
+        under("val", "valid"),
+        {},
+        "photos: more than one folder for the val split (val, valid); keep one, or set "
+        "prepare.splits",
+    ),
     (under("val", "test"), {}, "class 'class0' has 0 training images and needs 5"),
     (
         under("train", "val", "test"),

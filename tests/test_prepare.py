@@ -591,7 +591,7 @@ def write_series(folder: Path, series: int = 8, each: int = 4) -> Path:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_split_by_group_never_cuts_a_sub_folder(seed, tmp_path):
     photos = write_series(tmp_path / "photos")
-    rows = prepared(tmp_path, path=str(photos), seed=seed)
+    rows = prepared(tmp_path, path=str(photos), seed=seed, splits="none")
     found: dict[Path, set[str]] = {}
     for row in rows:
         found.setdefault(Path(row["path"]).parent, set()).add(row["split"])
@@ -601,12 +601,13 @@ def test_a_split_by_group_never_cuts_a_sub_folder(seed, tmp_path):
 
 
 def test_a_split_by_image_cuts_sub_folders(tmp_path):
-    rows = prepared(tmp_path, path=str(write_series(tmp_path / "photos")), split_by="image")
+    photos = write_series(tmp_path / "photos")
+    rows = prepared(tmp_path, path=str(photos), splits="none", split_by="image")
     assert len(rows) == len({row["group"] for row in rows})
 
 
 def test_equally_named_sub_folders_of_two_classes_are_two_groups(tmp_path):
-    rows = prepared(tmp_path, path=str(write_series(tmp_path / "photos")))
+    rows = prepared(tmp_path, path=str(write_series(tmp_path / "photos")), splits="none")
     assert {1} == {len({r["label"] for r in rows if r["group"] == row["group"]}) for row in rows}
 
 
@@ -731,7 +732,7 @@ def audited(classes: dict[str, dict[str, int]]) -> dict[str, Any]:
     lists = {key: [] for key in ("skipped_not_images", "skipped_unreadable", "skipped_copies")}
     found = {kind: {"all": []} for kind in ("equal_files", "near_duplicates")}
     sides = {"shortest": 9, "median_short": 9.0, "longest": 9, "enlarged": 0}
-    return {"classes": classes, "sides": sides, **lists, **found}
+    return {"layout": [], "classes": classes, "sides": sides, **lists, **found}
 
 
 def test_a_few_classes_have_a_line_each_and_many_one_for_all():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.images.sources import Item
+from pipeline.images.layout import Item
 
 
 def clusters(numbers: NDArray[np.int64]) -> list[list[int]]:
@@ -36,11 +36,13 @@ def report(
     copies: NDArray[np.int64],
     alike: NDArray[np.int64],
     sides: dict[str, float],
+    layout: Sequence[str],
     not_images: Sequence[str],
     unreadable: dict[str, str],
 ) -> dict[str, Any]:
     """Gather the audit of a data set, as it is written to audit.json.
 
+    `layout` says what the source took for splits, classes and groups.
     `unreadable` gives the reason of each path, in whichever order threads met them. Equal files
     share a number in `copies`, near duplicates one in `alike`. Both are listed by path;
     `across_splits` and `across_labels` are those that would make a score too good or a label wrong.
@@ -66,6 +68,7 @@ def report(
         if split:
             table.setdefault(label, {})[split] = n
     return {
+        "layout": list(layout),
         "images": len(items),
         "classes": table,
         "sides": sides,

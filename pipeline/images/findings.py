@@ -7,12 +7,13 @@ MOST_CLASSES = 20  # that have a line each
 
 def summary(report: dict[str, Any]) -> list[str]:
     """Say in a few lines what audit.json holds."""
+    layout: list[str] = report["layout"]
     classes, counts = report["classes"], list(report["classes"].values())
     if len(classes) > MOST_CLASSES:
         each = {split: [of.get(split, 0) for of in counts] for split in _splits(classes)}
         said = ", ".join(f"{min(of)} to {max(of)} {split}" for split, of in each.items())
-        return [f"{len(classes)} classes: {said}", *findings(report)]
-    lines = [
+        return [*layout, f"{len(classes)} classes: {said}", *findings(report)]
+    lines = layout + [
         f"{label:<16} " + ", ".join(f"{n} {split}" for split, n in of.items())
         for label, of in classes.items()
     ]

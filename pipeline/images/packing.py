@@ -16,8 +16,9 @@ from pipeline.errors import DataError
 from pipeline.files import hash_of, link, whole_folder
 from pipeline.images.alike import hashes_of
 from pipeline.images.decode import Header, decode, header
+from pipeline.images.layout import Item
 from pipeline.images.pack import SHARD, Facts, encoded, shard_files, shard_writer
-from pipeline.images.sources import Item, Source
+from pipeline.images.sources import Source
 from pipeline.progress import Parts, say, track
 from pipeline.resume import Resume
 from pipeline.runtime import threads

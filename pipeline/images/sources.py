@@ -1,32 +1,20 @@
 """Where images come from: a source lists them, it decodes nothing."""
 
-import csv
 import hashlib
 import importlib.metadata
-import math
 import os
-import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from pipeline.errors import DataError, near
+from pipeline.errors import DataError
 from pipeline.files import files_below, hash_of
-from pipeline.images.fetch import fetched, is_within, unpacked
-from pipeline.progress import say
+from pipeline.images import layout, table
+from pipeline.images.fetch import fetched, unpacked
+from pipeline.images.layout import Item
 
 # The still-image formats that torchvision's ImageFolder reads, so that counts agree with it.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
-# The folders that are splits, by the names people give them.
-SPLIT_NAMES = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-
 # Neighbouring solar cells were cut from one module. The data set doesn't name the module; runs of
 # one wafer type, cut every 60 rows, stand in for it (an inference from how alike neighbours are).
 ELPV_ROWS_A_MODULE = 60
@@ -37,17 +25,6 @@ HYMENOPTERA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 HYMENOPTERA_FILES = "41771d210287175073b7b183f7b57163e019b854f530d8edd91705379c9212ae"
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image: where it lies, what it shows, and what must stay together with it."""
-
-    path: str  # relative to the source's folder, with forward slashes
-    label: str
-    split: str = ""  # empty: to be assigned
-    group: str = ""  # empty: by its content
-    weight: float = 1.0
-
-
 @dataclass
 class Source:
     """The images of a data set, and the files beside them that aren't images."""
@@ -55,6 +32,7 @@ class Source:
     folder: Path
     items: list[Item]
     not_images: list[str] = field(default_factory=list)
+    layout: list[str] = field(default_factory=list)  # what was taken for what, in words
 
 
 def elpv() -> Source:
@@ -86,8 +64,8 @@ def elpv() -> Source:
     return Source(folder, items)
 
 
-def folder(path: Path) -> Source:
-    """List a folder of class sub-folders, with or without train/val/test folders above them.
+def folder(path: Path, splits: str = layout.AUTO) -> Source:
+    """List a folder of class sub-folders, with or without folders of splits above or below them.
 
     A folder below the class names a group of images that belong together. Hidden files are passed
     over; every other file that isn't a still image by its suffix is listed in `not_images`.
@@ -104,76 +82,23 @@ def folder(path: Path) -> Source:
         raise DataError(
             f"{path}: no images here; expected {path}/CLASS/*.jpg or {path}/train/CLASS/*.jpg"
         )
-    top = {file.partition("/")[0] for file in images if "/" in file}
-    splits = {
-        name: SPLIT_NAMES[name.lower()] for name in sorted(top) if name.lower() in SPLIT_NAMES
-    }
-    if splits and (others := sorted(top - set(splits))):
-        raise DataError(f"{path}: {others[0]} lies beside {sorted(splits)[0]}; use splits or none")
-    twice = [split for split, times in Counter(splits.values()).items() if times > 1]
-    if twice:
-        raise DataError(f"{path}: more than one folder for the {twice[0]} split; keep one")
-    return Source(path, [_folder_item(path, file, splits) for file in images], not_images)
+    items, said = layout.items_of(path, images, splits)
+    return Source(path, items, not_images, said)
 
 
-def table(path: Path) -> Source:
-    """List the images that the one CSV file in a folder names, relative to that folder.
+def csv(path: Path) -> Source:
+    """List the images that the one table in a folder names.
 
-    Columns: path, label, and if given split (train, val, test or empty: to be cut from train),
-    group (what must stay in one split) and weight (above 0). More columns are passed over.
-
-    Raises DataError naming the line that can't be used.
+    Raises DataError if the folder is missing, or naming the line that can't be used.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; set prepare.path to the folder of your CSV file")
-    tables = sorted(path.glob("*.csv"))
-    if len(tables) != 1:
-        raise DataError(f"{path}: {len(tables)} CSV files here; prepare.source: csv needs one")
-    file = tables[0]
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        try:
-            reader = csv.DictReader(lines)
-            columns = reader.fieldnames or []
-            for needed in ("path", "label"):
-                if needed not in columns:
-                    raise DataError(f"{file}: no column {needed!r}; {near(needed, columns)}")
-            items = [_table_item(path, f"{file}:{reader.line_num}", row) for row in reader]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{file}: can't be read as UTF-8 CSV ({error})") from None
-    if not items:
-        raise DataError(f"{file}: lists no images")
-    twice = [name for name, times in Counter(item.path for item in items).items() if times > 1]
-    if twice:
-        raise DataError(f"{file}: lists {twice[0]} more than once; keep one line of it")
+    items, said = table.items_of(path)
     listed = {item.path for item in items}
     others = [f for f in files_below(path) if f.suffix.lower() in SUFFIXES]
     if unlisted := sorted(f.as_posix() for f in others if f.as_posix() not in listed):
-        say(f"not in {file.name}, so not used: {len(unlisted)} images ({unlisted[0]}, ...)")
-    return Source(path, items)
-
-
-def _table_item(path: Path, where: str, row: dict[str, str]) -> Item:
-    """Check one line of a CSV file; `where` names it in errors."""
-    name = PurePosixPath((row["path"] or "").strip().replace("\\", "/"))
-    if not name.parts or not is_within(name):
-        raise DataError(f"{where}: path {row['path']!r} isn't relative to {path} and within it")
-    if not (path / name).is_file():
-        raise DataError(f"{where}: no file {path / name}")
-    label = (row["label"] or "").strip()
-    if not label:
-        raise DataError(f"{where}: {name} has no label")
-    split = (row.get("split") or "").strip().lower()
-    if split and split not in SPLIT_NAMES:
-        raise DataError(f"{where}: split {split!r}; {near(split, SPLIT_NAMES)}")
-    said = (row.get("weight") or "").strip() or "1"
-    try:
-        weight = float(said)
-    except ValueError:
-        weight = math.nan
-    if not 0 < weight < math.inf:
-        raise DataError(f"{where}: weight {said!r} is no number above 0")
-    group = (row.get("group") or "").strip()
-    return Item(name.as_posix(), label, SPLIT_NAMES.get(split, ""), group, weight)
+        said.append(f"in no line, so not used: {len(unlisted)} images ({unlisted[0]}, ...)")
+    return Source(path, items, layout=said)
 
 
 def hymenoptera(path: Path) -> Source:
@@ -195,16 +120,6 @@ def hymenoptera(path: Path) -> Source:
             "use prepare.source: folder for a set of your own"
         )
     return found
-
-
-def _folder_item(path: Path, file: str, splits: dict[str, str]) -> Item:
-    *above, _ = file.split("/")
-    split = splits.get(above[0], "") if above else ""
-    below = above[1:] if split else above
-    if not below:
-        raise DataError(f"{path / file}: lies in no class folder; move it into one")
-    group = "/".join(below) if len(below) > 1 else ""
-    return Item(file, sys.intern(below[0]), split, group)
 
 
 def _suffix(file: str) -> str:

@@ -1,0 +1,250 @@
+"""A CSV file that names images: which columns are used, whatever its separator and encoding."""
+
+import csv
+import io
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from pipeline.errors import DataError, near
+from pipeline.files import files_below
+from pipeline.images.fetch import is_within
+from pipeline.images.layout import Item, split_of
+
+SPLITS = ("train", "val", "test")
+SUFFIXES = (".csv", ".tsv", ".tab")
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+# What the columns are, and what others call them.
+COLUMNS = {
+    "path": ("file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imagename"),
+    "label": ("class", "classname", "labels", "category", "target", "species", "diagnosis", "y"),
+    "split": ("set", "subset", "partition", "phase", "usage"),
+    "group": ("groupid", "groups", "patient", "patientid", "subject", "subjectid", "caseid"),
+    "weight": ("sampleweight", "weights", "confidence"),
+}
+NEEDED = ("path", "label")
+BOMS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
+
+
+def items_of(folder: Path) -> tuple[list[Item], list[str]]:
+    """List the images that the one table in a folder names, and say what of it was used.
+
+    Columns, in any case: path (relative to the folder), label, and if given split (train, val, test
+    or empty: to be cut from train), group (what must stay in one split) and weight (above 0). The
+    separator is a comma, semicolon, tab or bar, the encoding UTF-8, UTF-16 with its mark, or else
+    Windows-1252.
+
+    Raises DataError naming the line that can't be used.
+    """
+    tables = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
+    if len(tables) != 1:
+        named = f" ({', '.join(f.name for f in tables[:4])})" if tables else ""
+        raise DataError(
+            f"{folder}: {len(tables)} CSV files here{named}; prepare.source: csv needs one"
+        )
+    [file] = tables
+    text, encoding = _text(file)
+    separator = _separator(text)
+    try:
+        rows = list(_rows(text, separator))
+    except csv.Error as error:
+        raise DataError(f"{file}: can't be read as CSV ({error}); write it anew") from None
+    if not rows:
+        raise DataError(f"{file}: is empty; expected the columns path and label")
+    (_, header), *lines = rows
+    columns = _columns(file, folder, header)
+    paths = _Paths(folder)
+    items = [_item(paths, f"{file}:{n}", header, cells, columns, separator) for n, cells in lines]
+    if not items:
+        raise DataError(f"{file}: lists no images")
+    twice = [name for name, times in Counter(item.path for item in items).items() if times > 1]
+    if twice:
+        raise DataError(f"{file}: lists {twice[0]} more than once; keep one line of it")
+    said = [_said(file, header, columns)]
+    if separator != "," or encoding != "utf-8":
+        called = {"utf-8-sig": "utf-8", "cp1252": "Windows-1252, as it isn't UTF-8"}
+        of = called.get(encoding, encoding)
+        said.append(f"{file.name}: columns parted by {SEPARATORS[separator]}, encoding {of}")
+    for column in ("split", "group", "weight"):
+        if column in columns:
+            n = sum(not cells[columns[column]].strip() for _, cells in lines)
+            if n:
+                said.append(f"{file.name}: {n} of {len(items)} lines have no {column}")
+    return items, said
+
+
+def _text(file: Path) -> tuple[str, str]:
+    content = file.read_bytes()
+    marked = [name for mark, name in BOMS.items() if content.startswith(mark)]
+    for encoding in (*marked, "utf-8", "cp1252"):
+        try:
+            text = content.decode(encoding)
+        except UnicodeError:
+            continue
+        if "\0" not in text:
+            return text, encoding
+    raise DataError(f"{file}: neither UTF-8 nor Windows-1252, or no text; save it as UTF-8")
+
+
+def _separator(text: str) -> str:
+    """Choose the separator whose header has the columns needed, else the most frequent one."""
+
+    def fitness(separator: str) -> tuple[int, int]:
+        try:
+            header = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+        except csv.Error:
+            header = []
+        named = {_plain(name) for name in header}
+        return len(named & set(COLUMNS)), len(header)
+
+    return max(SEPARATORS, key=fitness)
+
+
+def _rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Give the rows that aren't blank, with the number of the line that each ends at."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    for cells in reader:
+        if any(cell.strip() for cell in cells):
+            yield reader.line_num, cells
+
+
+def _plain(name: str) -> str:
+    text = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(char for char in text if char.isalnum())
+
+
+def _columns(file: Path, folder: Path, header: Sequence[str]) -> dict[str, int]:
+    """Find the columns by name. Raises DataError if a needed one is missing, or one is twice."""
+    names = [_plain(name) for name in header]
+    for name in COLUMNS:
+        if names.count(name) > 1:
+            raise DataError(f"{file}: {names.count(name)} columns {name!r}; keep one")
+    found = {name: names.index(name) for name in COLUMNS if name in names}
+    for needed in NEEDED:
+        if needed in found:
+            continue
+        first = header[0].strip().replace("\\", "/") if header else ""
+        if first and (folder / first).is_file():
+            raise DataError(
+                f"{file}: no header, its first line names a file; put path,label above it"
+            )
+        meant = [h for h, name in zip(header, names, strict=True) if name in COLUMNS[needed]]
+        shown = [h for h in header if h.strip()]
+        hint = f"rename {meant[0]!r} if it is meant" if meant else near(needed, shown)
+        raise DataError(f"{file}: no column {needed!r}; {hint}")
+    return found
+
+
+def _said(file: Path, header: Sequence[str], columns: dict[str, int]) -> str:
+    """Say which columns are used, which aren't, and which of those look meant."""
+    used = [name if header[i] == name else f"{name} ({header[i]!r})" for name, i in columns.items()]
+    others = [
+        h.strip() or f"column {i + 1}" for i, h in enumerate(header) if i not in columns.values()
+    ]
+    line = f"{file.name}: columns used: {', '.join(used)}"
+    if others:
+        line += f"; not used: {', '.join(others)}"
+    looks = [
+        f"{h} looks like {name}: rename it if it is"
+        for name, called in COLUMNS.items()
+        if name not in columns
+        for h in others
+        if _plain(h) in called
+    ]
+    return "; ".join([line, *looks])
+
+
+def _item(
+    paths: "_Paths",
+    where: str,
+    header: Sequence[str],
+    cells: Sequence[str],
+    columns: dict[str, int],
+    separator: str,
+) -> Item:
+    """Check one line; `where` names it in errors."""
+    if len(cells) != len(header):
+        raise DataError(
+            f"{where}: {len(cells)} cells, the header has {len(header)}; quote a cell that holds a "
+            f"{SEPARATORS[separator]}, one label an image"
+        )
+    row = {name: cells[i].strip() for name, i in columns.items()}
+    name = paths.find(row["path"], where)
+    if not row["label"]:
+        raise DataError(f"{where}: {name} has no label")
+    said = row.get("split", "")
+    split = split_of(said)
+    if said and not split:
+        raise DataError(f"{where}: split {said!r}; {near(said.lower(), SPLITS)}")
+    given = row.get("weight") or "1"
+    try:
+        weight = float(given if separator == "," else given.replace(",", "."))
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise DataError(f"{where}: weight {given!r} is no number above 0")
+    return Item(name, row["label"], split, row.get("group", ""), weight)
+
+
+class _Paths:
+    """The files below a folder, found by what a table calls them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, given: str, where: str) -> str:
+        """Give a file's path as it is on the disk, relative to the folder.
+
+        Raises DataError if there is none, or it lies outside.
+        """
+        name = PurePosixPath(given.replace("\\", "/"))
+        if not name.parts or not is_within(name):
+            raise DataError(
+                f"{where}: path {given!r} isn't relative to {self.folder} and within it"
+            )
+        if (self.folder / name).is_file():
+            return name.as_posix()
+        # The same letters in another Unicode form: macOS takes accents apart, others don't.
+        called = _composed(name.as_posix())
+        alike = self._by_form.get(called, [])
+        if len(alike) == 1:
+            return alike[0]
+        if alike:
+            raise DataError(
+                f"{where}: {given!r} may be any of {len(alike)} files; rename all but one"
+            )
+        stem = called.casefold()
+        others = self._by_case.get(stem) or self._by_stem.get(stem)
+        hint = f"; did you mean {others[0]}?" if others else ""
+        raise DataError(f"{where}: no file {self.folder / name}{hint}")
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [f.as_posix() for f in files_below(self.folder)]
+
+    @cached_property
+    def _by_form(self) -> dict[str, list[str]]:
+        return _grouped((_composed(name), name) for name in self._names)
+
+    @cached_property
+    def _by_case(self) -> dict[str, list[str]]:
+        return _grouped((_composed(name).casefold(), name) for name in self._names)
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        stems = ((name.rpartition(".")[0], name) for name in self._names)
+        return _grouped((_composed(stem).casefold(), name) for stem, name in stems)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _grouped(pairs: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, name in pairs:
+        found.setdefault(key, []).append(name)
+    return found
