@@ -16,6 +16,7 @@ from pipeline.files import write_csv, write_json
 from pipeline.images.augment import Flips
 from pipeline.images.pack import Images, read_facts, read_images, read_rows
 from pipeline.images.rows import Rows
+from pipeline.images.tones import Tones
 from pipeline.learn.answers import answer_lines
 from pipeline.learn.calibration import sure_in_words, sure_threshold
 from pipeline.learn.codes import read_codes
@@ -32,7 +33,7 @@ from pipeline.learn.verdict import (
 from pipeline.nets.backbone import again, backbone_of
 from pipeline.nets.device import device, set_up_torch
 from pipeline.nets.fold import fold
-from pipeline.nets.network import Network, load, refuse_other_classes, versions
+from pipeline.nets.network import Network, facts_of, load, refuse_other_classes, versions
 from pipeline.progress import say
 from pipeline.resume import Resume
 from pipeline.stage import Out, main
@@ -173,9 +174,9 @@ def _on_both(prepared: Path, score: Callable[[str, Images], Scores]) -> tuple[Sc
 def _trunk(meta: dict[str, Any]) -> Network:
     """Build the network whose codes the probes took."""
     backbone = backbone_of(meta)
-    facts = {k: meta[k] for k in Network.__dataclass_fields__ if k not in ("model", "backbone")}
+    facts = {**facts_of(meta), "backbone": backbone, "tones": Tones(**meta.get("tones", {}))}
     model = fold(again(backbone).eval(), meta["precision"])
-    return Network(model, backbone, **facts).on(device())
+    return Network(model, **facts).on(device())
 
 
 def _flips(file: Path, meta: dict[str, Any]) -> Flips:

@@ -147,6 +147,7 @@ def card(
     size, colours = network.packed_size, "grey" if network.channels == 1 else "RGB"
     shape = f"(N, {size}, {size})" if network.channels == 1 else f"(N, {size}, {size}, 3)"
     sure = sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images)
+    tones = f" Before that, {network.tones.words}." if network.tones.words else ""
     probe = classifier.probe
     what = f"{probe.kind} on the codes of {probe.depth}" if probe else "the network's own head"
     changed = " with changes that aren't committed" if origin["changed"] else ""
@@ -165,7 +166,7 @@ def card(
         "",
         f"`model.onnx` takes `pixels`, uint8 {shape}: the image turned as its EXIF data say, "
         f"{colours}, {HOW[network.fit]}, resized to {size} x {size} (Pillow's bicubic). All the "
-        "rest is in the graph. It gives `probabilities`, float32 "
+        f"rest is in the graph.{tones} It gives `probabilities`, float32 "
         f"(N, {len(network.classes)}).",
         "",
         sure[0].upper() + sure[1:] + ".",

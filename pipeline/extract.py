@@ -74,6 +74,7 @@ def extract(
         packed.fit,
         packed.channels,
         resolved(precision),
+        packed.tones,
     ).on(device())
     seconds, n_images = 0.0, 0
     with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST, SOURCE], pooling) as taps:

@@ -6,8 +6,10 @@ import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,6 +93,11 @@ def path_cell(path: str) -> str:
     return f"./{path}" if is_formula(path) else path
 
 
+def shown(name: str) -> str:
+    r"""Return a file's name as text, of which bytes that are no UTF-8 are written as \xff."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def text_cell(text: str) -> str:
     """Return a text as a cell of a CSV file, behind an apostrophe where it looks like a formula."""
     return f"'{text}" if is_formula(text) else text
@@ -119,25 +126,73 @@ def new_array(file: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[A
     return array
 
 
-def files_below(path: Path) -> Iterator[Path]:
-    """Find all files below a folder, relative to it, through linked folders too, each once.
+@dataclass
+class Tree:
+    """What lies below a folder, relative to it, with forward slashes; hidden things left out."""
 
-    A folder's own files come first, then its folders, both in the order of their names.
+    files: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)  # folders with nothing in them
+    odd: dict[str, str] = field(default_factory=dict)  # what is neither file nor folder, and why
 
-    Hidden files and folders are passed over.
+
+def walk(path: Path) -> Tree:
+    """Find all files below a folder, through linked folders too, each once.
+
+    A folder's own files come first, then its folders, both in the order of their names: of two
+    links to one folder it decides which is taken.
+
+    Raises DataError naming a folder that can't be read.
     """
-    seen = set()
-    for here, folders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(here)
+    tree, seen, left = Tree(), set(), [""]
+    while left:
+        below = left.pop()
+        real = os.path.realpath(path / below)
         if real in seen:
-            folders.clear()
+            tree.odd[below.removesuffix("/")] = "a link to a folder that is read already"
             continue
         seen.add(real)
-        # In this order, whatever the disk's: of two links to one folder it decides which is taken.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (
-            Path(here, name).relative_to(path) for name in sorted(names) if not name.startswith(".")
-        )
+        try:
+            with os.scandir(path / below) as entries:
+                found = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+        except OSError as error:
+            raise DataError(
+                f"{path / below}: can't be read ({error.strerror}); change its permissions, or "
+                "move it away"
+            ) from None
+        if not found and below:
+            tree.empty.append(below.removesuffix("/"))
+        for entry in found:
+            if not _is_folder(entry):
+                if kind := _odd(entry):
+                    tree.odd[below + entry.name] = kind
+                else:
+                    tree.files.append(below + entry.name)
+        folders = [f"{below}{entry.name}/" for entry in found if _is_folder(entry)]
+        left += reversed(folders)
+    return tree
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links that go round in a circle
+        return False
+
+
+def _odd(entry: os.DirEntry[str]) -> str:
+    """Say what an entry is that is no regular file, which might hang whoever reads it."""
+    try:
+        if entry.is_file():
+            return ""
+        mode = entry.stat().st_mode
+    except OSError as error:
+        return f"a link to nothing ({error.strerror})"
+    return "a named pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """Find all regular files below a folder, relative to it, as `walk` does."""
+    yield from map(Path, walk(path).files)
 
 
 def link(file: Path, target: Path) -> None:

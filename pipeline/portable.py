@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.classifier import Classifier
 from pipeline.errors import CheckpointError, said_by
+from pipeline.images.tones import of_facts
 from pipeline.nets.network import EVAL_BATCH
 from pipeline.unfolded import Graph, Inputs
 
@@ -33,7 +33,8 @@ def write(classifier: Classifier, graph: Graph, file: Path) -> None:
         )
     assert program is not None
     more = {"sure_above": classifier.sure_above, "chosen": classifier.chosen}
-    facts = {**asdict(graph.inputs), **more}
+    inputs = {name: value for name, value in vars(graph.inputs).items() if name != "tones"}
+    facts = {**inputs, **graph.inputs.tones.facts(), **more}
     program.model.metadata_props[KEY] = json.dumps(facts, sort_keys=True, ensure_ascii=False)
     program.save(str(file), external_data=False)
 
@@ -55,7 +56,8 @@ class Portable:
         facts: dict[str, Any] = json.loads(found)
         self.sure_above: float | None = facts.pop("sure_above")
         self.chosen: str = facts.pop("chosen")
-        self.network = Inputs(**facts)
+        tones = of_facts(facts)
+        self.network = Inputs(**facts, tones=tones)
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Give calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""

@@ -1,6 +1,6 @@
 """Predict: label and calibrated probability of new images, with the final model.
 
-    python -m pipeline.predict a.jpg new/                  # files, and all images below a folder
+    python -m pipeline.predict a.jpg new/                  # files, and all files below a folder
     python -m pipeline.predict new/ --top 3 --csv > new.csv
     python -m pipeline.predict new/ --page new.html        # the pictures with their labels
     find new -name '*.jpg' | python -m pipeline.predict -  # paths, a line each
@@ -8,8 +8,8 @@
 
 "Not sure" is said below the confidence above which the share `evaluate.sure_accuracy` of images is
 right, as far as validation images can promise that; where they can't, it is never said, and `sure`
-is null. Exit codes: 0 every image was classified, 1 some couldn't be read or an error, 2 a
-wrong command.
+is null. Exit codes: 0 every file was classified, 1 some aren't images or couldn't be read, or an
+error, 2 a wrong command.
 """
 
 import csv
@@ -29,10 +29,10 @@ from PIL import Image
 
 from pipeline import classifier, portable
 from pipeline.errors import DataError
-from pipeline.files import files_below, path_cell, text_cell, write_text
-from pipeline.images.decode import decode
+from pipeline.files import path_cell, shown, text_cell, walk, write_text
+from pipeline.images.decode import Decoded, decoded
+from pipeline.images.formats import SUFFIXES, suffix, what_else
 from pipeline.images.pack import Pixels
-from pipeline.images.sources import SUFFIXES
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import eval_batch
 from pipeline.pages import picture, render
@@ -42,6 +42,7 @@ from pipeline.table import aligned
 
 NOT_SURE = "not sure"
 STDIN = "-"
+CLIPPED = 0.01  # of an image's values beyond the range, from which it is said
 SIDE = 224  # pixels of a picture on a page
 Model = classifier.Classifier | portable.Portable
 
@@ -56,6 +57,7 @@ class Answer:
     sure: bool | None = None  # None: no confidence is promised to be right often enough
     error: str = ""
     pixels: Pixels | None = None  # what the model saw
+    beyond: float | None = None  # the share of values beyond the model's range, if it has one
 
     def row(self) -> dict[str, Any]:
         """Give what JSON and CSV say of it."""
@@ -67,7 +69,8 @@ class Answer:
             for place in range(2, len(self.labels) + 1)
             for name, values in (("label", self.labels), ("probability", self.probabilities))
         }
-        return {"file": self.file, **best, **more}
+        beyond = {} if self.beyond is None else {"beyond_range": self.beyond}
+        return {"file": self.file, **best, **more, **beyond}
 
 
 def load(file: Path) -> Model:
@@ -82,9 +85,11 @@ def predict(model: Model, files: Sequence[Path], top: int = 1) -> Iterator[Answe
     """Classify image files, a batch at a time, with the `top` likeliest labels of each."""
     network = model.network
 
-    def read(file: Path) -> Pixels | DataError:
+    def read(file: Path) -> Decoded | DataError:
+        shape = (network.packed_size, network.fit, network.channels)
         try:
-            return decode(file, network.packed_size, network.fit, network.channels)
+            _refuse_others(file)
+            return decoded(file, *shape, network.tones)
         except DataError as error:
             return error
 
@@ -92,7 +97,7 @@ def predict(model: Model, files: Sequence[Path], top: int = 1) -> Iterator[Answe
         for start in range(0, len(files), eval_batch()):
             batch = files[start : start + eval_batch()]
             found = list(pool.map(read, batch))
-            pixels = [one for one in found if not isinstance(one, DataError)]
+            pixels = [one.pixels for one in found if not isinstance(one, DataError)]
             answers = iter(model.probabilities(np.stack(pixels)) if pixels else ())
             for file, one in zip(batch, found, strict=True):
                 if isinstance(one, DataError):
@@ -105,14 +110,24 @@ def predict(model: Model, files: Sequence[Path], top: int = 1) -> Iterator[Answe
                     [network.classes[i] for i in best],
                     [round(float(p[i]), 4) for i in best],
                     None if model.sure_above is None else bool(p.max() >= model.sure_above),
-                    pixels=one,
+                    pixels=one.pixels,
+                    beyond=None if network.tones.low is None else round(one.clipped, 4),
                 )
 
 
-def listed(names: Sequence[str], scratch: Path) -> list[Path]:
-    """List the image files that arguments name: files, folders, or `-` for standard input.
+def _refuse_others(file: Path) -> None:
+    """Refuse a file that is no picture, by what it is; a pipe or a device isn't opened."""
+    if not file.is_file():
+        raise DataError(f"{file}: is no regular file, or a link to nothing; name a file")
+    if suffix(file.name) not in SUFFIXES and (what := what_else(file)):
+        raise DataError(f"{file}: {what}")
 
-    An image that comes in there is put into `scratch`. Raises DataError naming what isn't there.
+
+def listed(names: Sequence[str], scratch: Path) -> list[Path]:
+    """List the files that arguments name: files, folders, or `-` for standard input.
+
+    What lies below a folder is listed whatever it is, so that all of it is accounted for. An image
+    that comes in there is put into `scratch`. Raises DataError naming what isn't there.
     """
     files: list[Path] = []
     for name in names:
@@ -120,11 +135,12 @@ def listed(names: Sequence[str], scratch: Path) -> list[Path]:
         if name == STDIN:
             files += _from_stdin(sys.stdin.buffer.read(), scratch)
         elif path.is_dir():
-            below = sorted(f for f in files_below(path) if f.suffix.lower() in SUFFIXES)
+            tree = walk(path)
+            below = sorted([*tree.files, *tree.odd])
             if not below:
-                raise DataError(f"{path}: no images below it")
+                raise DataError(f"{path}: no files below it")
             files += [path / file for file in below]
-        elif path.is_file():
+        elif path.exists():
             files.append(path)
         else:
             raise DataError(f"{path}: no such file")
@@ -163,13 +179,21 @@ def main() -> None:
     with one_line_errors(), tempfile.TemporaryDirectory() as scratch:
         set_up_torch()
         files = listed(options.files, Path(scratch))
-        found = predict(load(options.model), files, options.top)
+        model = load(options.model)
+        found = predict(model, files, options.top)
         # The pictures of a million images would fill the memory.
         answers = list(found if options.page else (replace(one, pixels=None) for one in found))
         write = as_json if options.json else as_csv if options.csv else as_table
         write(answers, sys.stdout)
         if options.page:
             write_text(options.page, page(answers))
+        if beyond := [one for one in answers if (one.beyond or 0) > CLIPPED]:
+            low, high = model.network.tones.low, model.network.tones.high
+            print(
+                f"note: of {len(beyond)} images more than {CLIPPED:.0%} of the values are beyond "
+                f"{low:g} to {high:g}, the range of the training images ({beyond[0].file}, ...)",
+                file=sys.stderr,
+            )
         failed = [answer for answer in answers if answer.error]
         for answer in failed if options.json or options.csv else []:
             print(f"error: {answer.error}", file=sys.stderr)
@@ -178,8 +202,12 @@ def main() -> None:
 
 def as_json(answers: Sequence[Answer], out: TextIO) -> None:
     """Write a list of objects, one an image."""
-    json.dump([answer.row() for answer in answers], out, indent=2, ensure_ascii=False)
-    out.write("\n")
+    text = json.dumps([answer.row() for answer in answers], indent=2, ensure_ascii=False)
+    try:
+        text.encode(out.encoding or "utf-8")
+    except UnicodeEncodeError:  # a file's name in no encoding, or a terminal without the letter
+        text = json.dumps([answer.row() for answer in answers], indent=2)
+    out.write(f"{text}\n")
 
 
 def as_csv(answers: Sequence[Answer], out: TextIO) -> None:
@@ -220,6 +248,8 @@ def page(answers: Sequence[Answer]) -> str:
     cards = [
         {
             **vars(answer),
+            "file": shown(answer.file),
+            "error": shown(answer.error),
             "picture": None if answer.pixels is None else picture(answer.pixels, SIDE),
             "found": list(zip(answer.labels, answer.probabilities, strict=True)),
         }

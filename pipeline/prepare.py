@@ -1,10 +1,11 @@
 """Prepare: list the images of a source, audit, split, decode each once, pack as uint8."""
 
 import csv
+import shutil
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,20 +15,21 @@ from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, ParamError, near
-from pipeline.files import is_formula, path_cell, whole_folder, write_json
+from pipeline.files import is_formula, path_cell, shown, whole_folder, write_json
 from pipeline.images import audit, sources
 from pipeline.images.alike import clusters_alike
 from pipeline.images.fetch import images_at
 from pipeline.images.findings import summary
 from pipeline.images.layout import Item
 from pipeline.images.pack import SPLITS, Facts, Fit, Images, Storage
-from pipeline.images.packing import headers, pack
+from pipeline.images.packing import Survey, pack, survey
 from pipeline.images.published import published
 from pipeline.images.sources import Source
 from pipeline.images.split import draw, numbered, together
+from pipeline.images.tones import AUTO, Background, Tones, background_of, given_range, range_of
 from pipeline.progress import say
 from pipeline.resume import Resume
-from pipeline.stage import READS, Out, Seed, main
+from pipeline.stage import READS, Key, Out, Seed, main
 
 TORCHVISION = "torchvision/"
 
@@ -45,6 +47,8 @@ def prepare(
     not_images: Literal["refuse", "skip"],
     size: Annotated[int, Interval(ge=16, le=2048)],
     fit: Fit,
+    value_range: Annotated[str, Key("prepare.range")],
+    background: Literal["auto", "white", "black", "grey"],
     storage: Storage,
     split_by: Literal["group", "image"],
     test_fraction: Fraction,
@@ -61,21 +65,30 @@ def prepare(
     Raises DataError for a set that can't be used, naming the file or the class.
     """
     found = _source(source, Path(path), url, sha256, splits)
+    for label, held in found.gone.items():
+        if not_images == "refuse":
+            raise DataError(
+                f"{found.folder}: no image of class {label!r} ({held}); add some, remove its "
+                "folder, or set prepare.not_images: skip"
+            )
+        found.layout.append(f"no class {label!r}, as its folder holds no image ({held})")
     if found.not_images and not_images == "refuse":
+        first, what = min(found.not_images.items())
         raise DataError(
-            f"{found.folder / found.not_images[0]}: not an image ({len(found.not_images)} such "
-            "files); move it away, or set prepare.not_images: skip"
+            f"{found.folder / first}: {what} ({len(found.not_images)} such files); move it away, "
+            "or set prepare.not_images: skip"
         )
     classes = sorted({item.label for item in found.items})
     if len(classes) < 2:
         raise DataError(f"{found.folder}: one class only ({classes}); two or more are needed")
     _refuse_names(found, classes)
     with whole_folder(out) as folder:
-        short, long, grey, unreadable = headers(found)
-        facts = Facts(classes, size, fit, 1 if grey else 3, storage, pixels="")
+        surveyed = survey(found)
+        unreadable = surveyed.unreadable
+        tones = _tones(found, surveyed, given_range(value_range), background)
+        facts = Facts(classes, size, fit, 1 if surveyed.is_grey else 3, storage, "", tones)
         start = time.perf_counter()
         packed = pack(resume, found, facts, unreadable, folder)
-        facts = replace(facts, pixels=packed.pixels)
         rate = packed.decoded / (time.perf_counter() - start)
         if unreadable and not_images == "refuse":
             raise DataError(
@@ -83,6 +96,7 @@ def prepare(
             )
         ids = np.flatnonzero(packed.read)
         items = [found.items[i] for i in ids]
+        facts = replace(facts, pixels=packed.pixels)
         alike = clusters_alike(Images(folder, facts, ids), packed.hashes[ids])
         digests = packed.digests[ids]
         copies = np.unique(digests.view("V32")[:, 0], return_inverse=True)[1]
@@ -93,15 +107,30 @@ def prepare(
         drawn = _without_copies(drawn, copies)
         _refuse_small(labels[drawn == 0], classes, least_per_class)
 
+        if surveyed.is_deep and value_range == AUTO:
+            # The splits are drawn by what pictures show; their range is that of training alone.
+            seen = [surveyed.seen[i] for i in ids[drawn == 0].tolist() if i in surveyed.seen]
+            low, high = range_of(seen)
+            of_train = replace(tones, low=low, high=high)
+            if of_train != tones:
+                facts = replace(facts, tones=of_train)
+                shutil.rmtree(folder / "images")
+                packed = pack(resume, found, facts, unreadable, folder)
+                facts = replace(facts, pixels=packed.pixels)
         names = [SPLITS[split] if split >= 0 else "" for split in drawn]
-        sides = audit.sides(short, long, size)
         # Where the images lie is no fact about them.
         reasons = {p: said.replace(f"{found.folder}/", "") for p, said in unreadable.items()}
         report = audit.report(
-            items, names, copies, alike, sides, found.layout, found.not_images, reasons
+            found,
+            items,
+            names,
+            copies,
+            alike,
+            audit.looks(surveyed, packed, ids, names, facts),
+            reasons,
         )
         write_json(folder / "audit.json", report)
-        write_json(folder / "facts.json", asdict(facts))
+        write_json(folder / "facts.json", facts.to_json())
         _write_index(folder / "index.csv", ids, items, names, ties, digests)
     for line in summary(report):
         say(line)
@@ -124,15 +153,47 @@ def _source(name: str, path: Path, url: str, sha256: str, splits: str) -> Source
     return known[name]()
 
 
+def _tones(
+    found: Source,
+    surveyed: Survey,
+    given: tuple[float, float] | None,
+    background: Background | Literal["auto"],
+) -> Tones:
+    """Choose how pictures become 8 bits, by all that aren't given to validation or test."""
+    seen = [s for i, s in surveyed.seen.items() if found.items[i].split in ("", "train")]
+    low, high = given or range_of(seen) if surveyed.is_deep else (None, None)
+    if given and not surveyed.is_deep:
+        raise ParamError(
+            "params.yaml: prepare.range is for pictures of more than 8 bits a value, and these have"
+            " 8; set it to auto"
+        )
+    return Tones(low, high, background_of(seen) if background == "auto" else background)
+
+
 def _refuse_names(found: Source, classes: Sequence[str]) -> None:
     """Refuse names that would do harm where index.csv and predictions.csv are read."""
+    _refuse_alike(found, classes)
     named = chain((("class", c) for c in classes), (("path", item.path) for item in found.items))
     for what, name in named:
         if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
-            raise DataError(f"{what} {name!r} has control characters in it; rename it")
+            cs = "bytes that are no UTF-8" if shown(name) != name else "control characters"
+            raise DataError(f"{what} {shown(name)!r} has {cs} in it; rename it")
         if is_formula(name.partition("/")[0]):  # a class may be called -1
             raise DataError(
                 f"{what} {name!r} begins with {name[0]!r}, as spreadsheets' formulas do; rename it"
+            )
+
+
+def _refuse_alike(found: Source, classes: Sequence[str]) -> None:
+    """Refuse classes whose names a person can't tell apart: by case, blanks or Unicode form."""
+    plain: dict[str, str] = {}
+    for name in classes:
+        key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        other = plain.setdefault(key, name)
+        if other != name:
+            raise DataError(
+                f"{found.folder}: the classes {other!a} and {name!a} differ only by case,"
+                " blanks or Unicode form; give them one name, or names that differ more"
             )
 
 

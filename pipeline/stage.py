@@ -9,6 +9,7 @@ type `Resume` is how far an earlier run got, one of type `Params` all of params.
 
 import argparse
 import inspect
+import io
 import os
 import re
 import reprlib
@@ -303,13 +304,26 @@ def parser_of(command: str, about: str) -> argparse.ArgumentParser:
     )
 
 
+def _write_any_name() -> None:
+    """Let a terminal of any encoding show any file's name: its own bytes, or else escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            unicode = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if unicode else "backslashreplace")
+
+
 @contextmanager
 def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iterator[None]:
     """Print a user's error as one line and exit with 1; with PIPELINE_DEBUG=1 let it through."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the package set it for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    _write_any_name()
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(interrupted)
     except Exception as error:

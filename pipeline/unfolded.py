@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.classifier import Classifier
 from pipeline.images.augment import dihedral, views
+from pipeline.images.tones import PLAIN, Tones
 from pipeline.learn.probes import SHARPNESS, Probe
 from pipeline.nets.backbone import build
 from pipeline.nets.depths import JOIN
@@ -29,6 +30,7 @@ class Inputs:
     packed_size: int  # pixels a side
     fit: Literal["squash", "crop", "pad"]  # how an image becomes a square
     channels: int  # 1 for grey, else 3
+    tones: Tones = PLAIN
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,7 +49,9 @@ class Graph(nn.Module):
         self.model.load_state_dict(trained.model.state_dict())
         self.model.requires_grad_(False)
         self.network = replace(trained, model=self.model, precision="fp32")
-        self.inputs = Inputs(trained.classes, trained.packed_size, trained.fit, trained.channels)
+        self.inputs = Inputs(
+            trained.classes, trained.packed_size, trained.fit, trained.channels, trained.tones
+        )
         self.kinds = views(classifier.viewing.flips, classifier.viewing.most)
         self.temperature = classifier.temperature
         self.taps: Taps | None = None

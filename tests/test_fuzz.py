@@ -5,6 +5,7 @@
 
 import io
 import json
+import os
 import random
 import shutil
 import struct
@@ -35,6 +36,7 @@ from pipeline.stage import read_params as read_params_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's about damage
 
+TREES = 25  # of folders
 IMAGES = 500  # of which each kind of file has its share
 FILES = 100
 PARAMS = 100
@@ -132,6 +134,77 @@ def test_no_damaged_image_is_dropped_in_silence(photos, tmp_path):
     assert names <= listed | skipped
     assert not listed & skipped
     assert len(listed) + len(skipped) == 32 + 60
+
+
+NAMES = [
+    *("cats", "dogs", "train", "Training", "test_set", "val", "p1", "p2", "a b", "größe", "größe"),
+    *("__MACOSX", "-x", "=1", "CON", "images", "0", "日本", ".hidden", "x" * 80),
+]
+ENDS = ["png", "jpg", "PNG", "tif", "gif", "txt", "", "csv", "heic", "jpeg", "db", "avif"]
+
+
+def grown(folder: Path, chance: random.Random, pictures: list[tuple[str, bytes]]) -> set[str]:
+    """Write a tree of folders and files as nobody plans it; gives all files that aren't hidden."""
+    written = set()
+    wild = chance.random() < 0.5
+    folders = [folder] if wild else []
+    for _ in range(chance.randint(1, 12) if wild else 3):
+        here = chance.choice(folders or [folder]) if wild else folder
+        here = here / chance.choice(NAMES if wild else NAMES[:2] + NAMES[6:10])
+        here.mkdir(exist_ok=True)
+        folders.append(here)
+    for i in range(chance.randint(0, 60) if wild else 60):
+        here = chance.choice(folders)
+        file = here / f"{i}.{chance.choice(ENDS)}".removesuffix(".")
+        kind = chance.random()
+        if kind < 0.6:
+            noise = bytes(chance.randrange(256) for _ in range(256))
+            Image.frombytes("L", (16, 16), noise).save(file, "PNG")
+        elif kind < 0.8:
+            file.write_bytes(chance.choice(pictures)[1])
+        elif kind < 0.9:
+            file.write_bytes(bytes(chance.randrange(256) for _ in range(chance.randrange(200))))
+        elif kind < 0.95:
+            os.mkfifo(file)
+        else:
+            file.symlink_to(chance.choice(["nowhere", ".", "..", file.name]))
+        written.add(file)
+    links = {f for f in written if f.is_symlink() and f.is_dir()}
+    names = {f.relative_to(folder).as_posix() for f in written - links}
+    return {name for name in names if not any(p.startswith(".") for p in name.split("/"))}
+
+
+def test_all_of_any_tree_of_folders_is_used_skipped_or_refused(more, tmp_path):
+    chance = random.Random(2)
+    images = real_images(chance)
+    pictures = [next(images) for _ in range(12)]
+    used = refused = 0
+    for i in range(TREES * more):
+        folder = tmp_path / f"{i}"
+        folder.mkdir()
+        names = grown(folder, chance, pictures)
+        shares = {"least_per_class": 2, "val_fraction": 0.3, "test_fraction": 0.0}
+        params = read_params(
+            prepare={"path": str(folder), "not_images": "skip", "size": 16, **shares},
+            probe={"folds": 2},
+        )
+        ways = paths(tmp_path / f"out{i}")["prepare"]
+        try:
+            call("prepare", ways, params)
+        except (DataError, ParamError) as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        audit = json.loads((ways["out"] / "audit.json").read_text())
+        rows = {path for split in SPLITS for path in read_rows(ways["out"], split).paths}
+        rows = {path.removeprefix("./") for path in rows}
+        skipped = {*audit["skipped_unreadable"], *audit["skipped_not_images"]}
+        skipped |= set(audit["skipped_copies"])
+        assert names <= rows | skipped
+        assert not rows & skipped
+        used += 1
+    assert used > 0
+    assert refused > 0
 
 
 # Params

@@ -4,18 +4,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.errors import DataError, ParamError
-from pipeline.images import sources
-from pipeline.images.layout import items_of, split_of, splits_of
+from pipeline.images import layout, sources
+from pipeline.images.layout import split_of, splits_of
 
 Found = tuple[set[tuple[str, str, str]], list[str]]
 
 
 def read(*images: str, splits: str = "auto") -> Found:
-    items, said = items_of(Path("data"), images, splits)
-    assert [item.path for item in items] == list(images)
-    return {(item.split, item.label, item.group) for item in items}, said
+    found = layout.read(Path("data"), images, splits)
+    assert [item.path for item in found.items] == list(images)
+    return {(item.split, item.label, item.group) for item in found.items}, found.said
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_no_one_classifies_training_against_testing(tmp_path):
     for name in TRAINING:
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"")
+        Image.new("L", (8, 8)).save(file)
     found = sources.folder(tmp_path)
     assert {item.label for item in found.items} == {"a", "b"}
     assert "Testing is test (2 images)" in found.layout[0]

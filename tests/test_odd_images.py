@@ -78,17 +78,16 @@ def formats() -> list[Odd]:
 
 
 def deep() -> list[Odd]:
-    """Sixteen bits and floats of the same grey, and a profile and texts beside the pixels."""
+    """Sixteen bits and floats among pictures of eight, and a profile and texts beside pixels."""
     grey = np.asarray(picture().convert("L"))
     wide = Image.fromarray(grey.astype(np.uint16) * 257)
     texts = PngImagePlugin.PngInfo()
     texts.add_text("Comment", "x" * 100_000, zip=True)
-    expected = shown(Image.fromarray(grey))
     return [
-        ("sixteen.png", saved(wide, "PNG"), expected),
-        ("sixteen.tif", saved(wide, "TIFF"), expected),
-        ("float.tif", saved(Image.fromarray(grey.astype(np.float32)), "TIFF"), expected),
-        ("unit float.tif", saved(Image.fromarray(grey / np.float32(255)), "TIFF"), expected),
+        ("sixteen.png", saved(wide, "PNG"), None),
+        ("sixteen.tif", saved(wide, "TIFF"), None),
+        ("float.tif", saved(Image.fromarray(grey.astype(np.float32)), "TIFF"), None),
+        ("unit float.tif", saved(Image.fromarray(grey / np.float32(255)), "TIFF"), None),
         ("texts.png", saved(picture(), "PNG", pnginfo=texts), shown(picture())),
     ]
 

@@ -102,7 +102,7 @@ def test_the_exit_code_tells_whether_every_image_was_classified(photos, model):
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_what_names_no_image_is_refused(name, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no such file|no images below it"):
+    with pytest.raises(DataError, match=r"no such file|no files below it"):
         listed([str(tmp_path / name)], tmp_path)
 
 

@@ -20,10 +20,11 @@ from PIL import Image, ImageOps
 
 from pipeline.errors import DataError
 from pipeline.files import files_below
-from pipeline.images.decode import decode, header
+from pipeline.images.decode import decode, decoded, header
 from pipeline.images.findings import summary
 from pipeline.images.pack import SPLITS, read_images
 from pipeline.images.split import draw, numbered, together
+from pipeline.images.tones import Tones
 
 # The ants and bees of PyTorch's transfer-learning tutorial, where a copy is at hand.
 HYMENOPTERA = Path(os.environ.get("HYMENOPTERA", ROOT / "data" / "hymenoptera"))
@@ -288,14 +289,14 @@ def test_sixteen_bits_are_scaled_and_not_clipped(kind, tmp_path):
     image = Image.fromarray(np.broadcast_to(ramp, (256, 256)).copy())
     file = saved(image, tmp_path / f"deep.{kind}")
     assert header(file).grey
-    assert np.array_equal(np.arange(256), decode(file, 256, "squash", 1)[0])
+    assert np.array_equal(np.arange(256), decode(file, 256, "squash", 1, Tones(0, 65535))[0])
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0])
 def test_float_grey_is_scaled_by_its_range(top, tmp_path):
     ramp = np.linspace(0, top, 256, dtype=np.float32)
     image = Image.fromarray(np.broadcast_to(ramp, (256, 256)).copy())
-    flat = decode(saved(image, tmp_path / "float.tif"), 256, "squash", 1)
+    flat = decode(saved(image, tmp_path / "float.tif"), 256, "squash", 1, Tones(0, top))
     assert np.array_equal(np.arange(256), flat[0])
 
 
@@ -359,13 +360,15 @@ def test_class_folders_may_be_links(photos, tmp_path):
 
 def test_skipped_files_are_named_and_every_file_is_accounted_for(photos, tmp_path):
     (photos / "class0" / "notes.txt").write_text("taken in spring")
-    Image.new("L", (9, 9)).save(photos / "class1" / "moving.gif")
+    (photos / "class1" / "moving.mp4").write_bytes(b"\0\0\0\x20ftypisom")
     (photos / "class0" / "text.png").write_text("not a picture")
     whole = (photos / "class1" / "003.png").read_bytes()
     (photos / "class1" / "003.png").write_bytes(whole[: len(whole) // 2])
     rows = prepared(tmp_path, path=str(photos), not_images="skip")
     audit = read_json(tmp_path, "audit.json")
-    assert audit["skipped_not_images"] == ["class0/notes.txt", "class1/moving.gif"]
+    video = "a video; convert it to PNG or JPEG"
+    kinds = {"class0/notes.txt": "not an image", "class1/moving.mp4": video}
+    assert audit["skipped_not_images"] == kinds
     assert list(audit["skipped_unreadable"]) == ["class0/text.png", "class1/003.png"]
     said = audit["skipped_unreadable"]["class1/003.png"]
     assert said.startswith("class1/003.png: can't be read as an image")  # wherever they lie
@@ -383,12 +386,12 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
         if file.name == "000.png" and file.parent.name == "class0":
             later.wait(10)
         try:
-            return decode(file, *how)
+            return decoded(file, *how)
         finally:
             if file.name == "001.png" and file.parent.name == "class0":
                 later.set()
 
-    monkeypatch.setattr("pipeline.images.packing.decode", slow)
+    monkeypatch.setattr("pipeline.images.packing.decoded", slow)
 
 
 @pytest.mark.parametrize("not_images", ["skip", "refuse"])
@@ -729,7 +732,9 @@ def test_many_groups_of_many_classes_take_memory_by_the_image(monkeypatch):
 
 
 def audited(classes: dict[str, dict[str, int]]) -> dict[str, Any]:
-    lists = {key: [] for key in ("skipped_not_images", "skipped_unreadable", "skipped_copies")}
+    lists: dict[str, Any] = {f"skipped_{k}": [] for k in ("not_images", "unreadable", "copies")}
+    lists |= {k: [] for k in ("elsewhere", "one_colour", "clipped", "nan", "negative")}
+    lists |= {"tones": "", "transparent": 0, "levels": [0, 255]}
     found = {kind: {"all": []} for kind in ("equal_files", "near_duplicates")}
     sides = {"shortest": 9, "median_short": 9.0, "longest": 9, "enlarged": 0}
     return {"layout": [], "classes": classes, "sides": sides, **lists, **found}

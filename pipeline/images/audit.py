@@ -8,6 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.images.layout import Item
+from pipeline.images.pack import Facts
+from pipeline.images.packing import Packed, Survey
+from pipeline.images.sources import Source
+from pipeline.images.tones import HIGHEST, LOWEST
+
+ODD = ("one_colour", "clipped", "nan", "negative")  # listed by path
+CLIPPED = 0.01  # of an image's values beyond the range, from which it is listed
+# From where on test images look as if they came from elsewhere than training images.
+LEAST_TO_COMPARE = 10  # images
+SHARE_OFF = 0.5  # between the shares of a format, or of grey
+SPREADS_OFF = 1.5  # standard deviations between means
+LEAST_OFF = 8  # pixels, or levels of brightness
+
+Ints = NDArray[np.int64]
 
 
 def clusters(numbers: NDArray[np.int64]) -> list[list[int]]:
@@ -20,29 +34,82 @@ def clusters(numbers: NDArray[np.int64]) -> list[list[int]]:
     return sorted(order[start:end].tolist() for start, end in pairs)
 
 
-def sides(short: NDArray[np.int64], long: NDArray[np.int64], size: int) -> dict[str, float]:
-    """Summarise the images' sides in pixels; `enlarged` have a side below the packed `size`."""
-    return {
-        "shortest": int(short.min()),
-        "median_short": float(np.median(short)),
-        "longest": int(long.max()),
-        "enlarged": int((short < size).sum()),
+def looks(
+    surveyed: Survey, packed: Packed, ids: Ints, splits: Sequence[str], facts: Facts
+) -> dict[str, Any]:
+    """Summarise how the images look: sides, formats, depth, range, brightness, odd ones.
+
+    `ids` are the rows of the images that could be read, `splits` theirs.
+    """
+    short, long = surveyed.short[ids], surveyed.long[ids]
+    formats = Counter(surveyed.formats[i] for i in surveyed.format[ids])
+    found: dict[str, Any] = {
+        "sides": {
+            "shortest": int(short.min()),
+            "median_short": float(np.median(short)),
+            "longest": int(long.max()),
+            "enlarged": int((short < facts.size).sum()),
+        },
+        "formats": dict(sorted(formats.items())),
+        "levels": [
+            int(np.percentile(packed.lowest[ids], LOWEST)),
+            int(np.percentile(packed.highest[ids], HIGHEST)),
+        ],
+        "tones": facts.tones.words,
+        "transparent": sum(bool(one.contrasts) for one in surveyed.seen.values()),
+        "elsewhere": _elsewhere(surveyed, packed, ids, np.array(splits)),
     }
+    flat = packed.lowest[ids] == packed.highest[ids]
+    found["one_colour"] = ids[flat].tolist()
+    found["clipped"] = ids[packed.clipped[ids] > CLIPPED].tolist()
+    found["nan"] = [i for i in ids.tolist() if i in surveyed.seen and surveyed.seen[i].nans]
+    found["negative"] = [
+        i for i in ids.tolist() if i in surveyed.seen and surveyed.seen[i].negatives
+    ]
+    return found
+
+
+def _elsewhere(surveyed: Survey, packed: Packed, ids: Ints, splits: NDArray[np.str_]) -> list[str]:
+    """Say where test images look as if they came from elsewhere than training images."""
+    lines = []
+    train = splits == "train"
+    for split in ("val", "test"):
+        other = splits == split
+        if min(train.sum(), other.sum()) < LEAST_TO_COMPARE:
+            continue
+        told = []
+        kinds = [(n, surveyed.format[ids] == i) for i, n in enumerate(surveyed.formats)]
+        for name, is_so in (*kinds, ("grey", surveyed.grey[ids])):
+            share, of_train = is_so[other].mean(), is_so[train].mean()
+            if share - of_train > SHARE_OFF or (name == "grey" and of_train - share > SHARE_OFF):
+                told.append(f"{share:.0%} {name} ({of_train:.0%})")
+        for name, values in (
+            ("shorter side", surveyed.short[ids].astype(float)),
+            ("brightness", packed.mean[ids].astype(float)),
+        ):
+            here, there = values[other], values[train]
+            spread = np.sqrt((here.var() + there.var()) / 2)
+            if abs(here.mean() - there.mean()) > max(SPREADS_OFF * spread, LEAST_OFF):
+                told.append(f"{name} {np.median(here):.0f} ({np.median(there):.0f})")
+        if told:
+            lines.append(
+                f"{split} images look as if from elsewhere, training images in brackets: "
+                f"{', '.join(told)}"
+            )
+    return lines
 
 
 def report(
+    found: Source,
     items: Sequence[Item],
     splits: Sequence[str],
-    copies: NDArray[np.int64],
-    alike: NDArray[np.int64],
-    sides: dict[str, float],
-    layout: Sequence[str],
-    not_images: Sequence[str],
+    copies: Ints,
+    alike: Ints,
+    looks: dict[str, Any],
     unreadable: dict[str, str],
 ) -> dict[str, Any]:
     """Gather the audit of a data set, as it is written to audit.json.
 
-    `layout` says what the source took for splits, classes and groups.
     `unreadable` gives the reason of each path, in whichever order threads met them. Equal files
     share a number in `copies`, near duplicates one in `alike`. Both are listed by path;
     `across_splits` and `across_labels` are those that would make a score too good or a label wrong.
@@ -50,29 +117,31 @@ def report(
     """
 
     def listed(numbers: NDArray[np.int64]) -> dict[str, list[list[str]]]:
-        found = clusters(numbers)
-        paths = [[items[i].path for i in cluster] for cluster in found]
+        clustered = clusters(numbers)
+        paths = [[items[i].path for i in cluster] for cluster in clustered]
 
         def across(values: Sequence[str]) -> list[list[str]]:
             return [
                 path
-                for path, cluster in zip(paths, found, strict=True)
+                for path, cluster in zip(paths, clustered, strict=True)
                 if len({values[i] for i in cluster}) > 1
             ]
 
         return {"all": paths, "across_splits": across(splits), "across_labels": across(labels)}
 
+    for name in ODD:
+        looks[name] = [found.items[i].path for i in looks[name]]
     labels = [item.label for item in items]
     table: dict[str, dict[str, int]] = {}
     for (label, split), n in sorted(Counter(zip(labels, splits, strict=True)).items()):
         if split:
             table.setdefault(label, {})[split] = n
     return {
-        "layout": list(layout),
+        "layout": found.layout,
         "images": len(items),
         "classes": table,
-        "sides": sides,
-        "skipped_not_images": list(not_images),
+        **looks,
+        "skipped_not_images": dict(sorted(found.not_images.items())),
         "skipped_unreadable": dict(sorted(unreadable.items())),
         "skipped_copies": [i.path for i, split in zip(items, splits, strict=True) if not split],
         "equal_files": listed(copies),

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
@@ -22,6 +23,7 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_GROWTH = 200  # times an archive's own size; pictures hardly shrink in an archive
 CHUNK = 1 << 16  # bytes; a chunk that was cut off is fetched again
 TIMEOUT = 30  # seconds without a byte
+UTF8_NAMES = 0x800  # the flag of a member of a zip file
 
 
 def images_at(path: Path, url: str, sha256: str) -> Path:
@@ -123,12 +125,36 @@ def _download(url: str, part: Path) -> None:
 def _unpack(archive: Path, target: Path) -> None:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as content:
-            _refuse(archive, [(info.filename, info.file_size) for info in content.infolist()])
-            content.extractall(target)  # noqa: S202, checked; links become plain files
+            members = content.infolist()
+            for member in members:
+                member.filename = _zip_name(member)
+            _refuse(archive, [(info.filename, info.file_size) for info in members])
+            twice = [n for n, k in Counter(i.filename for i in members).items() if k > 1]
+            if twice:
+                raise DataError(f"{archive}: holds {twice[0]!r} twice; archive it anew")
+            for member in members:
+                content.extract(member, target)  # links become plain files
         return
     with tarfile.open(archive) as content:
         _refuse(archive, _sizes(archive, content))
         content.extractall(target, filter="data")
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """Give a member's name as it was meant: older programs wrote backslashes, and other letters.
+
+    Without the mark of UTF-8, bytes may be that all the same, a DOS code page, as the standard
+    says, or Windows-1252. The letters of the first lie below 0xA6, but for one, of the last above.
+    """
+    name = member.orig_filename
+    if not member.flag_bits & UTF8_NAMES and not name.isascii():
+        content = name.encode("cp437")  # how zipfile reads them
+        try:
+            name = content.decode("utf-8")
+        except UnicodeDecodeError:
+            of_dos = all(byte < 0xA6 or byte == 0xE1 for byte in content)
+            name = content.decode("cp850" if of_dos else "cp1252", errors="replace")
+    return name.replace("\\", "/")
 
 
 def _sizes(archive: Path, content: tarfile.TarFile) -> Iterator[tuple[str, int]]:

@@ -3,6 +3,13 @@
 from typing import Any
 
 MOST_CLASSES = 20  # that have a line each
+FEW_LEVELS = 64
+ODD = {
+    "one_colour": "of one colour",
+    "clipped": "with values beyond the range",
+    "nan": "with values that are no numbers, taken as black",
+    "negative": "with negative values",
+}
 
 
 def summary(report: dict[str, Any]) -> list[str]:
@@ -28,6 +35,7 @@ def findings(report: dict[str, Any]) -> list[str]:
         f"sides: {found['shortest']} to {found['longest']} pixels, the shorter one "
         f"{found['median_short']:g} in the median; {found['enlarged']} images enlarged"
     )
+    lines += _looks(report)
     for name in ("skipped_not_images", "skipped_unreadable", "skipped_copies"):
         if names := list(report[name]):
             lines.append(f"{name.replace('_', ' ')}: {len(names)} ({_first(names)})")
@@ -39,6 +47,25 @@ def findings(report: dict[str, Any]) -> list[str]:
                 f"{len(found['across_splits'])} across splits, "
                 f"{len(found['across_labels'])} across labels"
             )
+    return lines
+
+
+def _looks(report: dict[str, Any]) -> list[str]:
+    """Say what is odd about how images look."""
+    lines = []
+    if report["tones"]:
+        lines.append(f"tones: {report['tones']}")
+    elif report["transparent"]:
+        lines.append(f"tones: transparent parts become white ({report['transparent']} images)")
+    low, high = report["levels"]
+    if not report["tones"] and high - low < FEW_LEVELS:
+        lines.append(
+            f"the images use the levels {low} to {high} of 256: detail may have been lost before"
+        )
+    lines += report["elsewhere"]
+    for name, said in ODD.items():
+        if names := report[name]:
+            lines.append(f"{said}: {len(names)} ({_first(names)})")
     return lines
 
 

@@ -83,7 +83,33 @@ def _of_tokens(tokens: Sequence[str]) -> str:
     return WORDS.get(rest[0], "") if len(rest) == 1 else ""
 
 
-def items_of(path: Path, images: Sequence[str], splits: str) -> tuple[list[Item], list[str]]:
+@dataclass
+class Layout:
+    """What the folders of a set are."""
+
+    items: list[Item]
+    said: list[str]  # what was taken for what, in words
+    _plan: "_Plan"
+
+    def without(self, others: Iterable[str]) -> list[tuple[str, list[str]]]:
+        """List classes that have a folder but no image, with what lies there instead.
+
+        `others` are files that are no images, and empty folders with a slash at their end.
+        """
+        labels = {item.label for item in self.items}
+        gone: dict[str, list[str]] = {}
+        for other in sorted(others):
+            *above, _ = other.split("/")[self._plan.passed :] or [""]
+            try:
+                label = _item(Path(), other, above, self._plan).label
+            except (DataError, KeyError, IndexError):
+                continue  # in no class folder
+            if label not in labels:
+                gone.setdefault(label, []).append(other)
+        return sorted(gone.items())
+
+
+def read(path: Path, images: Sequence[str], splits: str) -> Layout:
     """Give every image its class, split and group by the folders it lies in, and say which is what.
 
     `images` are relative to `path`, `splits` is the param: auto, none, or NAME:SPLIT, ...
@@ -98,7 +124,7 @@ def items_of(path: Path, images: Sequence[str], splits: str) -> tuple[list[Item]
     above = [of[plan.passed :] for of in above]
     _find_splits(path, images, above, splits, plan)
     items = [_item(path, i, of, plan) for i, of in zip(images, above, strict=True)]
-    return items, lines + _said(items, above, plan)
+    return Layout(items, lines + _said(items, above, plan), plan)
 
 
 def _passed_over(above: Sequence[Sequence[str]], splits: str) -> _Plan:

@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline.errors import DataError
 from pipeline.files import reading
 from pipeline.images.rows import Rows
+from pipeline.images.tones import PLAIN, Tones, of_facts
 from pipeline.runtime import threads
 
 Fit = Literal["squash", "crop", "pad"]  # how an image becomes a square
@@ -41,11 +42,17 @@ class Facts:
     channels: int  # 1 for grey, else 3
     storage: Storage
     pixels: str  # SHA-256 over all shards
+    tones: Tones = PLAIN
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Give the shape of an image: (H, W) for grey ones, else (H, W, 3)."""
         return (self.size, self.size) if self.channels == 1 else (self.size, self.size, 3)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the facts as they are written."""
+        facts = {name: value for name, value in vars(self).items() if name != "tones"}
+        return {**facts, **self.tones.facts()}
 
 
 class Shard(NamedTuple):
@@ -183,7 +190,9 @@ def read_facts(prepared: Path) -> Facts:
     """
     file = prepared / "facts.json"
     with reading(file, "prepare"):
-        facts = Facts(**json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        tones = of_facts(content)
+        facts = Facts(**content, tones=tones)
         known = facts.channels in (1, 3) and facts.storage in ("raw", "jpeg")
         if len(facts.classes) < 2 or facts.size < 1 or not known:
             raise ValueError(f"{facts}")

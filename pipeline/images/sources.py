@@ -2,19 +2,18 @@
 
 import hashlib
 import importlib.metadata
-import os
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.files import files_below, hash_of
+from pipeline.files import hash_of, walk
 from pipeline.images import layout, table
 from pipeline.images.fetch import fetched, unpacked
+from pipeline.images.formats import SUFFIXES, suffix, what_else
 from pipeline.images.layout import Item
 
-# The still-image formats that torchvision's ImageFolder reads, so that counts agree with it.
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 # Neighbouring solar cells were cut from one module. The data set doesn't name the module; runs of
 # one wafer type, cut every 60 rows, stand in for it (an inference from how alike neighbours are).
 ELPV_ROWS_A_MODULE = 60
@@ -31,8 +30,9 @@ class Source:
 
     folder: Path
     items: list[Item]
-    not_images: list[str] = field(default_factory=list)
+    not_images: dict[str, str] = field(default_factory=dict)  # and what they are
     layout: list[str] = field(default_factory=list)  # what was taken for what, in words
+    gone: dict[str, str] = field(default_factory=dict)  # classes with a folder but no image
 
 
 def elpv() -> Source:
@@ -74,16 +74,32 @@ def folder(path: Path, splits: str = layout.AUTO) -> Source:
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; set prepare.path to the folder of your images")
+    tree = walk(path)
     # As texts, of which a million take a tenth of the memory of paths; folder by folder.
-    files = sorted((f.as_posix() for f in files_below(path)), key=lambda f: f.replace("/", "\0"))
-    images = [file for file in files if _suffix(file) in SUFFIXES]
-    not_images = [file for file in files if _suffix(file) not in SUFFIXES]
+    files = sorted(tree.files, key=lambda file: file.replace("/", "\0"))
+    others = {f: what_else(path / f) for f in files if suffix(f) not in SUFFIXES}
+    images = [file for file in files if not others.get(file)]
+    not_images = {file: what for file, what in others.items() if what} | tree.odd
     if not images:
+        first = next((f"{f} is {what}" for f, what in sorted(not_images.items())), "")
         raise DataError(
-            f"{path}: no images here; expected {path}/CLASS/*.jpg or {path}/train/CLASS/*.jpg"
+            f"{path}: no images here{f' ({first})' if first else ''}; expected {path}/CLASS/*.jpg "
+            f"or {path}/train/CLASS/*.jpg"
         )
-    items, said = layout.items_of(path, images, splits)
-    return Source(path, items, not_images, said)
+    found = layout.read(path, images, splits)
+    said = found.said
+    by_content = Counter(suffix(file) for file in images if file in others)
+    if by_content:
+        kinds = ", ".join(f"{n} {name or 'without a suffix'}" for name, n in by_content.items())
+        said.append(f"pictures by their content: {kinds}")
+    gone = {}
+    folders = [*tree.empty, *(odd for odd in tree.odd if (path / odd).is_dir())]
+    for label, inside in found.without([*not_images, *(f"{name}/" for name in folders)]):
+        files = [name for name in inside if name in not_images]
+        held = f"{len(files)} files, such as {files[0]}: {not_images[files[0]]}" if files else ""
+        first = inside[0].removesuffix("/")
+        gone[label] = held or f"{first} is {tree.odd.get(first, 'empty')}"
+    return Source(path, found.items, not_images, said, gone)
 
 
 def csv(path: Path) -> Source:
@@ -95,8 +111,8 @@ def csv(path: Path) -> Source:
         raise DataError(f"{path}: no such folder; set prepare.path to the folder of your CSV file")
     items, said = table.items_of(path)
     listed = {item.path for item in items}
-    others = [f for f in files_below(path) if f.suffix.lower() in SUFFIXES]
-    if unlisted := sorted(f.as_posix() for f in others if f.as_posix() not in listed):
+    others = [f for f in walk(path).files if suffix(f) in SUFFIXES]
+    if unlisted := sorted(file for file in others if file not in listed):
         said.append(f"in no line, so not used: {len(unlisted)} images ({unlisted[0]}, ...)")
     return Source(path, items, layout=said)
 
@@ -120,7 +136,3 @@ def hymenoptera(path: Path) -> Source:
             "use prepare.source: folder for a set of your own"
         )
     return found
-
-
-def _suffix(file: str) -> str:
-    return os.path.splitext(file)[1].lower()

@@ -49,6 +49,7 @@ def start_network(
         packed.fit,
         packed.channels,
         precision,
+        packed.tones,
     ).on(device())
     return network, meta
 

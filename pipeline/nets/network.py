@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ParamError
 from pipeline.files import Rowwise
+from pipeline.images.tones import PLAIN, Tones
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
 from pipeline.nets.device import device, device_of
@@ -37,6 +38,7 @@ class Network:
     fit: Literal["squash", "crop", "pad"]  # how an image becomes a square
     channels: int  # of the images it was made with: 1 for grey, else 3
     precision: Literal["fp32", "bf16"]
+    tones: Tones = PLAIN  # how deeper pictures become 8 bits, and transparent ones opaque
 
     @property
     def n_outputs(self) -> int:
@@ -57,8 +59,9 @@ class Network:
 
     def facts(self) -> dict[str, Any]:
         """Give everything but the weights, for a checkpoint's metadata."""
-        facts = {name: value for name, value in vars(self).items() if name != "model"}
-        return {**facts, "backbone": asdict(self.backbone)}
+        apart = ("model", "tones")
+        facts = {name: value for name, value in vars(self).items() if name not in apart}
+        return {**facts, "backbone": asdict(self.backbone), **self.tones.facts()}
 
     def save(self, file: Path, **more: Any) -> None:
         """Write the checkpoint; `more` joins the metadata."""
@@ -153,11 +156,11 @@ def from_checkpoint(
     network keeps the head of its source. Raises CheckpointError if they don't belong together.
     """
     try:
-        facts = {name: meta[name] for name in Network.__dataclass_fields__ if name != "model"}
+        facts = facts_of(meta)
     except KeyError as error:
         raise CheckpointError(f"{file}: holds no network (no {error}); choose another") from None
     with checkpoint.sound(file):
-        facts["backbone"] = backbone_of(meta)
+        facts = {**facts, "backbone": backbone_of(meta), "tones": Tones(**facts["tones"])}
         if precision:
             facts["precision"] = precision
         model = build(facts["backbone"].name, n_outputs or len(facts["classes"]))
@@ -165,6 +168,15 @@ def from_checkpoint(
         network.load_state(tensors, file)
     network.model.eval().requires_grad_(False)
     return network.on(device())
+
+
+def facts_of(meta: dict[str, Any]) -> dict[str, Any]:
+    """Take a network's facts from a checkpoint's metadata, as they are there.
+
+    Raises KeyError if one is missing.
+    """
+    needed = [name for name in Network.__dataclass_fields__ if name not in ("model", "tones")]
+    return {**{name: meta[name] for name in needed}, "tones": meta.get("tones", {})}
 
 
 def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:

@@ -1,0 +1,83 @@
+"""Which files are pictures, by their content, and what other files are."""
+
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+# Still images that Pillow reads without running another program, as it does for PostScript.
+FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "FITS", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000"),
+    *("MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP"),
+)
+# Files called so are taken for pictures without a look: of a million it would take long. What they
+# hold tells their format all the same.
+SUFFIXES = frozenset({
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".webp", ".avif", ".jp2", ".j2k", ".jpx", ".qoi", ".tga"),
+})  # fmt: skip
+# Cameras' own formats are TIFFs whose first picture is a small preview.
+RAW = frozenset({
+    *(".cr2", ".cr3", ".nef", ".nrw", ".arw", ".srf", ".dng", ".orf", ".rw2", ".raf", ".pef"),
+    *(".srw", ".3fr", ".erf", ".kdc", ".raw"),
+})  # fmt: skip
+CONVERT = "convert it to PNG or JPEG"
+KINDS = (
+    (b"%PDF", 0, "a PDF"),
+    (b"DICM", 128, "a DICOM file"),
+    (b"ftyphei", 4, "a HEIC picture"),
+    (b"ftypmif1", 4, "a HEIC picture"),
+    (b"ftyphevc", 4, "a HEIC picture"),
+    (b"ftyp", 4, "a video"),
+    (b"\x1aE\xdf\xa3", 0, "a video"),
+    (b"AVI ", 8, "a video"),
+    (b"\x93NUMPY", 0, "a NumPy array"),
+    (b"\x89HDF", 0, "an HDF5 file"),
+    (b"v/1\x01", 0, "an OpenEXR picture"),
+    (b"<svg", 0, "an SVG drawing"),
+    (b"%!PS", 0, "a PostScript drawing"),
+    (b"PK\x03\x04", 0, "an archive"),
+    (b"\x1f\x8b", 0, "an archive"),
+)
+
+
+def suffix(file: str) -> str:
+    """Give the end of a file's name, with its dot, in lower case."""
+    return os.path.splitext(file)[1].lower()
+
+
+@cache
+def known() -> tuple[str, ...]:
+    """Give the formats that can be read here: HEIC too where pillow-heif is installed."""
+    Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def what_else(file: Path) -> str:
+    """Say what a file is that isn't called like a picture; empty where it is one all the same."""
+    if file.suffix.lower() in RAW:
+        return f"a camera's raw picture; {CONVERT}"
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(1024)
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    if not start:
+        return "empty"
+    try:
+        # Not TGA: it has no mark to know it by.
+        Image.open(file, formats=[name for name in known() if name != "TGA"]).close()
+    except Exception:
+        text = b"<svg" if b"<svg" in start else start
+        for magic, at, name in KINDS:
+            if text[at : at + len(magic)] == magic:
+                more = " (or `pip install pillow-heif`)" if "HEIC" in name else ""
+                return f"{name}; {CONVERT}{more}"
+        return "not an image"
+    return ""
