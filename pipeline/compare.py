@@ -24,7 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import mean, stdev
 from typing import Any, Literal
 
@@ -105,20 +105,25 @@ def read(revision: str, judge: Judge = "validation") -> Run:
     """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
+    from dvc.repo import Repo
     from dvc.scm import SCMError
 
     files: DVCFileSystem | None = None
+    below = PurePosixPath()  # where the project lies in the repository
 
     def text(path: str) -> str:
         if files is None:
             return Path(path).read_text(encoding="utf-8")
-        return str(files.read_text(path, encoding="utf-8"))
+        return str(files.read_text((below / path).as_posix(), encoding="utf-8"))
 
     try:
         if revision != HERE:
             files = DVCFileSystem(".", rev=revision)
+            root = Path(Repo.find_root()).resolve()
+            below = PurePosixPath(Path.cwd().resolve().relative_to(root).as_posix())
         report = json.loads(text(REPORT))
         params = dict(flat(yaml.load(text("params.yaml"), Loader)))  # noqa: S506, a SafeLoader
+        params = _as_run(revision, params, text)
     except FileNotFoundError as error:
         path = error.filename or str(error)
         raise RunError(f"{revision}: no {path} there; run `dvc repro`, and commit") from None
@@ -133,6 +138,39 @@ def read(revision: str, judge: Judge = "validation") -> Run:
         {},
     )
     return _with_answers(run, text, judge)
+
+
+def _as_run(name: str, params: dict[str, Any], text: Callable[[str], str]) -> dict[str, Any]:
+    """Give the params that a revision's figures were made with, and say where its own differ.
+
+    They differ where params were committed, and the graph wasn't run: dvc.lock has those it ran by.
+    """
+    try:
+        lock = yaml.safe_load(text("dvc.lock")) or {}
+    except (FileNotFoundError, yaml.YAMLError):
+        return params
+    ran: dict[str, Any] = {}
+    for stage in lock.get("stages", {}).values():
+        for section in stage.get("params", {}).get("params.yaml", {}).items():
+            ran |= dict(flat(dict([section])))
+    others = [key for key in ran if key in params and _plain(params[key]) != _plain(ran[key])]
+    if others:
+        shown = ", ".join(
+            f"{key} = {json.dumps(params[key], default=str)}, run with "
+            f"{json.dumps(ran[key], default=str)}"
+            for key in others[:SHOWN]
+        )
+        where = "here" if name == HERE else name
+        _note(f"{where}: its figures weren't made with its params.yaml ({shown}); run `dvc repro`")
+    return {**params, **{key: ran[key] for key in others}}
+
+
+def _plain(value: Any) -> Any:
+    """Read numbers that YAML takes for texts, such as 1e-05, as numbers."""
+    try:
+        return float(value) if isinstance(value, str | int | float) else value
+    except ValueError:
+        return value
 
 
 def _with_answers(run: Run, text: Callable[[str], str], judge: Judge) -> Run:
