@@ -105,8 +105,7 @@ def read(revision: str, judge: Judge = "validation") -> Run:
     """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from dvc.scm import SCMError
+    from dvc.scm import SCM, SCMError
 
     files: DVCFileSystem | None = None
     below = PurePosixPath()  # where the project lies in the repository
@@ -118,8 +117,8 @@ def read(revision: str, judge: Judge = "validation") -> Run:
 
     try:
         if revision != HERE:
-            files = DVCFileSystem(".", rev=revision)
-            root = Path(Repo.find_root()).resolve()
+            files = DVCFileSystem(".", rev=revision, subrepos=True)
+            root = Path(SCM(".", search_parent_directories=True).root_dir).resolve()
             below = PurePosixPath(Path.cwd().resolve().relative_to(root).as_posix())
         report = json.loads(text(REPORT))
         params = dict(flat(yaml.load(text("params.yaml"), Loader)))  # noqa: S506, a SafeLoader
@@ -155,11 +154,7 @@ def _as_run(name: str, params: dict[str, Any], text: Callable[[str], str]) -> di
             ran |= dict(flat(dict([section])))
     others = [key for key in ran if key in params and _plain(params[key]) != _plain(ran[key])]
     if others:
-        shown = ", ".join(
-            f"{key} = {json.dumps(params[key], default=str)}, run with "
-            f"{json.dumps(ran[key], default=str)}"
-            for key in others[:SHOWN]
-        )
+        shown = ", ".join(f"{key} = {params[key]}, run with {ran[key]}" for key in others[:SHOWN])
         where = "here" if name == HERE else name
         _note(f"{where}: its figures weren't made with its params.yaml ({shown}); run `dvc repro`")
     return {**params, **{key: ran[key] for key in others}}

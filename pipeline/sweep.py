@@ -137,12 +137,14 @@ class Sweep:
         _git(clone, "checkout", "--quiet", "--detach", self.commit)
         project, here = clone / self.below, self.root / self.below
         # By hand and by a link: DVC can't write a path with an umlaut into its configuration.
-        local = here / ".dvc" / "config.local"
+        of_dvc = Path(_dvc(here, "root").strip())  # from here: the root's, or the project's own
+        local = here / of_dvc / ".dvc" / "config.local"
         settings = local.read_text("utf-8") if local.is_file() else ""
         if "[cache]" not in settings:
             settings += f"\n[cache]\n    type = {LINKS}\n"
-        (project / ".dvc" / "config.local").write_text(settings, "utf-8")
-        (project / ".dvc" / "cache").symlink_to(_dvc(here, "cache", "dir").strip())
+        (project / of_dvc / ".dvc" / "config.local").write_text(settings, "utf-8")
+        cache = (here / _dvc(here, "cache", "dir").strip()).resolve()
+        (project / of_dvc / ".dvc" / "cache").symlink_to(cache)
         # What `dvc add` put under DVC's care; the stages' outputs come as they are needed.
         added = _git(clone, "ls-files", "*.dvc").splitlines()
         if added:

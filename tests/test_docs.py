@@ -153,3 +153,13 @@ def test_every_command_of_the_project_is_in_the_readme():
     assert len(commands) > 10
     for name in commands:
         assert f"`{name}`" in readme or f"{name}.py" in readme or f"pipeline.{name}" in readme, name
+
+
+def test_each_line_of_what_is_read_is_held_by_a_test():
+    lines = (ROOT / "docs" / "what-is-read.md").read_text(encoding="utf-8").splitlines()
+    named = [line.rsplit("|", 2)[1].strip(" `") for line in lines if line.startswith("| ")]
+    named = [name for name in named if name != "test"]
+    assert len(named) > 30
+    for name in named:
+        file, _, test = name.partition("::")
+        assert f"def {test}(" in (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"), name
