@@ -7,6 +7,7 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 .PHONY: repro advise experiments test test-long verify torture bench lint install
 
 repro: install  ## run what isn't up to date, from the images to the final model
+	@$(RUN) python -m pipeline.params --check
 	@$(RUN) dvc repro
 
 advise: install  ## what fine-tuning may bring and cost, before stage 1
@@ -49,7 +50,7 @@ lint: .venv/.dev
 install: .venv/.installed  ## the environment, once
 
 .venv/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("error: Python 3.11 is needed, this is %d.%d; set PYTHON=python3.11" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 14) or sys.exit("error: Python 3.11 to 3.14 is needed, this is %d.%d; set PYTHON=python3.11" % v)'
 	@echo "installing into .venv (some minutes the first time)"
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv  # or a half-made one
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \

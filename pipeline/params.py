@@ -2,6 +2,7 @@
 
 python -m pipeline.params                    # all of them
 python -m pipeline.params stage2.lr flips    # these
+python -m pipeline.params --check            # is every value one that its stages take?
 python -m pipeline.params --markdown         # docs/params.md
 """
 
@@ -17,7 +18,15 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from pipeline.errors import ParamError, near
 from pipeline.progress import say
-from pipeline.stage import STAGES, flat, one_line_errors, parser_of, read_params, stage_params
+from pipeline.stage import (
+    STAGES,
+    arguments,
+    flat,
+    one_line_errors,
+    parser_of,
+    read_params,
+    stage_params,
+)
 
 FILE = Path("params.yaml")
 PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -58,6 +67,21 @@ def described(file: Path) -> list[Described]:
         for key, value in flat(read_params(file))
         if key in hints
     ]
+
+
+def check(file: Path) -> None:
+    """Check every param by the stages that read it, before DVC meets one that it can't take.
+
+    Raises ParamError naming the first that is wrong.
+    """
+    params = read_params(file)
+    for name in STAGES:
+        arguments(getattr(import_module(f"pipeline.{name}"), name), params)
+    path = params["prepare"]["path"]
+    if path.startswith("~"):
+        raise ParamError(
+            f"params.yaml: prepare.path = {path!r}: write the folder out, {Path(path).expanduser()}"
+        )
 
 
 def _said(key: str, about: dict[str, str]) -> str:
@@ -136,8 +160,12 @@ def main() -> None:
     parser = parser_of("params", __doc__ or "")
     parser.add_argument("keys", nargs="*", metavar="KEY", help="these, or a section; all if none")
     parser.add_argument("--markdown", action="store_true", help="as a page")
+    parser.add_argument("--check", action="store_true", help="print only what is wrong")
     options = parser.parse_args()
     with one_line_errors():
+        if options.check:
+            check(FILE)
+            return
         params = described(FILE)
         for key in options.keys:
             if not any(_is_in(one, key) for one in params):

@@ -8,7 +8,8 @@ from conftest import ROOT, STAGES
 from pydantic import TypeAdapter, ValidationError
 from repository import tool
 
-from pipeline.params import FILE, allowed, comments, described, markdown
+from pipeline.errors import ParamError
+from pipeline.params import FILE, allowed, check, comments, described, markdown
 from pipeline.stage import STRICT, stage_params
 
 PARAMS = described(ROOT / FILE)
@@ -79,3 +80,25 @@ def test_a_section_is_listed_with_its_values():
     assert lines[0] == "prepare.source: elpv"
     assert "prepare.size: 224" in lines
     assert not any(line.startswith("stage1") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("  path: data/raw", "  path: 2024", "prepare.path = 2024"),
+        ("  path: data/raw", "  path: ~", "prepare.path = None"),
+        ("  path: data/raw", '  path: "~/mine"', "write the folder out, /"),
+        ("  lr: 5.0e-5", "  lr: quick", "stage2.lr = 'quick'"),
+        ("seed: 0", "sed: 0", "sed"),
+    ],
+)
+def test_a_wrong_value_is_named_before_dvc_meets_it(tmp_path, old, new, line):
+    text = (ROOT / FILE).read_text()
+    assert old in text
+    (tmp_path / "params.yaml").write_text(text.replace(old, new, 1))
+    with pytest.raises(ParamError, match=line):
+        check(tmp_path / "params.yaml")
+
+
+def test_the_committed_params_are_right():
+    check(ROOT / FILE)

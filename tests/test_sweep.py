@@ -136,7 +136,7 @@ def test_a_sweep_ends_and_says_what_failed(tmp_path, where):
     assert results(project) == {"a-3": 6}
     again = sweep(project, "-S", "a=3")
     assert again.stdout.startswith("1 runs, 1 of them done before")
-    assert git(project, "status", "--short") == ""
+    assert git(project, "status", "--short", ".") == ""
     (project / "params.yaml").write_text("a: 2\nb: 0.0\n")
     line = "error: params.yaml isn't committed, and runs start from the last commit"
     assert sweep(project, "-S", "a=5").stderr.startswith(line)
