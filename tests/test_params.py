@@ -89,7 +89,7 @@ def test_a_section_is_listed_with_its_values():
         ("  path: data/raw", "  path: ~", "prepare.path = None"),
         ("  path: data/raw", '  path: "~/mine"', "write the folder out, /"),
         ("  lr: 5.0e-5", "  lr: quick", "stage2.lr = 'quick'"),
-        ("seed: 0", "sed: 0", "sed"),
+        ("seed: 0", "sed: 0", "seed is missing"),
     ],
 )
 def test_a_wrong_value_is_named_before_dvc_meets_it(tmp_path, old, new, line):
