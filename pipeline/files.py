@@ -154,6 +154,8 @@ def walk(path: Path) -> Tree:
         try:
             with os.scandir(path / below) as entries:
                 found = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+        except FileNotFoundError:
+            continue  # gone meanwhile, or never there
         except OSError as error:
             raise DataError(
                 f"{path / below}: can't be read ({error.strerror}); change its permissions, or "

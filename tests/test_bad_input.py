@@ -96,7 +96,8 @@ def notes(photos: Path) -> None:
 
 
 def animation(photos: Path) -> None:
-    Image.new("L", (9, 9)).save(photos / "class1" / "moving.gif")
+    frames = [Image.new("L", (9, 9), level) for level in (0, 255)]
+    frames[0].save(photos / "class1" / "moving.gif", save_all=True, append_images=frames[1:])
 
 
 def emptied(photos: Path) -> None:
@@ -161,7 +162,7 @@ SPOILT_IMAGES = [
         "class1/notes.txt: not an image (1 such files); move it away, or set "
         "prepare.not_images: skip",
     ),
-    (animation, {}, "class1/moving.gif: not an image (1 such files); move it away"),
+    (animation, {}, "class1/moving.gif: holds 2 pictures; keep one in a file of its own; move"),
     (no_class_folder, {}, "photos/alone.png: lies in no class folder; move it into one"),
     (
         split_beside_class,
@@ -281,7 +282,7 @@ SPOILT_PARAMS = [
     ("stage2", "stage2: {bach_size: 8}", "unknown key stage2.bach_size; did you mean batch_size"),
     ("stage1", "augment: {zoom: 1.0}", "unknown key augment.zoom; known are: crop, "),
     ("extract", "backbone: {nmae: x}", "unknown key backbone.nmae; did you mean name"),
-    ("prepare", "prepare: {1: 2}", "unknown key prepare.1; known are: fit, "),
+    ("prepare", "prepare: {1: 2}", "unknown key prepare.1; known are: background, "),
     ("prepare", "prepare: []", "no section 'prepare:'"),
     ("prepare", "prepare: {size: big}", "prepare.size = 'big': input should be a valid integer"),
     ("prepare", "prepare: {size: '64'}", "prepare.size = '64': input should be a valid integer"),

@@ -131,7 +131,7 @@ def test_an_image_that_claims_to_be_huge(content, line, photos, tmp_path):
         ("@SUM(1)", "begins with '@'"),
         ("red\x1b[2Jgreen", "has control characters in it; rename it"),
         ("two\nlines", "has control characters in it; rename it"),
-        (b"latin\xe9".decode(errors="surrogateescape"), "has control characters in it"),
+        (b"latin\xe9".decode(errors="surrogateescape"), "has bytes that are no UTF-8 in it"),
     ],
     ids=["=cmd", "+1+1", "-2+3", "@SUM", "escape", "line break", "not UTF-8"],
 )
