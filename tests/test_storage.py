@@ -15,7 +15,7 @@ import boto3
 import pytest
 import requests
 import torch
-from conftest import STAGES
+from conftest import FORMATS, STAGES
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 from repository import change, command, commit, dvc, environment, git, hashes, tool
@@ -210,7 +210,7 @@ def test_a_run_of_another_processor_goes_on_here(precision, lowered, repo, tmp_p
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", FORMATS)
 def test_the_remedy_for_a_checkpoint_that_is_not_of_these_images_works(precision, repo):
     """`dvc repro -f stage1`, as the line says."""
     change(repo, "precision", precision)
