@@ -14,7 +14,7 @@ from test_resume import Killed, contents
 
 from pipeline.errors import DataError
 from pipeline.images import pack, packing
-from pipeline.images.decode import decode
+from pipeline.images.decode import decode, decoded
 from pipeline.images.pack import SPLITS, read_images, read_rows
 from pipeline.prepare import prepare
 from pipeline.resume import Resume
@@ -41,8 +41,8 @@ def test_every_split_has_the_images_that_index_csv_says(storage, grey, tmp_path)
     rows = prepared(tmp_path, path=str(photos), size=48, storage=storage)
     for split in SPLITS:
         files = [photos / row["path"] for row in rows if row["split"] == split]
-        decoded = [decode(file, 48, "squash", 1 if grey else 3) for file in files]
-        expected = np.stack([as_jpeg(one) for one in decoded] if storage == "jpeg" else decoded)
+        shown = [decode(file, 48, "squash", 1 if grey else 3) for file in files]
+        expected = np.stack([as_jpeg(one) for one in shown] if storage == "jpeg" else shown)
         images = read_images(tmp_path / "prepared", split)
         assert images.shape == expected.shape
         assert len(images) == len(expected)
@@ -87,27 +87,27 @@ def test_images_left_out_keep_their_place(tmp_path):
 def test_a_killed_run_goes_on_at_the_shard_where_it_was(storage, photos, tmp_path, monkeypatch):
     params = read_params(prepare={"path": str(photos), "storage": storage})
     call("prepare", {"out": tmp_path / "expected"}, params)
-    decoded: list[Path] = []
+    seen: list[Path] = []
 
     def watched(file: Path, *how: Any) -> Any:
-        if len(decoded) == 17:
+        if len(seen) == 17:
             raise Killed
-        decoded.append(file)
-        return decode(file, *how)
+        seen.append(file)
+        return decoded(file, *how)
 
-    monkeypatch.setattr(packing, "decode", watched)
+    monkeypatch.setattr(packing, "decoded", watched)
     monkeypatch.setattr(packing, "AT_ONCE", 1)
     monkeypatch.setenv("PIPELINE_THREADS", "1")
     given = arguments(prepare, params)
     with pytest.raises(Killed):
         prepare(out=tmp_path / "out", **given, resume=Resume(tmp_path / "state"))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(packing, "decode", lambda *how: decoded.append(how[0]) or decode(*how))
+    monkeypatch.setattr(packing, "decoded", lambda *how: seen.append(how[0]) or decoded(*how))
     prepare(out=tmp_path / "out", **given, resume=Resume(tmp_path / "state"))
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     # Three shards of five were whole; of the fourth two images were, which are decoded again.
-    assert len(decoded) == 32 + 2
-    assert len(set(decoded)) == 32
+    assert len(seen) == 32 + 2
+    assert len(set(seen)) == 32
 
 
 def damage_ends(folder: Path) -> None:

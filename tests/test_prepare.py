@@ -156,7 +156,7 @@ def test_only_the_named_files_are_left(photos, tmp_path):
 
 def test_classes_are_sorted_by_code_point(tmp_path):
     photos = write_photos(tmp_path / "photos", classes=4)
-    names = ["Zebra", "ant", "zebra", "Ähre"]
+    names = ["Zebra", "ant", "zoo", "Ähre"]
     for i, name in enumerate(reversed(names)):
         (photos / f"class{i}").rename(photos / name)
     prepared(tmp_path, path=str(photos))
@@ -777,7 +777,7 @@ needs_hymenoptera = pytest.mark.skipif(
 
 @needs_hymenoptera
 def test_the_gif_among_the_ants_is_refused_by_name(tmp_path):
-    with pytest.raises(DataError, match=r"train/ants/imageNotFound\.gif: not an image"):
+    with pytest.raises(DataError, match=r"train/ants/imageNotFound\.gif: a GIF among other"):
         prepared(tmp_path, path=str(HYMENOPTERA), val_as="test")
 
 
@@ -788,7 +788,7 @@ def test_ants_and_bees_have_the_published_counts(tmp_path):
     assert len(of_split(rows, "test")) == 153
     assert read_json(tmp_path, "facts.json")["classes"] == ["ants", "bees"]
     skipped = read_json(tmp_path, "audit.json")["skipped_not_images"]
-    assert skipped == ["train/ants/imageNotFound.gif"]
+    assert list(skipped) == ["train/ants/imageNotFound.gif"]
     row = of_split(rows, "test")[0]
     direct = ImageOps.exif_transpose(Image.open(HYMENOPTERA / row["path"])).convert("RGB")
     squashed = np.asarray(direct.resize((16, 16), Image.Resampling.BICUBIC))

@@ -14,6 +14,11 @@ from pipeline.images.fetch import fetched, unpacked
 from pipeline.images.formats import SUFFIXES, suffix, what_else
 from pipeline.images.layout import Item
 
+# A few GIFs among photographs are what a web site shows in place of a lost one: the ants and bees
+# have one. Sets of GIFs are read.
+FEW_GIFS = 0.01
+STRAY = "a GIF among other pictures, perhaps put in place of a lost one; convert it if it is meant"
+
 # Neighbouring solar cells were cut from one module. The data set doesn't name the module; runs of
 # one wafer type, cut every 60 rows, stand in for it (an inference from how alike neighbours are).
 ELPV_ROWS_A_MODULE = 60
@@ -68,7 +73,7 @@ def folder(path: Path, splits: str = layout.AUTO) -> Source:
     """List a folder of class sub-folders, with or without folders of splits above or below them.
 
     A folder below the class names a group of images that belong together. Hidden files are passed
-    over; every other file that isn't a still image by its suffix is listed in `not_images`.
+    over; every other file that holds no still image is listed in `not_images`.
 
     Raises DataError if the folder is missing, empty, or has images outside any class folder.
     """
@@ -78,6 +83,9 @@ def folder(path: Path, splits: str = layout.AUTO) -> Source:
     # As texts, of which a million take a tenth of the memory of paths; folder by folder.
     files = sorted(tree.files, key=lambda file: file.replace("/", "\0"))
     others = {f: what_else(path / f) for f in files if suffix(f) not in SUFFIXES}
+    gifs = [file for file in files if suffix(file) == ".gif" and not others.get(file)]
+    if len(gifs) < FEW_GIFS * len(files):
+        others |= dict.fromkeys(gifs, STRAY)
     images = [file for file in files if not others.get(file)]
     not_images = {file: what for file, what in others.items() if what} | tree.odd
     if not images:
@@ -95,8 +103,8 @@ def folder(path: Path, splits: str = layout.AUTO) -> Source:
     gone = {}
     folders = [*tree.empty, *(odd for odd in tree.odd if (path / odd).is_dir())]
     for label, inside in found.without([*not_images, *(f"{name}/" for name in folders)]):
-        files = [name for name in inside if name in not_images]
-        held = f"{len(files)} files, such as {files[0]}: {not_images[files[0]]}" if files else ""
+        odd = [name for name in inside if name in not_images]
+        held = f"{len(odd)} files, such as {odd[0]}: {not_images[odd[0]]}" if odd else ""
         first = inside[0].removesuffix("/")
         gone[label] = held or f"{first} is {tree.odd.get(first, 'empty')}"
     return Source(path, found.items, not_images, said, gone)
