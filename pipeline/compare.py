@@ -77,6 +77,7 @@ class Run:
     right: dict[str, dict[str, dict[str, bool]]]
     groups: dict[str, int] = field(default_factory=dict)  # by image
     images: dict[str, int] = field(default_factory=dict)  # by split
+    stale: list[str] = field(default_factory=list)  # params as it ran, where params.yaml has others
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def read(revision: str, judge: Judge = "validation") -> Run:
             below = PurePosixPath(Path.cwd().resolve().relative_to(root).as_posix())
         report = json.loads(text(REPORT))
         params = dict(flat(yaml.load(text("params.yaml"), Loader)))  # noqa: S506, a SafeLoader
-        params = _as_run(revision, params, text)
+        stale = _stale(revision, params, text)
     except FileNotFoundError as error:
         path = error.filename or str(error)
         raise RunError(f"{revision}: no {path} there; run `dvc repro`, and commit") from None
@@ -135,29 +136,31 @@ def read(revision: str, judge: Judge = "validation") -> Run:
         report["chosen"],
         {m: v["accuracy"] if judge == "test" else v for m, v in tested.items()},
         {},
+        stale=stale,
     )
     return _with_answers(run, text, judge)
 
 
-def _as_run(name: str, params: dict[str, Any], text: Callable[[str], str]) -> dict[str, Any]:
-    """Give the params that a revision's figures were made with, and say where its own differ.
+def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> list[str]:
+    """Name the params that a revision's figures weren't made with, and say so.
 
-    They differ where params were committed, and the graph wasn't run: dvc.lock has those it ran by.
+    Where params were committed and the graph wasn't run, dvc.lock has those that it ran by.
     """
     try:
         lock = yaml.safe_load(text("dvc.lock")) or {}
     except (FileNotFoundError, yaml.YAMLError):
-        return params
+        return []
     ran: dict[str, Any] = {}
     for stage in lock.get("stages", {}).values():
-        for section in stage.get("params", {}).get("params.yaml", {}).items():
-            ran |= dict(flat(dict([section])))
+        ran |= dict(flat(stage.get("params", {}).get("params.yaml", {})))
     others = [key for key in ran if key in params and _plain(params[key]) != _plain(ran[key])]
     if others:
-        shown = ", ".join(f"{key} = {params[key]}, run with {ran[key]}" for key in others[:SHOWN])
-        where = "here" if name == HERE else name
-        _note(f"{where}: its figures weren't made with its params.yaml ({shown}); run `dvc repro`")
-    return {**params, **{key: ran[key] for key in others}}
+        shown = [f"{key} = {params[key]}, run with {ran[key]}" for key in others[:SHOWN]]
+        _note(
+            f"{'here' if name == HERE else name}: its figures weren't made with its params.yaml "
+            f"({', '.join(shown)}); run `dvc repro`"
+        )
+    return [f"{key} = {ran[key]}" for key in others]
 
 
 def _plain(value: Any) -> Any:
@@ -422,6 +425,8 @@ def _differences(runs: Sequence[Run], found: Sequence[Against]) -> Iterator[str]
     for run in others:
         params = ", ".join(changed(run, base)) or "same params"
         yield f"\n{run.name} against {base.name}: {params}"
+        stale = (one for one in (base, run) if one.stale)
+        yield from (f"{one.name} ran with {', '.join(one.stale[:SHOWN])}" for one in stale)
         yield from (said(one) for one in found if one.run == run.name)
 
 

@@ -86,6 +86,11 @@ def test_the_commands_lines_hold_every_run_and_what_changed(repo):
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["validation", "accuracy", "other", "here"]
     assert "here against other: probe.svm_max_images 4000 → 999" in lines
+    assert "here ran with probe.svm_max_images = 4000" in lines
+    assert done.stderr == (
+        "here: its figures weren't made with its params.yaml (probe.svm_max_images = 999, run with "
+        "4000); run `dvc repro`\n"
+    )
     assert sum(line.endswith("no more than noise") for line in lines) == 4
 
 
