@@ -102,6 +102,9 @@ TRAINING = ["Training/a/1.png", "Training/b/1.png", "Testing/a/2.png", "Testing/
              ("", "well", "well/p2"), ("", "well", "well/p9")},
             ["class folders: 2 (ill, well); 5 folders of groups below them"],
         ),
+        # One class with groups below isn't passed over for them.
+        (["Flags/1/a.png", "Flags/1/b.png"], {("", "Flags", "Flags/1")},
+         ["class folders: 1 (Flags); 1 folders of groups below them"]),
         # A split alone stays one.
         (["train/a/1.png", "train/b/1.png"], {("train", "a", ""), ("train", "b", "")},
          ["split folders: train is train (2 images)",

@@ -135,8 +135,10 @@ def _passed_over(above: Sequence[Sequence[str]], splits: str) -> _Plan:
         deeper = {of[passed + 1] if len(of) > passed + 1 else "" for of in above}
         [name, *others] = sorted(names)
         is_split = splits != NONE and (split_of(name) or name in given)
-        if others or not name or is_split or "" in deeper:
+        if others or is_split:
             return _Plan(passed)
+        if not name or "" in deeper:  # one class, perhaps with groups below
+            return _Plan(0)
         passed += 1
 
 
