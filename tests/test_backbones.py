@@ -32,11 +32,13 @@ TOP = [
 @pytest.mark.parametrize(("name", "top"), TOP)
 def test_a_torchvision_network_goes_through_the_whole_graph(tmp_path, name, top):
     write_photos(tmp_path / "photos", each=12)
+    size = 96 if name == "inception_v3" else 64  # the least that it takes is 75
     params = read_params(
         backbone={"name": f"torchvision/{name}"},
-        prepare={"path": str(tmp_path / "photos")},
-        stage1={"unfreeze": [top], "epochs": 1},
-        stage2={"epochs": 1},
+        prepare={"path": str(tmp_path / "photos"), "size": size},
+        extract={"image_size": size},
+        stage1={"unfreeze": [top], "epochs": 1, "image_size": size},
+        stage2={"epochs": 1, "image_size": size},
         evaluate={"views": 1},
     )
     run(tmp_path, params)
