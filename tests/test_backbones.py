@@ -25,7 +25,11 @@ TOP = [
     pytest.param("vgg11", "classifier", marks=pytest.mark.long),
     pytest.param("mnasnet0_5", "layers.12", marks=pytest.mark.long),
     pytest.param("googlenet", "inception5b", marks=pytest.mark.long),
-    pytest.param("inception_v3", "Mixed_7c", marks=pytest.mark.long),
+    pytest.param(
+        "inception_v3",
+        "Mixed_7c",
+        marks=[pytest.mark.long, pytest.mark.xfail(reason="its input can't be cut", strict=True)],
+    ),
 ]
 
 
