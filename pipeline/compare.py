@@ -36,6 +36,7 @@ from pipeline.errors import PipelineError
 from pipeline.learn.significance import accuracy_interval, difference, over_resplits
 from pipeline.learn.verdict import interval_in_words
 from pipeline.progress import say
+from pipeline.repository import params_run_with
 from pipeline.stage import Loader, flat, one_line_errors, parser_of
 from pipeline.table import aligned
 
@@ -150,9 +151,7 @@ def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> lis
         lock = yaml.safe_load(text("dvc.lock")) or {}
     except (FileNotFoundError, yaml.YAMLError):
         return []
-    ran: dict[str, Any] = {}
-    for stage in lock.get("stages", {}).values():
-        ran |= dict(flat(stage.get("params", {}).get("params.yaml", {})))
+    ran = dict(flat(params_run_with(lock)))
     others = [key for key in ran if key in params and _plain(params[key]) != _plain(ran[key])]
     if others:
         shown = [f"{key} = {params[key]}, run with {ran[key]}" for key in others[:SHOWN]]

@@ -8,7 +8,6 @@ The card says what DVC recorded of data and params, and what evaluate found.
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from pipeline.learn.verdict import interval_in_words
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import versions
 from pipeline.progress import say
+from pipeline.repository import RepositoryError, git, params_run_with
 from pipeline.stage import one_line_errors, parser_of
 from pipeline.unfolded import Graph
 
@@ -112,31 +112,24 @@ def some_images(prepared: Path, shape: tuple[int, ...]) -> np.ndarray[Any, np.dt
 def provenance(lock: Path) -> dict[str, Any]:
     """Gather the Git revision, and what DVC recorded of data and params."""
     try:
-        stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
+        content = yaml.safe_load(lock.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{lock}: not there; run `dvc repro`") from None
-    params: dict[str, Any] = {}
-    for stage in stages.values():
-        params |= stage.get("params", {}).get("params.yaml", {})
+    prepared = content["stages"]["prepare"]["outs"]
     return {
         "revision": _git("rev-parse", "HEAD") or "none",
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "data": next(out["md5"] for out in stages["prepare"]["outs"] if "prepared" in out["path"]),
-        "params": dict(sorted(params.items())),
+        "data": next(out["md5"] for out in prepared if "prepared" in out["path"]),
+        "params": dict(sorted(params_run_with(content).items())),
     }
 
 
-def _git(*arguments: str) -> str:
+def _git(*words: str) -> str:
+    """Ask Git; empty where there is none, or no repository."""
     try:
-        ended = subprocess.run(  # noqa: S603
-            ["git", *arguments],  # noqa: S607  # whichever Git the user has
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
+        return git(Path(), *words)
+    except (OSError, RepositoryError):
         return ""
-    return ended.stdout.strip()
 
 
 def card(

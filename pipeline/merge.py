@@ -11,12 +11,15 @@ another machine's) and runs the rest.
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.progress import say
+from pipeline.repository import RepositoryError, git
 from pipeline.stage import one_line_errors, parser_of
 
+HERE = Path()
 LOCK = "dvc.lock"
 MARKS = ("<<<<<<< ", "=======\n", ">>>>>>> ")
 
@@ -31,7 +34,9 @@ def main() -> None:
     parser.add_argument("--no-repro", action="store_true", help="leave running the graph to you")
     options = parser.parse_args()
     with one_line_errors():
-        conflicts = set(_git("diff", "--name-only", "--diff-filter=U", "--relative").splitlines())
+        conflicts = set(
+            git(HERE, "diff", "--name-only", "--diff-filter=U", "--relative").splitlines()
+        )
         if "dvc.yaml" in conflicts or _is_marked(Path("dvc.yaml")):
             raise MergeError("dvc.yaml is in conflict; resolve it, `git add` it, and start again")
         # Before DVC reads anything: it can't where dvc.lock is in conflict.
@@ -51,7 +56,7 @@ def main() -> None:
         if subprocess.run([sys.executable, "-m", "dvc", "repro"], check=False).returncode:
             raise MergeError("the graph didn't run to its end; start again, or run `dvc repro`")
         here = [file for file in sorted(written | {LOCK}) if Path(file).exists()]
-        _git("add", "--", *here)
+        git(HERE, "add", "--", *here)
         say("the graph's outputs are those of the merged params; `git commit` ends the merge")
 
 
@@ -68,24 +73,16 @@ def _written() -> set[str]:
 def _take(file: str) -> None:
     """Take this side of a file in conflict; the other's where this side has none."""
     for side in ("--ours", "--theirs"):
-        words = ["git", "checkout", side, "--", file]
-        done = subprocess.run(words, capture_output=True, check=False)
-        if not done.returncode:
-            _git("add", "--", file)
+        with suppress(RepositoryError):
+            git(HERE, "checkout", side, "--", file)
+            git(HERE, "add", "--", file)
             return
-    _git("rm", "--quiet", "--cached", "--", file)
+    git(HERE, "rm", "--quiet", "--cached", "--", file)
 
 
 def _is_marked(file: Path) -> bool:
     text = file.read_text("utf-8")
     return all(mark in text for mark in MARKS)
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise MergeError(f"git {words[0]}: {' '.join(done.stderr.split())[:200]}")
-    return done.stdout
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 from pipeline.alone import end_with
 from pipeline.errors import ParamError, PipelineError, near, said_by
 from pipeline.progress import bar, duration, say
+from pipeline.repository import RepositoryError, git
 from pipeline.runtime import cache_folder, threads
 from pipeline.stage import Loader, flat, one_line_errors, parser_of
 
@@ -109,16 +110,17 @@ class Sweep:
 
     def __init__(self, to: str) -> None:
         try:
-            self.root = Path(_git(Path(), "rev-parse", "--show-toplevel"))
-            self.commit = _git(Path(), "rev-parse", "HEAD")
-        except subprocess.CalledProcessError:
+            self.root = Path(git(Path(), "rev-parse", "--show-toplevel"))
+            self.commit = git(Path(), "rev-parse", "HEAD")
+        except RepositoryError:
             raise SweepError("no commit here to start runs from; `git commit` first") from None
         self.below = Path.cwd().resolve().relative_to(self.root.resolve())
         self.to = [to] if to else []
         self.folder = (cache_folder() / "sweep").resolve()
         self.running: dict[str, subprocess.Popen[str]] = {}
         self.stopped = threading.Event()
-        if changed := _git(Path(), "status", "--porcelain", "--untracked-files=no", "."):
+        self.threads = threads()  # for each run
+        if changed := git(Path(), "status", "--porcelain", "--untracked-files=no", "."):
             first = changed.splitlines()[0][3:]
             raise SweepError(
                 f"{first} isn't committed, and runs start from the last commit; commit"
@@ -126,15 +128,15 @@ class Sweep:
 
     def done(self) -> set[str]:
         """Name the experiments that the last commit has."""
-        refs = _git(self.root, "for-each-ref", "--format=%(refname)", _refs_of(self.commit))
+        refs = git(self.root, "for-each-ref", "--format=%(refname)", _refs_of(self.commit))
         return {ref.rpartition("/")[2] for ref in refs.splitlines()}
 
     def clone(self, number: int) -> Path:
         """Make a clone of the last commit for a worker; gives the project's folder there."""
         clone = self.folder / str(number)
         shutil.rmtree(clone, ignore_errors=True)  # a killed one's locks would stay
-        _git(self.root, "clone", "--quiet", "--shared", "--no-checkout", str(self.root), str(clone))
-        _git(clone, "checkout", "--quiet", "--detach", self.commit)
+        git(self.root, "clone", "--quiet", "--shared", "--no-checkout", str(self.root), str(clone))
+        git(clone, "checkout", "--quiet", "--detach", self.commit)
         project, here = clone / self.below, self.root / self.below
         # By hand and by a link: DVC can't write a path with an umlaut into its configuration.
         of_dvc = Path(_dvc(here, "root").strip())  # from here: the root's, or the project's own
@@ -146,7 +148,7 @@ class Sweep:
         cache = (here / _dvc(here, "cache", "dir").strip()).resolve()
         (project / of_dvc / ".dvc" / "cache").symlink_to(cache)
         # What `dvc add` put under DVC's care; the stages' outputs come as they are needed.
-        added = _git(clone, "ls-files", "*.dvc").splitlines()
+        added = git(clone, "ls-files", "*.dvc").splitlines()
         if added:
             _dvc(clone, "checkout", "--quiet", *added)
         return project
@@ -154,7 +156,7 @@ class Sweep:
     def run(self, one: Planned, project: Path) -> str:
         """Run an experiment in a clone and fetch it from there; gives what went wrong, if so."""
         clone = self.folder / project.relative_to(self.folder).parts[0]
-        _git(clone, "reset", "--quiet", "--hard", self.commit)
+        git(clone, "reset", "--quiet", "--hard", self.commit)
         words = [word for setting in one.settings for word in ("-S", setting)]
         log = self.folder / f"{one.name}.log"
         with log.open("w", encoding="utf-8") as out:
@@ -171,14 +173,14 @@ class Sweep:
             self.running[one.name] = process
             code = process.wait()
             del self.running[one.name]
-        refs = _git(clone, "for-each-ref", "--format=%(refname)", _refs_of(self.commit))
+        refs = git(clone, "for-each-ref", "--format=%(refname)", _refs_of(self.commit))
         ours = [ref for ref in refs.splitlines() if ref.endswith(f"/{one.name}")]
         if code or not ours:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             errors = [line for line in lines if line.lower().startswith("error")]
             said = (errors or lines or ["it said nothing"])[0]
             return f"{' '.join(said.split())[:200]} ({log})"
-        _git(self.root, "fetch", "--quiet", str(clone), f"{ours[0]}:{ours[0]}")
+        git(self.root, "fetch", "--quiet", str(clone), f"{ours[0]}:{ours[0]}")
         log.unlink()
         return ""
 
@@ -193,24 +195,11 @@ class Sweep:
             "PIPELINE_THREADS": str(self.threads),
         }
 
-    threads = 0  # for each run
-
     def stop(self) -> None:
         """End all runs; what they have done is kept."""
         self.stopped.set()
         for process in list(self.running.values()):
             os.killpg(process.pid, signal.SIGINT)
-
-
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        ["git", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.rstrip("\n")
 
 
 def _dvc(folder: Path, *words: str) -> str:
@@ -290,9 +279,8 @@ def _ended(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> Iterator[tuple[P
         project = free.get()
         try:
             return sweep.run(run, project)
-        except (subprocess.CalledProcessError, OSError) as error:
-            stderr = str(getattr(error, "stderr", "") or "")
-            return " ".join(stderr.split())[:200] or said_by(error, 200)
+        except (RepositoryError, OSError) as error:
+            return said_by(error, 200)
         finally:
             free.put(project)
 
