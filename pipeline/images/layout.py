@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import DataError, ParamError, near
+from pipeline.images.pack import SPLITS
 
 # The words that people call their splits by.
 WORDS = {
@@ -152,7 +153,7 @@ def _given(splits: str) -> dict[str, str]:
     found = {}
     for part in splits.split(","):
         name, colon, split = (text.strip() for text in part.rpartition(":"))
-        if not colon or not name or split not in ("train", "val", "test"):
+        if not colon or not name or split not in SPLITS:
             raise ParamError(
                 f"params.yaml: prepare.splits = {splits!r}: expected auto, none, or folders and "
                 "splits, such as Training:train, Testing:test"

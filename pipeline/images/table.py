@@ -13,8 +13,8 @@ from pipeline.errors import DataError, near
 from pipeline.files import files_below
 from pipeline.images.fetch import is_within
 from pipeline.images.layout import Item, split_of
+from pipeline.images.pack import SPLITS
 
-SPLITS = ("train", "val", "test")
 SUFFIXES = (".csv", ".tsv", ".tab")
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 # What the columns are, and what others call them.
