@@ -30,7 +30,7 @@ from PIL import Image
 from pipeline import classifier, portable
 from pipeline.errors import DataError
 from pipeline.files import path_cell, shown, text_cell, walk, write_text
-from pipeline.images.decode import Decoded, decoded
+from pipeline.images.decode import CLIPPED, Decoded, decoded
 from pipeline.images.formats import SUFFIXES, suffix, what_else
 from pipeline.images.pack import Pixels
 from pipeline.nets.device import set_up_torch
@@ -42,7 +42,6 @@ from pipeline.table import aligned
 
 NOT_SURE = "not sure"
 STDIN = "-"
-CLIPPED = 0.01  # of an image's values beyond the range, from which it is said
 SIDE = 224  # pixels of a picture on a page
 Model = classifier.Classifier | portable.Portable
 

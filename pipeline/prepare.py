@@ -126,7 +126,7 @@ def prepare(
             names,
             copies,
             alike,
-            audit.looks(surveyed, packed, ids, names, facts),
+            audit.looks(found, surveyed, packed, ids, names, facts),
             reasons,
         )
         write_json(folder / "audit.json", report)

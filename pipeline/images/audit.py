@@ -1,20 +1,19 @@
 """What is in a data set besides good images: counts, duplicates, files that can't be read."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.images.decode import CLIPPED
 from pipeline.images.layout import Item
 from pipeline.images.pack import Facts
 from pipeline.images.packing import Packed, Survey
 from pipeline.images.sources import Source
 from pipeline.images.tones import HIGHEST, LOWEST
 
-ODD = ("one_colour", "clipped", "nan", "negative")  # listed by path
-CLIPPED = 0.01  # of an image's values beyond the range, from which it is listed
 # From where on test images look as if they came from elsewhere than training images.
 LEAST_TO_COMPARE = 10  # images
 SHARE_OFF = 0.5  # between the shares of a format, or of grey
@@ -35,7 +34,7 @@ def clusters(numbers: NDArray[np.int64]) -> list[list[int]]:
 
 
 def looks(
-    surveyed: Survey, packed: Packed, ids: Ints, splits: Sequence[str], facts: Facts
+    found: Source, surveyed: Survey, packed: Packed, ids: Ints, splits: Sequence[str], facts: Facts
 ) -> dict[str, Any]:
     """Summarise how the images look: sides, formats, depth, range, brightness, odd ones.
 
@@ -43,7 +42,12 @@ def looks(
     """
     short, long = surveyed.short[ids], surveyed.long[ids]
     formats = Counter(surveyed.formats[i] for i in surveyed.format[ids])
-    found: dict[str, Any] = {
+
+    def paths(rows: Iterable[int]) -> list[str]:
+        return [found.items[i].path for i in rows]
+
+    seen = {i: surveyed.seen[i] for i in ids.tolist() if i in surveyed.seen}
+    return {
         "sides": {
             "shortest": int(short.min()),
             "median_short": float(np.median(short)),
@@ -58,15 +62,11 @@ def looks(
         "tones": facts.tones.words,
         "transparent": sum(bool(one.contrasts) for one in surveyed.seen.values()),
         "elsewhere": _elsewhere(surveyed, packed, ids, np.array(splits)),
+        "one_colour": paths(ids[packed.lowest[ids] == packed.highest[ids]]),
+        "clipped": paths(ids[packed.clipped[ids] > CLIPPED]),
+        "nan": paths(i for i, one in seen.items() if one.nans),
+        "negative": paths(i for i, one in seen.items() if one.negatives),
     }
-    flat = packed.lowest[ids] == packed.highest[ids]
-    found["one_colour"] = ids[flat].tolist()
-    found["clipped"] = ids[packed.clipped[ids] > CLIPPED].tolist()
-    found["nan"] = [i for i in ids.tolist() if i in surveyed.seen and surveyed.seen[i].nans]
-    found["negative"] = [
-        i for i in ids.tolist() if i in surveyed.seen and surveyed.seen[i].negatives
-    ]
-    return found
 
 
 def _elsewhere(surveyed: Survey, packed: Packed, ids: Ints, splits: NDArray[np.str_]) -> list[str]:
@@ -129,8 +129,6 @@ def report(
 
         return {"all": paths, "across_splits": across(splits), "across_labels": across(labels)}
 
-    for name in ODD:
-        looks[name] = [found.items[i].path for i in looks[name]]
     labels = [item.label for item in items]
     table: dict[str, dict[str, int]] = {}
     for (label, split), n in sorted(Counter(zip(labels, splits, strict=True)).items()):

@@ -19,6 +19,7 @@ Image.MAX_IMAGE_PIXELS = None  # its own check: ours replaces it, in one line
 
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 CLEAR_MODES = frozenset({"LA", "PA", "RGBA", "La", "RGBa"})
+CLIPPED = 0.01  # of an image's values beyond the range, from which it is said
 WHOLE = (0.0, 65535.0)  # the range of 16-bit colour, of which Pillow reads the upper byte
 
 
