@@ -16,7 +16,6 @@ from pipeline.files import write_csv, write_json
 from pipeline.images.augment import Flips
 from pipeline.images.pack import Images, read_facts, read_images, read_rows
 from pipeline.images.rows import Rows
-from pipeline.images.tones import Tones
 from pipeline.learn.answers import answer_lines
 from pipeline.learn.calibration import sure_in_words, sure_threshold
 from pipeline.learn.codes import read_codes
@@ -30,7 +29,7 @@ from pipeline.learn.verdict import (
     model_scores,
     simplest_of_the_best,
 )
-from pipeline.nets.backbone import again, backbone_of
+from pipeline.nets.backbone import again
 from pipeline.nets.device import device, set_up_torch
 from pipeline.nets.fold import fold
 from pipeline.nets.network import Network, facts_of, load, refuse_other_classes, versions
@@ -173,9 +172,8 @@ def _on_both(prepared: Path, score: Callable[[str, Images], Scores]) -> tuple[Sc
 
 def _trunk(meta: dict[str, Any]) -> Network:
     """Build the network whose codes the probes took."""
-    backbone = backbone_of(meta)
-    facts = {**facts_of(meta), "backbone": backbone, "tones": Tones(**meta.get("tones", {}))}
-    model = fold(again(backbone).eval(), meta["precision"])
+    facts = facts_of(meta)
+    model = fold(again(facts["backbone"]).eval(), facts["precision"])
     return Network(model, **facts).on(device())
 
 

@@ -61,7 +61,7 @@ def extract(
     chosen = (
         blocks.depths(model) if depths == "auto" else blocks.match(model, depths, "extract.depths")
     )
-    shapes = {call.name: call.shape for call in blocks.trace(model)}
+    shapes = {call.name: call.shape for call in blocks.trace(model, image_size)}
     for depth in chosen:
         if len(shapes.get(depth, ())) != 4:
             raise ParamError(f"extract.depths: {depth} gives no feature maps; choose a block")

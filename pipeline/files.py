@@ -163,13 +163,14 @@ def walk(path: Path) -> Tree:
             ) from None
         if not found and below:
             tree.empty.append(below.removesuffix("/"))
+        folders = []
         for entry in found:
-            if not _is_folder(entry):
-                if kind := _odd(entry):
-                    tree.odd[below + entry.name] = kind
-                else:
-                    tree.files.append(below + entry.name)
-        folders = [f"{below}{entry.name}/" for entry in found if _is_folder(entry)]
+            if _is_folder(entry):
+                folders.append(f"{below}{entry.name}/")
+            elif kind := _odd(entry):
+                tree.odd[below + entry.name] = kind
+            else:
+                tree.files.append(below + entry.name)
         left += reversed(folders)
     return tree
 

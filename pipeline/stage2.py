@@ -81,7 +81,7 @@ def stage2(
     _refuse_other_score(before[0], meta, stage1, len(val_images))
     if image_size != network.image_size:
         sizes = f"{network.image_size} to {image_size} px"
-        network.image_size = image_size
+        network.take(image_size)
         before.append(validate())
         gain = before[1]["accuracy"] - before[0]["accuracy"]
         say(f"from {sizes}, before any step: {100 * gain:+.1f} points on validation")

@@ -489,6 +489,20 @@ def test_a_backbone_that_cannot_be_used_is_named(name, line, finished, tmp_path)
     refuses(ParamError, line, "extract", ways, params)
 
 
+@pytest.mark.parametrize("stage", ["extract", "stage1"])
+def test_images_too_small_for_the_network_are_refused(stage, finished, tmp_path):
+    """Where stage 1 is given fewer pixels than the codes were made of, too."""
+    name = {"backbone": {"name": "torchvision/alexnet"}}  # its kernels need 63 px
+    run(tmp_path, read_params(prepare={"path": str(finished / "photos")}), "prepare")
+    if stage == "stage1":
+        run(tmp_path, read_params(extract={"image_size": 64}, **name), "extract", "probe")
+    params = read_params(
+        extract={"image_size": 48}, stage1={"image_size": 48, "unfreeze": ["features.10"]}, **name
+    )
+    line = "backbone.name: AlexNet can't take images of 48 px"
+    refuses(ParamError, f"{line} (", stage, paths(tmp_path)[stage], params)
+
+
 class Evil:
     """Runs code when it is unpickled."""
 

@@ -249,6 +249,16 @@ def test_a_network_that_runs_at_another_size_is_told_to_fail_by_its_size():
         trace(model, 100)
 
 
+def test_a_network_takes_another_size_or_says_that_it_can_t():
+    model = Failing([64, 224], RuntimeError("kernels of 5"))
+    network = Network(model, None, ["a", "b"], 224, 224, "crop", 3, "fp32")
+    network.take(64)
+    assert network.image_size == 64
+    with pytest.raises(ParamError, match=r"can't take images of 32 px \(kernels of 5\); 224 px"):
+        network.take(32)
+    assert network.image_size == 64
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, IndexError, TypeError])
 def test_a_network_that_fails_at_every_size_names_what_failed(kind):
     cause = kind("no kernel\n" + 200 * "x")

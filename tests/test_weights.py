@@ -64,11 +64,9 @@ def drawn(name: str) -> nn.Module:
     return model
 
 
-NO_BIAS = pytest.mark.xfail(reason="its head has no bias, and ours has", strict=True)
-SLOW = {n: [pytest.mark.long, *([NO_BIAS] if n == "maxvit_t" else [])] for n in ALL}
-
-
-@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=SLOW[n]) for n in ALL])
+@pytest.mark.parametrize(
+    "name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in ALL]
+)
 def test_a_published_file_gives_the_networks_tensors_to_the_bit(name, tmp_path, monkeypatch):
     """The same as torchvision itself makes of the same file."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -95,9 +93,28 @@ def test_a_published_file_gives_the_networks_tensors_to_the_bit(name, tmp_path, 
     else:
         ours, _ = backbone.pretrained(f"torchvision/{name}", enum.name, "", seed=3)
     held = ours.state_dict()
-    assert list(held) == [k for k in theirs if not k.startswith(("aux", "Aux"))]
-    assert all(torch.equal(theirs[key], held[key]) for key in held)
-    assert getattr(ours, "transform_input", True)
+    expected = {k: v for k, v in theirs.items() if not k.startswith(("aux", "Aux"))}
+    if name == "maxvit_t":  # its head has no bias
+        expected["classifier.5.bias"] = torch.zeros(1000)
+    assert list(held) == list(expected)
+    assert all(torch.equal(expected[key], held[key]) for key in held)
+
+
+@pytest.mark.parametrize("name", backbone.OF_TENSORFLOW)
+def test_the_normalisation_of_the_weights_from_tensorflow_is_torchvisions(name):
+    """Theirs brings ImageNet's normalisation to it in the network."""
+    enum = next(iter(zoo.get_model_weights(name)))
+    theirs = zoo.get_model(name, weights=None, transform_input=True, init_weights=True)
+    ours, facts = backbone.pretrained(f"torchvision/{name}", "none", "", seed=3)
+    assert not ours.transform_input
+    pixels = torch.rand(2, 3, 8, 8)
+
+    def normalised(mean, std):
+        mean, std = (torch.tensor(of)[:, None, None] for of in (mean, std))
+        return (pixels - mean) / std
+
+    wanted = theirs._transform_input(normalised(enum.transforms().mean, enum.transforms().std))
+    assert torch.allclose(normalised(facts.mean, facts.std), wanted, atol=1e-6)
 
 
 # Containers and wrappers
@@ -245,6 +262,11 @@ def test_safetensors_are_known_by_their_content(tmp_path):
             7,
             "its head has 7 classes",
         ),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "classifier.bias"},
+            1000,
+            "its head has no bias: 0 is taken",
+        ),
     ],
 )
 def test_a_body_without_its_head_or_with_another_is_taken_and_said(
@@ -258,6 +280,8 @@ def test_a_body_without_its_head_or_with_another_is_taken_and_said(
     held, given = model.state_dict(), change(tiny())
     assert all(torch.equal(v, held[k]) for k, v in given.items())
     assert model.get_submodule("classifier").out_features == n_classes
+    if "bias" in said:
+        assert not held["classifier.bias"].any()
     assert len(told) == 1
     assert said in told[0]
 
@@ -298,7 +322,7 @@ REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     (scripted, "is a TorchScript program; save its state_dict()"),
     (whole_module, "holds objects besides tensors (timm."),
     (without("conv_stem."), "1 tensors missing (such as conv_stem.weight)"),
-    (without("classifier.b"), "half a head (classifier.weight alone)"),
+    (without("classifier.w"), "half a head (classifier.bias alone)"),
     (text(b""), "is empty"),
     (text(b"version https://git-lfs.github.com/spec/v1\noid sha256:00"), "a pointer of Git LFS"),
     (text(b"\n<!DOCTYPE html><html>"), "a web page, not the weights"),

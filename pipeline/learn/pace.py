@@ -52,21 +52,24 @@ def measured(
 
     feed = Feed(images, network.device)
     some = np.arange(eval_batch())
-    network.image_size = sizes[0]
+    network.take(sizes[0])
     network.model.eval()
     with torch.no_grad():
         first = _seconds(lambda: network.model(normalised(1, some))) / len(some)
         cut = cut_below(network.model, trained)
         trunk = _seconds(lambda: cut.trunk(normalised(1, some))) / len(some)
         kept = cut.trunk(normalised(1, np.arange(batch_size)))
-    freeze_all_but(network.model, trained, "frozen")
+    # Drawn weights run by the statistics of the batch, as stage 1 trains them: by those that they
+    # start with, logits may overflow.
+    statistics = "train" if network.backbone.weights == "none" else "frozen"
+    freeze_all_but(network.model, trained, statistics)
     top = _training(network, cut.top, lambda epoch, rows: kept, batch_size)
     cut.undo()
 
-    network.image_size = sizes[1]
+    network.take(sizes[1])
     with torch.no_grad():
         second = _seconds(lambda: network.model(normalised(1, some))) / len(some)
-    freeze_all_but(network.model, everything(network.model), "frozen")
+    freeze_all_but(network.model, everything(network.model), statistics)
     step = _training(network, network.model, normalised, batch_size)
     return Pace(trunk, top, step, first, second)
 

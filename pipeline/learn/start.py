@@ -9,7 +9,7 @@ import torch
 from pipeline.images.pack import Facts
 from pipeline.learn.probes import head_of, read_probes
 from pipeline.nets.backbone import again, backbone_of, head_name, set_head
-from pipeline.nets.blocks import match, trained_with
+from pipeline.nets.blocks import match, trace, trained_with
 from pipeline.nets.device import device
 from pipeline.nets.fold import fold
 from pipeline.nets.freeze import everything
@@ -29,12 +29,14 @@ def start_network(
     (LP-FT, Kumar et al. 2022, arXiv 2202.10054), or drawn at random. It is always drawn where there
     are no pretrained weights: a probe on such codes has weights that no training gets over.
 
-    Returns it with the probe's metadata. Raises CheckpointError where that knows other classes.
+    Returns it with the probe's metadata. Raises CheckpointError where that knows other classes,
+    ParamError where the network can't take images of this size.
     """
     _, linear, meta = read_probes(file)
     backbone = backbone_of(meta)
     refuse_other_classes("probe", file, meta["classes"], packed.classes)
     model = again(backbone)
+    trace(model, image_size)
     set_head(model, len(packed.classes))
     if head_init == "probe" and backbone.weights != "none":
         weight, bias = head_of(linear)

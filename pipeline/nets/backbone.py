@@ -22,6 +22,8 @@ zoo = torchvision.models
 
 SOURCE_CLASSES = 1000  # every packaged and torchvision weight file here is ImageNet's
 PACKAGED = "timm/tf_efficientnet_lite0"
+# Networks of torchvision whose weights came from TensorFlow, and expect pixels from -1 to 1.
+OF_TENSORFLOW = ("googlenet", "inception_v3")
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,10 @@ def build(name: str, n_classes: int) -> nn.Module:
 
 
 def _of_torchvision(name: str) -> nn.Module:
-    # These two bring ImageNet's normalisation to their own, and have side heads only to train.
-    own = {"transform_input": True, "aux_logits": False, "init_weights": True}
-    model: nn.Module = zoo.get_model(
-        name, weights=None, **(own if name in ("googlenet", "inception_v3") else {})
-    )
+    # Side heads are for training from scratch. What `transform_input` computes is the normalisation
+    # of OF_TENSORFLOW.
+    own = {"transform_input": False, "aux_logits": False, "init_weights": True}
+    model: nn.Module = zoo.get_model(name, weights=None, **(own if name in OF_TENSORFLOW else {}))
     if isinstance(model, zoo.MNASNet):
         # Its own reader wants a version beside the tensors, which safetensors don't keep.
         model._load_from_state_dict = partial(nn.Module._load_from_state_dict, model)
@@ -68,10 +69,7 @@ def _of_torchvision(name: str) -> nn.Module:
 
 def set_head(model: nn.Module, n_classes: int) -> None:
     """Replace the head by a new linear layer of `n_classes`."""
-    head = head_name(model)
-    old = model.get_submodule(head)
-    assert isinstance(old, nn.Linear)
-    model.set_submodule(head, nn.Linear(old.in_features, n_classes))
+    weight_files.resize_head(model, head_name(model), n_classes)
 
 
 def _made(name: str, model_name: str, known: list[str], make: Callable[[], nn.Module]) -> nn.Module:
@@ -159,6 +157,8 @@ def again(backbone: Backbone) -> nn.Module:
 
 
 def _mean_std(name: str, enum: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if name.removeprefix("torchvision/") in OF_TENSORFLOW:
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     if enum is not None:
         preprocessing = enum.transforms()
         return tuple(preprocessing.mean), tuple(preprocessing.std)

@@ -1,6 +1,7 @@
 """A network in two: a frozen trunk up to a block, and the top from there on."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -8,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import is_out_of_memory
+from pipeline.errors import NetworkError, is_out_of_memory
 from pipeline.nets.backbone import head_name
-from pipeline.nets.blocks import chain, is_inside, trace
+from pipeline.nets.blocks import TRACE_SIZE, chain, is_inside, trace
 from pipeline.nets.device import device_of
 
 
@@ -18,7 +19,9 @@ def cut_below(model: nn.Module, trained: Sequence[str]) -> "Cut":
     """Cut a network before the first block, in running order, that encloses a trained module.
 
     Where the network is no chain there (a functional pooling before the block, say), one block
-    further down; before the very first block any network can be cut.
+    further down; before the very first block any network can be cut whose forward begins with it.
+
+    Raises NetworkError for another one.
     """
     blocks = chain(model)
     lowest = next(
@@ -31,7 +34,10 @@ def cut_below(model: nn.Module, trained: Sequence[str]) -> "Cut":
         if cut.is_chain():
             return cut
         cut.undo()
-    raise AssertionError("a network's own input can't be cut off")
+    raise NetworkError(
+        f"{type(model).__name__} computes with its images before its first block, which can't be "
+        "cut off; choose another network for backbone.name"
+    )
 
 
 class _ReachedError(Exception):
@@ -110,8 +116,8 @@ class Cut:
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         with torch.inference_mode():
-            x = torch.linspace(-1, 1, 8 * 3 * 64 * 64, device=device_of(self.model))
-            x = x.view(8, 3, 64, 64)
+            shape = (8, 3, TRACE_SIZE, TRACE_SIZE)
+            x = torch.linspace(-1, 1, math.prod(shape), device=device_of(self.model)).view(shape)
             try:
                 same = torch.equal(self.top(self.trunk(x)), self.model(x))
             except (RuntimeError, ValueError) as error:

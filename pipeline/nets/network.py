@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ParamError
 from pipeline.files import Rowwise
-from pipeline.images.tones import PLAIN, Tones
+from pipeline.images.tones import PLAIN, Tones, of_facts
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
+from pipeline.nets.blocks import trace
 from pipeline.nets.device import device, device_of
 from pipeline.nets.feed import Feed
 from pipeline.nets.fold import NUMBER_FORMATS, fold
@@ -39,6 +40,11 @@ class Network:
     channels: int  # of the images it was made with: 1 for grey, else 3
     precision: Literal["fp32", "bf16"]
     tones: Tones = PLAIN  # how deeper pictures become 8 bits, and transparent ones opaque
+
+    def take(self, image_size: int) -> None:
+        """Change the size of its input; raises ParamError for one that the network can't take."""
+        trace(self.model, image_size)
+        self.image_size = image_size
 
     @property
     def n_outputs(self) -> int:
@@ -121,6 +127,9 @@ class Network:
         self.model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
 
 
+FACTS = [name for name in Network.__dataclass_fields__ if name not in ("model", "tones")]
+
+
 def _standardised(pixels: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
     """Subtract and divide by each channel's 255-fold mean and deviation: (B, H, W[, D]).
 
@@ -155,12 +164,10 @@ def from_checkpoint(
     `precision` overrides what it was made with, `n_outputs` its number of classes: a probe's
     network keeps the head of its source. Raises CheckpointError if they don't belong together.
     """
-    try:
-        facts = facts_of(meta)
-    except KeyError as error:
-        raise CheckpointError(f"{file}: holds no network (no {error}); choose another") from None
+    if missing := [name for name in FACTS if name not in meta]:
+        raise CheckpointError(f"{file}: holds no network (no {missing[0]!r}); choose another")
     with checkpoint.sound(file):
-        facts = {**facts, "backbone": backbone_of(meta), "tones": Tones(**facts["tones"])}
+        facts = facts_of(meta)
         if precision:
             facts["precision"] = precision
         model = build(facts["backbone"].name, n_outputs or len(facts["classes"]))
@@ -171,12 +178,12 @@ def from_checkpoint(
 
 
 def facts_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """Take a network's facts from a checkpoint's metadata, as they are there.
+    """Take a network's facts from a checkpoint's metadata, in the kinds that Network holds.
 
     Raises KeyError if one is missing.
     """
-    needed = [name for name in Network.__dataclass_fields__ if name not in ("model", "tones")]
-    return {**{name: meta[name] for name in needed}, "tones": meta.get("tones", {})}
+    facts = {name: meta[name] for name in FACTS}
+    return {**facts, "backbone": backbone_of(meta), "tones": of_facts(dict(meta))}
 
 
 def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:

@@ -96,11 +96,20 @@ def load(model: nn.Module, head: str, file: Path, states: list[State]) -> list[s
             if state.where:
                 beside = f" (there are also {', '.join(others)})" if others else ""
                 fitted.remarks.insert(0, f"taken from `{state.where}`{beside}")
-            _resize_head(model, head, fitted.tensors)
+            n_classes = len(fitted.tensors[f"{head}.weight"])
+            if n_classes != len(model.get_parameter(f"{head}.weight")):
+                resize_head(model, head, n_classes)
             model.load_state_dict(fitted.tensors)
             return fitted.remarks
         misfits.append(fitted)
     raise WeightsError(f"{file}: not weights of this network: {misfits[0]}; choose another file")
+
+
+def resize_head(model: nn.Module, head: str, n_classes: int) -> None:
+    """Replace the linear layer called `head` by a new one of `n_classes`, with a bias."""
+    old = model.get_submodule(head)
+    assert isinstance(old, nn.Linear)
+    model.set_submodule(head, nn.Linear(old.in_features, n_classes))
 
 
 def _contents(file: Path) -> Any:
@@ -187,22 +196,13 @@ def _fitted(model: nn.Module, head: str, state: State) -> State | str:
     """Bring tensors to the network's names and forms, or say why they aren't its own."""
     own = model.state_dict()
     tensors, remarks = _renamed(state.tensors, own)
-    of_head = {k: own[k] for k in (f"{head}.weight", f"{head}.bias") if k in own}
+    of_head = {k: own[k] for k in (f"{head}.weight", f"{head}.bias")}
     body = {k: v for k, v in own.items() if k not in of_head}
     if not _alike(body, tensors):
         tensors = _filtered(model, tensors)
-    shaped = [k for k, v in body.items() if k in tensors and tensors[k].shape != v.shape]
-    missing: list[str] = []
-    left = [k for k in tensors if k not in own]
-    if not shaped and not _alike(body, tensors):
-        missing, left = _by_torch(model, {k: v for k, v in tensors.items() if k not in of_head})
-        missing = [k for k in missing if k not in of_head]
-    inside = tuple(f"{name}." for name, _ in model.named_children())
-    # Those of a larger network, such as one block more: a part of it would fit.
-    more = [k for k in left if k.startswith(inside) and not k.startswith(f"{head}.")]
-    wrong = _counted(missing, "missing") + _counted(shaped, "of another shape")
-    if wrong + more:
-        return ", ".join(wrong + _counted(more, "too many"))
+    wrong, left = _against_body(model, head, body, tensors)
+    if wrong:
+        return wrong
     if left:
         parts = sorted({k.partition(".")[0] for k in left})
         remarks.append(f"{len(left)} tensors left out, no part of the network: {', '.join(parts)}")
@@ -212,15 +212,48 @@ def _fitted(model: nn.Module, head: str, state: State) -> State | str:
     for k, tensor in tensors.items():
         if k in own and tensor.is_floating_point() != own[k].is_floating_point():
             return f"{k} is of type {str(tensor.dtype).removeprefix('torch.')}"
-    given = [k for k in of_head if k in tensors]
-    if not given:
-        remarks.append("no head in it: one is drawn, whose classes tell nothing")
-    elif len(tensors[given[0]]) != len(of_head[given[0]]):
-        remarks.append(f"its head has {len(tensors[given[0]])} classes")
+    remarks += _complete_head(tensors, of_head)
     types = {str(v.dtype).removeprefix("torch.") for v in tensors.values() if v.is_floating_point()}
     if odd := sorted(types - {"float32"}):
         remarks.append(f"stored as {', '.join(odd)}, computed in float32")
     return State(state.where, {**of_head, **tensors}, remarks)
+
+
+def _against_body(
+    model: nn.Module, head: str, body: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> tuple[str, list[str]]:
+    """Compare tensors with all of a network but its head.
+
+    Returns why they can't be its own, empty where they can, and the names of those that are no part
+    of it.
+    """
+    ours = (f"{head}.weight", f"{head}.bias")
+    of_body = {k: v for k, v in tensors.items() if k not in ours}
+    shaped = [k for k, v in body.items() if k in tensors and tensors[k].shape != v.shape]
+    missing: list[str] = []
+    left = [k for k in of_body if k not in body]
+    if not shaped and not _alike(body, tensors):
+        missing, left = _by_torch(model, of_body)
+        missing = [k for k in missing if k not in ours]
+    inside = tuple(f"{name}." for name, _ in model.named_children())
+    # Those of a larger network, such as one block more: a part of it would fit.
+    more = [k for k in left if k.startswith(inside) and not k.startswith(f"{head}.")]
+    wrong = _counted(missing, "missing") + _counted(shaped, "of another shape")
+    return ", ".join([*wrong, *_counted(more, "too many")]), left
+
+
+def _complete_head(tensors: dict[str, Tensor], of_head: Mapping[str, Tensor]) -> list[str]:
+    """Say what head a file has, and give one without bias a bias of 0."""
+    weight, bias = of_head
+    if weight not in tensors:
+        return ["no head in it: one is drawn, whose classes tell nothing"]
+    remarks, n_classes = [], len(tensors[weight])
+    if n_classes != len(of_head[weight]):
+        remarks.append(f"its head has {n_classes} classes")
+    if bias not in tensors:
+        remarks.append("its head has no bias: 0 is taken")
+        tensors[bias] = tensors[weight].new_zeros(n_classes)
+    return remarks
 
 
 def _alike(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
@@ -234,7 +267,7 @@ def _counted(names: list[str], what: str) -> list[str]:
 def _head_of(tensors: Mapping[str, Tensor], of_head: Mapping[str, Tensor]) -> str:
     """Say why the head in a file can't be the network's; empty where it can, or isn't there."""
     given = [k for k in of_head if k in tensors]
-    if given and len(given) < len(of_head):
+    if given == list(of_head)[1:]:
         return f"half a head ({given[0]} alone)"
     if len({len(tensors[k]) for k in given if tensors[k].ndim}) > 1:
         return f"a head of contradictory shapes (such as {given[0]})"
@@ -305,13 +338,6 @@ def _filtered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
         return dict(convert(dict(tensors), model))
     except Exception:  # it meets files of other networks, for which it wasn't made
         return tensors
-
-
-def _resize_head(model: nn.Module, head: str, tensors: Mapping[str, Tensor]) -> None:
-    weight = tensors.get(f"{head}.weight")
-    old = model.get_submodule(head)
-    if weight is not None and isinstance(old, nn.Linear) and len(weight) != old.out_features:
-        model.set_submodule(head, nn.Linear(old.in_features, len(weight)))
 
 
 def _refuse_no_numbers(file: Path, state: State) -> None:
