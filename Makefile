@@ -1,6 +1,8 @@
 # The environment, the run, the checks. `make repro` and `make test` are all a newcomer needs.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Tests in as many processes as there are cores, whole files each, so that they share what they run.
+LANES := -n logical --maxprocesses 4 --dist loadfile
 # Stages are started as `python`: the environment's own.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
@@ -22,7 +24,7 @@ experiments: install  ## a line an experiment: validation accuracies that differ
 	@$(RUN) dvc exp show --md --only-changed --hide-workspace --drop '.*($(DETAIL)).*'
 
 test: lint  ## lint, types and all tests that don't take minutes
-	@$(RUN) pytest -m "not long"
+	@$(RUN) pytest -m "not long" $(LANES)
 
 test-long: .venv/.dev  ## the tests that take minutes
 	@$(RUN) pytest -m long

@@ -5,14 +5,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("PIPELINE_THREADS", "2")
+# Tests beside others leave them a core.
+os.environ.setdefault("PIPELINE_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import numpy as np
 import pytest
@@ -184,7 +185,7 @@ REFUSING = ("test_bad_input", "test_sources", "test_untrusted")
 
 @pytest.fixture(autouse=True)
 def refusals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Gather the last error that each test of a refusal raises."""
+    """Gather the last error that each test of a refusal raises, which the docs must list."""
     said = []
 
     def noted(self: PipelineError, *words: object) -> None:
@@ -193,6 +194,7 @@ def refusals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(PipelineError, "__init__", noted, raising=False)
     yield
+    assert not [line for line in said if "\n" in line]
     if said and request.module.__name__ in REFUSING:
         test, _, case = request.node.name.removesuffix("]").partition("[")
         line = re.sub(r"(/[\w.+-]+)+/(?=[\w.])", "", said[-1])  # folders of this machine
@@ -210,22 +212,33 @@ def refusals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         ends = (k for k in range(1, len(parts)) if "-".join(parts[k:]).split("...")[0] in said[-1])
         case = "-".join(parts[: next(ends, len(parts))]) or case
         case = case.replace("-<lambda>", "").replace("-read_probes", "").replace("-load", "")
-        REFUSED.add((test.removeprefix("test_").replace("_", " "), case, line))
+        refused = (test.removeprefix("test_").replace("_", " "), case, line)
+        REFUSED.add(refused)
+        if not request.config.getoption("--write-docs"):
+            assert set(refused_page([refused])) <= listed_refusals()
 
 
-def refused_page() -> str:
-    """Lay out what was refused as a page: a table a test."""
+@cache
+def listed_refusals() -> set[str]:
+    """Read the lines of the page that lists what is refused."""
+    return set((ROOT / "docs" / "refused.md").read_text(encoding="utf-8").splitlines())
+
+
+def refused_page(refused: Collection[tuple[str, str, str]]) -> list[str]:
+    """Lay out what was refused as the lines of a page: a table a test."""
     lines = ["# What is refused", "", "Written by `pytest --write-docs` from what tests tried."]
-    for test in sorted({test for test, *_ in REFUSED}):
+    for test in sorted({test for test, *_ in refused}):
         lines += ["", f"## {test[0].upper()}{test[1:]}", "", "| tried | said |", "|---|---|"]
-        for _, *cells in sorted(row for row in REFUSED if row[0] == test):
+        for _, *cells in sorted(row for row in refused if row[0] == test):
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--write-docs") and not session.testsfailed:
-        (ROOT / "docs" / "refused.md").write_text(refused_page(), encoding="utf-8")
+        (ROOT / "docs" / "refused.md").write_text(
+            "\n".join([*refused_page(REFUSED), ""]), encoding="utf-8"
+        )
 
 
 @pytest.fixture(scope="session")

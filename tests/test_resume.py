@@ -267,7 +267,7 @@ def test_a_state_belongs_to_params_code_inputs_and_threads(project, monkeypatch)
     states_seen.add(state())
     (project / "in" / "a").rename(project / "in" / "c")
     states_seen.add(state())
-    monkeypatch.setenv("PIPELINE_THREADS", "1")
+    monkeypatch.setenv("PIPELINE_THREADS", "3")
     states_seen.add(state())
     code = project / "code"
     code.mkdir()

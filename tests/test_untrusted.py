@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, STAGES, call, paths, read_params, refused_page, write_photos
+from conftest import ROOT, STAGES, call, paths, read_params, write_photos
 from PIL import Image
 
 from pipeline import classifier
@@ -345,12 +345,3 @@ def test_a_folder_that_cannot_be_written_to_is_named(photos, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: data/prepared.part: Not a directory; the same command")
     assert done.stderr.count("\n") == 1
-
-
-def test_the_docs_list_what_is_refused(request):
-    """Of the tests that ran before this one."""
-    if request.config.getoption("--write-docs"):
-        pytest.skip("they are being written")
-    page = (ROOT / "docs" / "refused.md").read_text(encoding="utf-8").splitlines()
-    assert len([line for line in page if line.startswith("| ")]) >= 60
-    assert [] == [line for line in refused_page().splitlines() if line not in page]

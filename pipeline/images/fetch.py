@@ -85,8 +85,12 @@ def unpacked(archive: Path) -> Path:
             try:
                 _unpack(archive, fresh)
                 os.replace(fresh, target)
-            except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, RuntimeError) as error:
-                raise DataError(f"{archive}: can't be unpacked ({error})") from None
+            except (EOFError, zipfile.BadZipFile, tarfile.TarError):
+                raise DataError(
+                    f"{archive}: is damaged, or no zip or tar archive; fetch or archive it anew"
+                ) from None
+            except (OSError, RuntimeError) as error:
+                raise DataError(f"{archive}: can't be unpacked ({said_by(error)})") from None
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
     inside = [p for p in target.iterdir() if p.name != "__MACOSX" and not p.name.startswith(".")]

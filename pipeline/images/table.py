@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from pipeline.errors import DataError, near
+from pipeline.errors import DataError, near, said_by
 from pipeline.files import files_below
 from pipeline.images.fetch import is_within
 from pipeline.images.layout import Item, split_of
@@ -51,7 +51,7 @@ def items_of(folder: Path) -> tuple[list[Item], list[str]]:
     try:
         rows = list(_rows(text, separator))
     except csv.Error as error:
-        raise DataError(f"{file}: can't be read as CSV ({error}); write it anew") from None
+        raise DataError(f"{file}: can't be read as CSV ({said_by(error)}); write it anew") from None
     if not rows:
         raise DataError(f"{file}: is empty; expected the columns path and label")
     (_, header), *lines = rows

@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from pipeline.errors import CheckpointError, ParamError, WeightsError, near
+from pipeline.errors import CheckpointError, ParamError, WeightsError, near, said_by
 from pipeline.files import hash_of
 from pipeline.nets import checkpoint
 from pipeline.nets import weights as weight_files
@@ -217,7 +217,7 @@ def _downloaded(enum: Any) -> Path:
             torch.hub.download_url_to_file(enum.url, str(file), hash_prefix=prefix)
         except (URLError, OSError, RuntimeError) as error:
             raise WeightsError(
-                f"{enum}: can't be fetched ({error}); put {enum.url} at {file}"
+                f"{enum}: can't be fetched ({said_by(error)}); put {enum.url} at {file}"
             ) from None
     return file
 
