@@ -26,6 +26,7 @@ from pipeline.images.packing import Survey, pack, survey
 from pipeline.images.published import published
 from pipeline.images.sources import Source
 from pipeline.images.split import draw, numbered, together
+from pipeline.images.table import is_table
 from pipeline.images.tones import AUTO, Background, Tones, background_of, given_range, range_of
 from pipeline.progress import say
 from pipeline.resume import Resume
@@ -44,6 +45,8 @@ def prepare(
     url: str,
     sha256: str,
     splits: str,
+    table: str,
+    columns: str,
     not_images: Literal["refuse", "skip"],
     size: Annotated[int, Interval(ge=16, le=2048)],
     fit: Fit,
@@ -64,20 +67,12 @@ def prepare(
 
     Raises DataError for a set that can't be used, naming the file or the class.
     """
-    found = _source(source, Path(path), url, sha256, splits)
-    for label, held in found.gone.items():
-        if not_images == "refuse":
-            raise DataError(
-                f"{found.folder}: no image of class {label!r} ({held}); add some, remove its "
-                "folder, or set prepare.not_images: skip"
-            )
-        found.layout.append(f"no class {label!r}, as its folder holds no image ({held})")
-    if found.not_images and not_images == "refuse":
-        first, what = min(found.not_images.items())
-        raise DataError(
-            f"{found.folder / first}: {what} ({len(found.not_images)} such files); move it away, "
-            "or set prepare.not_images: skip"
-        )
+    listed = {
+        "folder": lambda: sources.folder(images_at(Path(path), url, sha256), splits),
+        "csv": lambda: sources.csv(images_at(Path(path), url, sha256), table, columns),
+    }
+    found = _source(source, Path(path), listed)
+    _refuse_not_images(found, not_images)
     classes = sorted({item.label for item in found.items})
     if len(classes) < 2:
         raise DataError(f"{found.folder}: one class only ({classes}); two or more are needed")
@@ -137,20 +132,37 @@ def prepare(
     return {"images_per_second": rate} if packed.decoded else {}
 
 
-def _source(name: str, path: Path, url: str, sha256: str, splits: str) -> Source:
+def _source(name: str, path: Path, own: dict[str, Callable[[], Source]]) -> Source:
     """List the images of a source by its name in params.yaml."""
     if name.startswith(TORCHVISION):
         return sources.folder(published(name.removeprefix(TORCHVISION), path))
     known: dict[str, Callable[[], Source]] = {
         "elpv": sources.elpv,
         "hymenoptera": lambda: sources.hymenoptera(path),
-        "folder": lambda: sources.folder(images_at(path, url, sha256), splits),
-        "csv": lambda: sources.csv(images_at(path, url, sha256)),
+        **own,
     }
     if name not in known:
         hint = near(name, [*known, f"{TORCHVISION}CIFAR10"])
         raise ParamError(f"params.yaml: prepare.source = {name!r}: {hint}")
     return known[name]()
+
+
+def _refuse_not_images(found: Source, not_images: Literal["refuse", "skip"]) -> None:
+    """Raise DataError where files are no images, or a class has none, unless they are skipped."""
+    for label, held in found.gone.items():
+        if not_images == "refuse":
+            raise DataError(
+                f"{found.folder}: no image of class {label!r} ({held}); add some, remove its "
+                "folder, or set prepare.not_images: skip"
+            )
+        found.layout.append(f"no class {label!r}, as its folder holds no image ({held})")
+    if found.not_images and not_images == "refuse":
+        first, what = min(found.not_images.items())
+        table = ", prepare.source: csv if it names the images" if is_table(first) else ""
+        raise DataError(
+            f"{found.folder / first}: {what} ({len(found.not_images)} such files); move it away, "
+            f"or set prepare.not_images: skip{table}"
+        )
 
 
 def _tones(

@@ -215,7 +215,7 @@ def refusals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         refused = (test.removeprefix("test_").replace("_", " "), case, line)
         REFUSED.add(refused)
         if not request.config.getoption("--write-docs"):
-            assert set(refused_page([refused])) <= listed_refusals()
+            assert set(refused_page([refused])) <= listed_refusals(), "run pytest --write-docs"
 
 
 @cache

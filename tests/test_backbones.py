@@ -18,9 +18,9 @@ from pipeline.nets.network import load
 from pipeline.viewing import Viewing
 
 TOP = [
-    ("resnet18", "layer4"),
     ("mobilenet_v3_small", "features.12"),
-    ("efficientnet_b0", "features.8"),
+    pytest.param("resnet18", "layer4", marks=pytest.mark.long),
+    pytest.param("efficientnet_b0", "features.8", marks=pytest.mark.long),
     pytest.param("resnet50", "layer4", marks=pytest.mark.long),
     pytest.param("convnext_tiny", "features.7", marks=pytest.mark.long),
     pytest.param("densenet121", "features.denseblock4", marks=pytest.mark.long),

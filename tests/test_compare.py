@@ -307,6 +307,7 @@ def test_of_many_runs_each_has_a_line_and_only_what_is_clear_is_named(repo):
     assert "of 12 comparisons with HEAD, more than noise: 0" in lines
 
 
+@pytest.mark.long
 def test_all_experiments_on_the_last_commit_are_found(repo):
     assert "no experiments on the last commit" in compare(repo, "--experiments").stderr
     for name, value in (("slow", "1e-5"), ("fast", "1e-4")):

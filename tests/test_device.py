@@ -68,7 +68,7 @@ def start_of(stage: str, run: Path, scratch: Path) -> dict[str, Any]:
     return start_of_stage1(run / "prepared", probe, SMALL["stage1"]["image_size"], scratch)
 
 
-@pytest.fixture(params=ROOMS)
+@pytest.fixture(params=[pytest.param("sent in batches", marks=pytest.mark.long), "kept there"])
 def second(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The made-up device as the one that networks run on, with room or without."""
     original = devices.device

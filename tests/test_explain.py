@@ -46,6 +46,7 @@ def test_a_changed_param_is_named_with_its_old_and_its_new_value(repo):
     assert stages_run(dvc(repo, "repro")) == ["stage2", "evaluate", "report"]
 
 
+@pytest.mark.long
 def test_the_run_cache_is_foretold(repo):
     rate = 5e-5
     change(repo, "stage2.lr", 1e-5)

@@ -271,10 +271,15 @@ def test_the_files_of_prepare_that_a_stage_opens_are_the_ones_it_depends_on(fini
     "sections",
     [
         {},
-        {"prepare": {"test_fraction": 0.0}},
-        {"probe": {"kinds": ["linear"]}},
-        {"stage1": {"unfreeze": [], "views": 0}},
-        {"stage2": {"interpolate": False}},
+        *(
+            pytest.param(sections, marks=pytest.mark.long)
+            for sections in (
+                {"prepare": {"test_fraction": 0.0}},
+                {"probe": {"kinds": ["linear"]}},
+                {"stage1": {"unfreeze": [], "views": 0}},
+                {"stage2": {"interpolate": False}},
+            )
+        ),
     ],
     ids=str,
 )
@@ -520,6 +525,7 @@ def test_pulled_clone_is_up_to_date(repo, tmp_path):
     assert [] == stages_run(dvc(clone, "repro"))
 
 
+@pytest.mark.long
 def test_forced_second_run_writes_the_same_bytes(first, repo):
     assert sorted(STAGES) == sorted(stages_run(dvc(repo, "repro", "--force")))
     assert hashes(first.folder) == hashes(repo)

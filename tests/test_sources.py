@@ -73,8 +73,16 @@ def test_a_csv_files_splits_groups_and_weights_are_kept(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("header", "row", "said"),
     [
-        ("file,label", "a,b", "no column 'path'; rename 'file' if it is meant"),
-        ("path,labels", "a,b", "no column 'label'; rename 'labels' if it is meant"),
+        (
+            "file,label",
+            "a,b",
+            "no column 'path'; set prepare.columns: \"path=file, label=label\" .it has file, label",
+        ),
+        (
+            "path,labels",
+            "a,b",
+            "no column 'label'; set prepare.columns: \"path=path, label=labels\" .it has",
+        ),
         ("path,label", "../secret.png,b", "mine.csv:2: path '../secret.png' isn't relative"),
         ("path,label", "/etc/passwd,b", "mine.csv:2: path '/etc/passwd' isn't relative"),
         ("path,label", ",b", "mine.csv:2: path '' isn't relative"),
@@ -83,7 +91,9 @@ def test_a_csv_files_splits_groups_and_weights_are_kept(tmp_path, capsys):
         ("path,label", "class0/000.png", "mine.csv:2: 1 cells, the header has 2"),
         ("path,label", "class0/000.png,a,b", "mine.csv:2: 3 cells, the header has 2"),
         ("path,label", "CLASS0/000.png,a", "no file .*; did you mean class0/000.png?"),
-        ("path,label", "class0/000,a", "no file .*; did you mean class0/000.png?"),
+        ("path,label", "class0/000.jpg,a", "no file .*; did you mean class0/000.png?"),
+        ("path,label", "000,a", "'000' may be any of 2 files .class0/000.png, class1/000.png."),
+        ("path,label", "class0/000,a\nclass0/000.png,b", "lists class0/000.png more than once"),
         ("path,label,LABEL", "class0/000.png,a,b", "2 columns 'label'; keep one"),
         ("class0/000.png,a", "class1/000.png,b", "no header, its first line names a file"),
         ("path,label", 'class0/000.png,"a', "can't be read as CSV"),
@@ -109,7 +119,7 @@ def test_a_csv_line_that_cant_be_used_is_named(tmp_path, header, row, said):
 
 
 def test_one_csv_file_and_no_other_number(tmp_path, photos):
-    with pytest.raises(DataError, match="0 CSV files here"):
+    with pytest.raises(DataError, match="no CSV file here"):
         prepared(tmp_path, source="csv", path=str(photos))
 
 

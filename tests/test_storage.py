@@ -72,6 +72,7 @@ def test_a_clone_pulls_from_a_bucket_what_was_pushed_there(repo, s3, tmp_path):
     assert [] == stages_run(dvc(clone, "repro"))
 
 
+@pytest.mark.long
 def test_an_interrupted_push_is_finished_by_the_next(repo, s3, tmp_path, monkeypatch):
     use(repo, s3)
     put = S3Response.put_object
@@ -102,6 +103,7 @@ def check_cache(folder: Path) -> "subprocess.CompletedProcess[str]":
     return tool(folder, "cache")
 
 
+@pytest.mark.long
 def test_a_damaged_object_is_found_and_made_again(repo):
     assert check_cache(repo).returncode == 0
     expected = hashes(repo)

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ParamError
 from pipeline.images.table import items_of
 
 ROWS = [["path", "label", "split"], ["a.png", "cat", "train"], ["b.png", "dog", "test"]]
@@ -76,9 +76,12 @@ def test_unused_columns_are_named_and_those_that_look_meant(tmp_path):
 @pytest.mark.parametrize(
     ("names", "line"),
     [
-        (["filename", "label"], "no column 'path'; rename 'filename' if it is meant"),
-        (["path", "Class Name"], "no column 'label'; rename 'Class Name' if it is meant"),
-        (["pth", "label"], "no column 'path'; did you mean pth"),
+        (["File Name", "label"], "no column 'path'; .*: \"path=File Name, label=label\" .it has"),
+        (["path", "Class Name"], "no column 'label'; .*: \"path=path, label=Class Name\" .it has"),
+        (
+            ["pth", "finding"],
+            "no column 'path'; .*: \"path=pth, label=[.]{3}\" .it has pth, finding.",
+        ),
         (["path", "label", "Label"], "2 columns 'label'; keep one"),
     ],
 )
@@ -131,9 +134,91 @@ def test_words_for_splits_count_as_for_folders_and_gaps_are_counted(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("ISIC_1", "part_1/ISIC_1.jpg"),
+        ("ISIC_1.jpg", "part_1/ISIC_1.jpg"),
+        ("part_1/ISIC_1", "part_1/ISIC_1.jpg"),
+        ("käse", "part_1/ka\u0308se.JPG"),
+        ("b.c", "part_1/b.c.png"),
+    ],
+)
+def test_a_name_without_folder_or_suffix_finds_its_image_and_that_is_said(tmp_path, given, found):
+    for name in ("part_1/ISIC_1.jpg", "part_1/ka\u0308se.JPG", "part_1/b.c.png", "ISIC_1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "set.csv").write_text(f"path,label\n{given},x\n", encoding="utf-8")
+    listed, lines = pairs(tmp_path)
+    assert listed == [(found, "x", "")]
+    name = f"1 images found below the folder by their names alone ({given} is {found}, ...)"
+    assert lines[1] == f"set.csv: {name}"
+
+
+HAM = [
+    ["lesion_id", "image_id", "dx", "group"],
+    ["L1", "a.png", "nv", "x"],
+    ["L2", "b.png", "mel", "y"],
+]
+
+
+def ham(folder):
+    """A table by its columns' own names."""
+    for row in HAM[1:]:
+        (folder / row[1]).touch()
+    (folder / "set.csv").write_text("".join(";".join(row) + "\n" for row in HAM))
+    return folder
+
+
+def test_columns_may_be_named_and_others_arent_used_then(tmp_path):
+    items, lines = items_of(ham(tmp_path), "", "path = Image ID,label=dx")
+    assert [(i.path, i.label, i.group) for i in items] == [
+        ("a.png", "nv", ""),
+        ("b.png", "mel", ""),
+    ]
+    assert "used: path ('image_id'), label ('dx'); not used: lesion_id, group" in lines[0]
+    items, _ = items_of(tmp_path, "", "path=image_id, label=dx, group=lesion_id")
+    assert [item.group for item in items] == ["L1", "L2"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ("path=img, label=dx", "no column 'img' in .*set.csv; "),
+        ("group=lesion_id", "no column 'path' in"),
+        ("image_id", "expected auto, or what path, label, split, group, weight are called"),
+        ("path=", "expected auto"),
+        ("name=image_id", "expected auto"),
+        ("path=image_id, path=dx", "expected auto"),
+    ],
+)
+def test_columns_that_cant_be_are_refused(tmp_path, columns, line):
+    with pytest.raises(ParamError, match=rf"params.yaml: prepare.columns.*{line}"):
+        items_of(ham(tmp_path), "", columns)
+
+
+def test_the_column_that_names_files_is_found_whatever_it_is_called(tmp_path):
+    with pytest.raises(DataError, match=r'no column .path.; .*: "path=image_id, label=dx" .it has'):
+        items_of(ham(tmp_path))
+
+
+def test_one_table_of_several_is_named(tmp_path):
+    ham(tmp_path)
+    (tmp_path / "below").mkdir()
+    written(tmp_path, ROWS, name="train.csv").joinpath("train.csv").rename(
+        tmp_path / "below/of.txt"
+    )
+    written(tmp_path, ROWS, name="test.csv")
+    for name in ("test.csv", "below/of.txt"):
+        assert [item.label for item in items_of(tmp_path, name)[0]] == ["cat", "dog"]
+    for name in ("none.csv", "../set.csv", str(tmp_path / "set.csv")):
+        with pytest.raises(ParamError, match=r"prepare.table: no file .*; there are set.csv, test"):
+            items_of(tmp_path, name)
+
+
 @pytest.mark.parametrize("name", ["train.csv", "x.tsv"])
 def test_more_than_one_table_is_refused_by_name(tmp_path, name):
     written(tmp_path, ROWS)
     written(tmp_path, ROWS, name=name)
-    with pytest.raises(DataError, match=rf"2 CSV files here \(set.csv, {name}\)"):
+    with pytest.raises(DataError, match=rf"2 CSV files here \(set.csv, {name}\); set prep"):
         items_of(tmp_path)

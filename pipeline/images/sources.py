@@ -110,14 +110,16 @@ def folder(path: Path, splits: str = layout.AUTO) -> Source:
     return Source(path, found.items, not_images, said, gone)
 
 
-def csv(path: Path) -> Source:
-    """List the images that the one table in a folder names.
+def csv(path: Path, file: str = "", columns: str = layout.AUTO) -> Source:
+    """List the images that a table in a folder names: the one there, or the `file`.
+
+    `columns` is the param: auto, or what they are called.
 
     Raises DataError if the folder is missing, or naming the line that can't be used.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; set prepare.path to the folder of your CSV file")
-    items, said = table.items_of(path)
+    items, said = table.items_of(path, file, columns)
     listed = {item.path for item in items}
     others = [f for f in walk(path).files if suffix(f) in SUFFIXES]
     if unlisted := sorted(file for file in others if file not in listed):

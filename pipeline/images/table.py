@@ -9,18 +9,29 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from pipeline.errors import DataError, near, said_by
+from pipeline.errors import DataError, ParamError, near, said_by
 from pipeline.files import files_below
 from pipeline.images.fetch import is_within
-from pipeline.images.layout import Item, split_of
+from pipeline.images.formats import SUFFIXES, suffix
+from pipeline.images.layout import AUTO, Item, split_of
 from pipeline.images.pack import SPLITS
 
-SUFFIXES = (".csv", ".tsv", ".tab")
+TABLES = (".csv", ".tsv", ".tab")
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 # What the columns are, and what others call them.
 COLUMNS = {
     "path": ("file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imagename"),
-    "label": ("class", "classname", "labels", "category", "target", "species", "diagnosis", "y"),
+    "label": (
+        "class",
+        "classname",
+        "labels",
+        "category",
+        "target",
+        "species",
+        "diagnosis",
+        "dx",
+        "y",
+    ),
     "split": ("set", "subset", "partition", "phase", "usage"),
     "group": ("groupid", "groups", "patient", "patientid", "subject", "subjectid", "caseid"),
     "weight": ("sampleweight", "weights", "confidence"),
@@ -29,25 +40,29 @@ NEEDED = ("path", "label")
 BOMS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 
 
-def items_of(folder: Path) -> tuple[list[Item], list[str]]:
-    """List the images that the one table in a folder names, and say what of it was used.
+def is_table(name: str) -> bool:
+    """Tell whether a file is called like a table."""
+    return name.lower().endswith(TABLES)
 
-    Columns, in any case: path (relative to the folder), label, and if given split (train, val, test
-    or empty: to be cut from train), group (what must stay in one split) and weight (above 0). The
+
+def items_of(folder: Path, table: str = "", called: str = AUTO) -> tuple[list[Item], list[str]]:
+    """List the images that a table in a folder names, and say what of it was used.
+
+    `table` is the file, where there are several; `called` the param of the columns: auto, or what
+    they are called, such as path=image_id, label=dx.
+
+    Columns, in any case: path (relative to the folder, or a file's name alone, also without its
+    suffix, where only one below the folder has it), label, and if given split (train, val, test or
+    empty: to be cut from train), group (what must stay in one split) and weight (above 0). The
     separator is a comma, semicolon, tab or bar, the encoding UTF-8, UTF-16 with its mark, or else
     Windows-1252.
 
-    Raises DataError naming the line that can't be used.
+    Raises DataError naming the line that can't be used, ParamError for a table or column that isn't
+    there.
     """
-    tables = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
-    if len(tables) != 1:
-        named = f" ({', '.join(f.name for f in tables[:4])})" if tables else ""
-        raise DataError(
-            f"{folder}: {len(tables)} CSV files here{named}; prepare.source: csv needs one"
-        )
-    [file] = tables
+    file, given = _table(folder, table), _given(called)
     text, encoding = _text(file)
-    separator = _separator(text)
+    separator = _separator(text, {_plain(name) for name in given.values()} or set(COLUMNS))
     try:
         rows = list(_rows(text, separator))
     except csv.Error as error:
@@ -55,8 +70,8 @@ def items_of(folder: Path) -> tuple[list[Item], list[str]]:
     if not rows:
         raise DataError(f"{file}: is empty; expected the columns path and label")
     (_, header), *lines = rows
-    columns = _columns(file, folder, header)
     paths = _Paths(folder)
+    columns = _columns(file, paths, header, given, lines[0][1] if lines else [])
     items = [_item(paths, f"{file}:{n}", header, cells, columns, separator) for n, cells in lines]
     if not items:
         raise DataError(f"{file}: lists no images")
@@ -65,15 +80,61 @@ def items_of(folder: Path) -> tuple[list[Item], list[str]]:
         raise DataError(f"{file}: lists {twice[0]} more than once; keep one line of it")
     said = [_said(file, header, columns)]
     if separator != "," or encoding != "utf-8":
-        called = {"utf-8-sig": "utf-8", "cp1252": "Windows-1252, as it isn't UTF-8"}
-        of = called.get(encoding, encoding)
+        names = {"utf-8-sig": "utf-8", "cp1252": "Windows-1252, as it isn't UTF-8"}
+        of = names.get(encoding, encoding)
         said.append(f"{file.name}: columns parted by {SEPARATORS[separator]}, encoding {of}")
+    if paths.by_name:
+        name, found = next(iter(paths.by_name.items()))
+        said.append(
+            f"{file.name}: {len(paths.by_name)} images found below the folder by their names alone "
+            f"({name} is {found}, ...)"
+        )
     for column in ("split", "group", "weight"):
         if column in columns:
             n = sum(not cells[columns[column]].strip() for _, cells in lines)
             if n:
                 said.append(f"{file.name}: {n} of {len(items)} lines have no {column}")
     return items, said
+
+
+def _table(folder: Path, named: str) -> Path:
+    """Find the table in a folder."""
+    tables = sorted(f for f in folder.iterdir() if is_table(f.name) and f.is_file())
+    shown = ", ".join(f.name for f in tables[:4])
+    if named:
+        if not is_within(PurePosixPath(named)) or not (folder / named).is_file():
+            has = f"; there are {shown}" if tables else ""
+            raise ParamError(f"params.yaml: prepare.table: no file {named} in {folder}{has}")
+        return folder / named
+    if not tables:
+        raise DataError(
+            f"{folder}: no CSV file here; put it there, or set prepare.table to its path"
+        )
+    if len(tables) > 1:
+        raise DataError(
+            f"{folder}: {len(tables)} CSV files here ({shown}); set prepare.table to the one that "
+            "names images and labels"
+        )
+    return tables[0]
+
+
+def _given(called: str) -> dict[str, str]:
+    """Read the param: a column of ours to what it is called; empty for auto.
+
+    Raises ParamError for a text of another form.
+    """
+    if called == AUTO:
+        return {}
+    found = {}
+    for part in called.split(","):
+        name, equals, theirs = (text.strip() for text in part.partition("="))
+        if name not in COLUMNS or not equals or not theirs or name in found:
+            raise ParamError(
+                f"params.yaml: prepare.columns = {called!r}: expected auto, or what "
+                f"{', '.join(COLUMNS)} are called, such as path=image_id, label=dx"
+            )
+        found[name] = theirs
+    return {**{name: name for name in NEEDED}, **found}
 
 
 def _text(file: Path) -> tuple[str, str]:
@@ -89,8 +150,8 @@ def _text(file: Path) -> tuple[str, str]:
     raise DataError(f"{file}: neither UTF-8 nor Windows-1252, or no text; save it as UTF-8")
 
 
-def _separator(text: str) -> str:
-    """Choose the separator whose header has the columns needed, else the most frequent one."""
+def _separator(text: str, wanted: set[str]) -> str:
+    """Choose the separator whose header has the columns wanted, else the most frequent one."""
 
     def fitness(separator: str) -> tuple[int, int]:
         try:
@@ -98,7 +159,7 @@ def _separator(text: str) -> str:
         except csv.Error:
             header = []
         named = {_plain(name) for name in header}
-        return len(named & set(COLUMNS)), len(header)
+        return len(named & wanted), len(header)
 
     return max(SEPARATORS, key=fitness)
 
@@ -116,25 +177,50 @@ def _plain(name: str) -> str:
     return "".join(char for char in text if char.isalnum())
 
 
-def _columns(file: Path, folder: Path, header: Sequence[str]) -> dict[str, int]:
-    """Find the columns by name. Raises DataError if a needed one is missing, or one is twice."""
+def _columns(
+    file: Path,
+    paths: "_Paths",
+    header: Sequence[str],
+    given: dict[str, str],
+    first: Sequence[str],
+) -> dict[str, int]:
+    """Find the columns by name; `first` are the cells of the first line.
+
+    Raises DataError if a needed one is missing, or one is twice, ParamError if one that the param
+    names is missing.
+    """
     names = [_plain(name) for name in header]
-    for name in COLUMNS:
-        if names.count(name) > 1:
-            raise DataError(f"{file}: {names.count(name)} columns {name!r}; keep one")
-    found = {name: names.index(name) for name in COLUMNS if name in names}
+    wanted = {name: _plain(theirs) for name, theirs in (given or {n: n for n in COLUMNS}).items()}
+    for name, theirs in wanted.items():
+        if names.count(theirs) > 1:
+            raise DataError(f"{file}: {names.count(theirs)} columns {theirs!r}; keep one")
+        if given and theirs not in names:
+            raise ParamError(
+                f"params.yaml: prepare.columns: no column {given[name]!r} in {file}; "
+                f"{near(given[name], [h for h in header if h.strip()])}"
+            )
+    found = {name: names.index(theirs) for name, theirs in wanted.items() if theirs in names}
     for needed in NEEDED:
         if needed in found:
             continue
-        first = header[0].strip().replace("\\", "/") if header else ""
-        if first and (folder / first).is_file():
+        cell = header[0].strip().replace("\\", "/") if header else ""
+        if cell and (paths.folder / cell).is_file():
             raise DataError(
                 f"{file}: no header, its first line names a file; put path,label above it"
             )
-        meant = [h for h, name in zip(header, names, strict=True) if name in COLUMNS[needed]]
-        shown = [h for h in header if h.strip()]
-        hint = f"rename {meant[0]!r} if it is meant" if meant else near(needed, shown)
-        raise DataError(f"{file}: no column {needed!r}; {hint}")
+        meant = {
+            name: next((h.strip() for h in header if _plain(h) in (name, *COLUMNS[name])), "...")
+            for name in NEEDED
+        }
+        if "path" not in names:  # whatever it is called: it names files
+            files = [h.strip() for h, c in zip(header, first, strict=False) if paths.named(c)]
+            meant["path"] = next(iter(files), meant["path"])
+        shown = [h.strip() for h in header if h.strip()]
+        has = ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
+        raise DataError(
+            f'{file}: no column {needed!r}; set prepare.columns: "path={meant["path"]}, '
+            f'label={meant["label"]}" (it has {has})'
+        )
     return found
 
 
@@ -194,11 +280,19 @@ class _Paths:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.by_name: dict[str, str] = {}  # of those that the table doesn't give whole
+
+    def named(self, given: str) -> str:
+        """Give the file that a cell names, as `find` does; empty if it names none."""
+        try:
+            return self.find(given.strip(), "")
+        except DataError:
+            return ""
 
     def find(self, given: str, where: str) -> str:
         """Give a file's path as it is on the disk, relative to the folder.
 
-        Raises DataError if there is none, or it lies outside.
+        Raises DataError if there is none, or it lies outside, or it may be any of several.
         """
         name = PurePosixPath(given.replace("\\", "/"))
         if not name.parts or not is_within(name):
@@ -209,15 +303,18 @@ class _Paths:
             return name.as_posix()
         # The same letters in another Unicode form: macOS takes accents apart, others don't.
         called = _composed(name.as_posix())
-        alike = self._by_form.get(called, [])
+        alike = self._by_form.get(called) or self._by_name.get(called) or []
         if len(alike) == 1:
+            if called not in self._by_form:
+                self.by_name[given] = alike[0]
             return alike[0]
         if alike:
             raise DataError(
-                f"{where}: {given!r} may be any of {len(alike)} files; rename all but one"
+                f"{where}: {given!r} may be any of {len(alike)} files ({', '.join(alike[:2])}); "
+                "give its folder and suffix, or rename all but one"
             )
-        stem = called.casefold()
-        others = self._by_case.get(stem) or self._by_stem.get(stem)
+        folded = called.casefold()
+        others = self._by_case.get(folded) or self._by_stem.get(PurePosixPath(folded).stem)
         hint = f"; did you mean {others[0]}?" if others else ""
         raise DataError(f"{where}: no file {self.folder / name}{hint}")
 
@@ -234,9 +331,19 @@ class _Paths:
         return _grouped((_composed(name).casefold(), name) for name in self._names)
 
     @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """By the end of their paths: without suffix, without folder, without both."""
+        images = [(PurePosixPath(name), name) for name in self._names if suffix(name) in SUFFIXES]
+        ends = ({str(p.with_suffix("")), p.name, p.stem} - {name} for p, name in images)
+        return _grouped(
+            (_composed(end), name)
+            for (_, name), these in zip(images, ends, strict=True)
+            for end in these
+        )
+
+    @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
-        stems = ((name.rpartition(".")[0], name) for name in self._names)
-        return _grouped((_composed(stem).casefold(), name) for stem, name in stems)
+        return _grouped((PurePosixPath(_composed(n).casefold()).stem, n) for n in self._names)
 
 
 def _composed(name: str) -> str:
