@@ -18,7 +18,7 @@ from test_sources import packed
 from pipeline.errors import DataError
 from pipeline.files import walk
 from pipeline.images import formats, sources
-from pipeline.images.decode import header
+from pipeline.images.decode import decode, header
 
 ONE = Image.new("RGB", (40, 40), "teal")
 
@@ -47,6 +47,24 @@ def test_a_picture_is_known_by_its_content(photos, tmp_path, name, kind, capsys)
     assert (said in capsys.readouterr().out) == by_content
 
 
+@pytest.fixture
+def no_heic(monkeypatch):
+    """As where pillow-heif isn't installed."""
+    monkeypatch.setattr(formats, "known", lambda: tuple(set(formats.FORMATS) - {"HEIF"}))
+
+
+def test_heic_is_read_where_its_package_is_installed(photos, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    png, heic = photos / "class0" / "000.png", photos / "class0" / "IMG_0001.HEIC"
+    with Image.open(png) as picture:
+        pillow_heif.from_pillow(picture).save(heic, quality=100)
+    rows = prepared(tmp_path, path=str(photos))
+    assert "class0/IMG_0001.HEIC" in {row["path"] for row in rows}
+    off = decode(heic, 48, "squash", 3).astype(int) - decode(png, 48, "squash", 3)
+    assert abs(off).mean() < 3
+
+
+@pytest.mark.usefixtures("no_heic")
 @pytest.mark.parametrize(
     ("name", "start", "what"),
     [
@@ -78,6 +96,7 @@ def test_postscript_is_never_run_whatever_it_is_called(tmp_path):
         header(tmp_path / "a.png")
 
 
+@pytest.mark.usefixtures("no_heic")
 @pytest.mark.parametrize("held", [[], ["a.heic", "b.heic"]])
 def test_a_class_without_an_image_is_refused_or_said(photos, tmp_path, held, capsys):
     (photos / "birds").mkdir()

@@ -292,6 +292,7 @@ def test_stages_write_exactly_the_files_that_dvc_yaml_lists(sections, photos, tm
     assert expected == {str(file.relative_to(tmp_path)) for file in written}
 
 
+@pytest.mark.long
 def test_permuted_test_labels_change_nothing_before_evaluate(finished, tmp_path):
     folder = tmp_path / "permuted"
     shutil.copytree(finished / "prepared", folder / "prepared")
@@ -499,7 +500,7 @@ def test_plots_diff_draws_every_plot_for_both_commits(experiment, tmp_path):
         assert x["type"] == "nominal" or all(float(value) >= 0 for value in values)
 
 
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("width", [400, pytest.param(1400, marks=pytest.mark.long)])
 def test_the_page_of_plots_is_drawn_without_a_network(width, experiment, tmp_path):
     folder = shutil.copytree(experiment.folder, tmp_path / "repo")
     command(folder, sys.executable, "-m", "pipeline.plots", "page/plots.html")
@@ -531,6 +532,7 @@ def test_forced_second_run_writes_the_same_bytes(first, repo):
     assert hashes(first.folder) == hashes(repo)
 
 
+@pytest.mark.long
 def test_what_a_failed_stage_lost_comes_back_by_the_command_that_its_message_names(repo):
     files = listed("stage1", "outs", "metrics", "plots")
     before = {name: (repo / name).read_bytes() for name in files}

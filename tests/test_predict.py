@@ -70,6 +70,7 @@ def test_a_file_that_is_no_image_is_named_and_the_others_are_classified(
     ]
 
 
+@pytest.mark.long
 def test_folders_are_searched_and_standard_input_may_be_paths(photos, model):
     in_folder = command(photos, "--model", model, "--json")
     files = sorted(photos.rglob("*.png"))

@@ -177,6 +177,7 @@ def test_without_test_images_there_is_a_page_and_no_verdict(photos, tmp_path):
     assert len(page.all("svg")) == 4  # curves, interpolation and profile
 
 
+@pytest.mark.long
 def test_many_classes_get_tables_instead_of_a_matrix(tmp_path):
     photos = write_photos(tmp_path / "photos", classes=36, each=6)
     run(tmp_path, read_params(prepare={"path": str(photos), "least_per_class": 2}))

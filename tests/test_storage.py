@@ -137,6 +137,7 @@ def test_a_damaged_object_comes_back_from_a_remote(repo, tmp_path):
     assert set() == stale(repo)
 
 
+@pytest.mark.long
 def test_two_clones_share_one_cache(repo, tmp_path):
     shared = tmp_path / "shared"
     dvc(repo, "cache", "dir", "--local", str(shared))

@@ -231,6 +231,7 @@ def test_two_processes_repeat_to_the_bit(shared, tmp_path):
     assert hashes(folder) == hashes(shared)
 
 
+@pytest.mark.long
 def test_statistics_of_parts_of_a_batch_are_refused(repo):
     change(repo, "stage2.batchnorm", "train")
     done = with_processes(repo, 2, "repro", "stage2")
