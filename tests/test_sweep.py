@@ -138,8 +138,8 @@ def test_a_sweep_ends_and_says_what_failed(tmp_path, where):
     assert again.stdout.startswith("1 runs, 1 of them done before")
     assert git(project, "status", "--short", ".") == ""
     (project / "params.yaml").write_text("a: 2\nb: 0.0\n")
-    line = "error: params.yaml isn't committed, and runs start from the last commit"
-    assert sweep(project, "-S", "a=5").stderr.startswith(line)
+    line = "params.yaml isn't committed, and runs start from the last commit; commit\n"
+    assert sweep(project, "-S", "a=5").stderr == f"error: {Path(where[1], line)}"
 
 
 @pytest.mark.long
