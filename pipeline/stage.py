@@ -319,8 +319,10 @@ def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iter
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _write_any_name()
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:  # also before an exit: later the interpreter would complain of a broken pipe
+            sys.stdout.flush()
     except BrokenPipeError:  # who reads, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
