@@ -1,12 +1,14 @@
 import copy
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import FORMATS, TINY, needs_bf16
+from conftest import FORMATS, ROOT, TINY, needs_bf16
 from torch import nn
 
 from pipeline.cache_entries import hold
@@ -706,3 +708,30 @@ def test_the_table_of_layers_says_what_training_from_each_on_would_repeat():
     assert "  36.8%  depth" in rows["blocks.5"]
     assert "100.0%" in rows["conv_stem"]
     assert rows["classifier"].endswith("head, always trains")
+
+
+LOADED = """
+import torch
+
+loaded = []
+
+def load_library(path):
+    for name in ("nms", "qnms") if not loaded else ():  # a second time does nothing
+        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
+    loaded.append(path)
+
+torch.ops.load_library = load_library
+from pipeline import vision
+
+vision._declare_ops()
+torch.ops.load_library("as torchvision does at its import")
+assert [path.rpartition("/")[2].partition(".")[0] for path in loaded[:-1]] == ["_C"], loaded
+"""
+
+
+def test_compiled_ops_of_torchvision_that_load_are_not_declared_again():
+    """As beside PyTorch's build for CUDA; beside the one for processors alone they don't load."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
