@@ -155,7 +155,7 @@ def grown(folder: Path, chance: random.Random, pictures: list[tuple[str, bytes]]
         folders.append(here)
     for i in range(chance.randint(0, 60) if wild else 60):
         here = chance.choice(folders)
-        file = here / f"{i}.{chance.choice(ENDS)}".removesuffix(".")
+        file = here / f"f{i}.{chance.choice(ENDS)}".removesuffix(".")  # no folder is called so
         kind = chance.random()
         if kind < 0.6:
             noise = bytes(chance.randrange(256) for _ in range(256))
