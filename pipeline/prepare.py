@@ -67,11 +67,7 @@ def prepare(
 
     Raises DataError for a set that can't be used, naming the file or the class.
     """
-    listed = {
-        "folder": lambda: sources.folder(images_at(Path(path), url, sha256), splits),
-        "csv": lambda: sources.csv(images_at(Path(path), url, sha256), table, columns),
-    }
-    found = _source(source, Path(path), listed)
+    found = _source(source, Path(path), url, sha256, splits, table, columns)
     _refuse_not_images(found, not_images)
     classes = sorted({item.label for item in found.items})
     if len(classes) < 2:
@@ -132,14 +128,17 @@ def prepare(
     return {"images_per_second": rate} if packed.decoded else {}
 
 
-def _source(name: str, path: Path, own: dict[str, Callable[[], Source]]) -> Source:
+def _source(
+    name: str, path: Path, url: str, sha256: str, splits: str, table: str, columns: str
+) -> Source:
     """List the images of a source by its name in params.yaml."""
     if name.startswith(TORCHVISION):
         return sources.folder(published(name.removeprefix(TORCHVISION), path))
     known: dict[str, Callable[[], Source]] = {
         "elpv": sources.elpv,
         "hymenoptera": lambda: sources.hymenoptera(path),
-        **own,
+        "folder": lambda: sources.folder(images_at(path, url, sha256), splits),
+        "csv": lambda: sources.csv(images_at(path, url, sha256), table, columns),
     }
     if name not in known:
         hint = near(name, [*known, f"{TORCHVISION}CIFAR10"])

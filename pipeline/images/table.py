@@ -200,28 +200,29 @@ def _columns(
                 f"{near(given[name], [h for h in header if h.strip()])}"
             )
     found = {name: names.index(theirs) for name, theirs in wanted.items() if theirs in names}
-    for needed in NEEDED:
-        if needed in found:
-            continue
-        cell = header[0].strip().replace("\\", "/") if header else ""
-        if cell and (paths.folder / cell).is_file():
-            raise DataError(
-                f"{file}: no header, its first line names a file; put path,label above it"
-            )
-        meant = {
-            name: next((h.strip() for h in header if _plain(h) in (name, *COLUMNS[name])), "...")
-            for name in NEEDED
-        }
-        if "path" not in names:  # whatever it is called: it names files
-            files = [h.strip() for h, c in zip(header, first, strict=False) if paths.named(c)]
-            meant["path"] = next(iter(files), meant["path"])
-        shown = [h.strip() for h in header if h.strip()]
-        has = ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
-        raise DataError(
-            f'{file}: no column {needed!r}; set prepare.columns: "path={meant["path"]}, '
-            f'label={meant["label"]}" (it has {has})'
-        )
+    if missing := [name for name in NEEDED if name not in found]:
+        raise DataError(f"{file}: {_what_to_do(missing[0], paths, header, first)}")
     return found
+
+
+def _what_to_do(missing: str, paths: "_Paths", header: Sequence[str], first: Sequence[str]) -> str:
+    """Say what to do where a needed column is missing, by what the table has instead."""
+    cell = header[0].strip().replace("\\", "/") if header else ""
+    if cell and (paths.folder / cell).is_file():
+        return "no header, its first line names a file; put path,label above it"
+    shown = [h.strip() for h in header if h.strip()]
+    meant = {
+        name: next((h for h in shown if _plain(h) in (name, *COLUMNS[name])), "...")
+        for name in NEEDED
+    }
+    if "path" not in [_plain(h) for h in shown]:  # whatever it is called: it names files
+        files = [h.strip() for h, c in zip(header, first, strict=False) if paths.named(c)]
+        meant["path"] = next(iter(files), meant["path"])
+    has = ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
+    return (
+        f'no column {missing!r}; set prepare.columns: "path={meant["path"]}, '
+        f'label={meant["label"]}" (it has {has})'
+    )
 
 
 def _said(file: Path, header: Sequence[str], columns: dict[str, int]) -> str:
