@@ -9,7 +9,7 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 .PHONY: repro advise experiments test test-long verify torture bench lint install
 
 repro: install  ## run what isn't up to date, from the images to the final model
-	@$(RUN) python -m pipeline.params --check
+	@$(RUN) python -m pipeline params --check
 	@$(RUN) dvc repro
 
 advise: install  ## what fine-tuning may bring and cost, before stage 1
@@ -57,7 +57,7 @@ install: .venv/.installed  ## the environment, once
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv  # or a half-made one
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable .
-	@.venv/bin/python -m pipeline.plots .venv/plots.html
+	@.venv/bin/python -m pipeline plots .venv/plots.html
 	@.venv/bin/dvc config --local plots.html_template ../.venv/plots.html
 	@touch $@
 

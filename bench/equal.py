@@ -19,14 +19,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bench.ratios import BATCH, PREPARED, WHOLE, network, unfolded
-from pipeline.images.pack import SPLITS, read_images, read_rows
+from pipeline.images.shards import SPLITS, read_images, read_rows
+from pipeline.inference.taps import Taps
+from pipeline.inference.tta import Viewing, averaged
 from pipeline.nets.backbone import head_name
-from pipeline.nets.depths import LAST
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import Network, over
-from pipeline.nets.taps import Taps
-from pipeline.progress import say
-from pipeline.viewing import Viewing, averaged
+from pipeline.probing.depths import LAST
+from pipeline.stage_runtime.progress import say
 
 C = 0.1  # of the linear probe on the last codes that the default run chooses
 LEAST_COSINE, MOST_POINTS = 0.995, 0.5

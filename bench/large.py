@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.memory import anonymous, children
-from pipeline.images import split
-from pipeline.progress import say, track
+from pipeline.dataset import split
+from pipeline.stage_runtime.progress import say, track
 
 ROOT = Path(__file__).parent.parent
 SIZE, GROUP, TWIN = 64, 4, 50  # pixels a side, images a group, images to a near duplicate
@@ -171,7 +171,7 @@ class Watched(NamedTuple):
 
 def watched(stage: str, folder: Path, until: float = float("inf")) -> Watched:
     """Run a stage, or kill it after so long."""
-    words = [sys.executable, "-m", f"pipeline.{stage}", *STAGES[stage]]
+    words = [sys.executable, "-m", "pipeline", stage, *STAGES[stage]]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE": str(folder / "cache")}
     start, before, highest = time.perf_counter(), os.times(), 0
     process = subprocess.Popen(

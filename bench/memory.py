@@ -25,8 +25,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.nets.backbone import pretrained
-from pipeline.progress import say
-from pipeline.stage import STAGES
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.stage import STAGES
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "timm/test_efficientnet"

@@ -20,9 +20,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pipeline.images.alike import near_duplicates
-from pipeline.progress import duration, say
-from pipeline.table import aligned
+from pipeline.commands.table import aligned
+from pipeline.dataset.near_duplicates import near_duplicates
+from pipeline.stage_runtime.progress import duration, say
 
 # Bytes of memory an image while prepare lists and splits them (bench/large.py), on its own and in
 # one of many groups.

@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.images.pack import read_facts, read_rows
+from pipeline.dataset.sources import elpv
 from pipeline.images.rows import Rows
-from pipeline.images.sources import elpv
+from pipeline.images.shards import read_facts, read_rows
 from pipeline.nets.backbone import Backbone, head_name, pretrained, set_head
-from pipeline.progress import say
-from pipeline.runtime import threads
-from pipeline.vision import torchvision
+from pipeline.nets.torchvision_import import torchvision
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.settings import threads
 
 PREPARED = Path("data/prepared")
 SIZE, WORKERS, SEED = 160, 2, 0

@@ -18,7 +18,7 @@ from statistics import median
 
 import yaml
 
-from pipeline.progress import say
+from pipeline.stage_runtime.progress import say
 
 ROOT = Path(__file__).parent.parent
 STAGE1 = "models/stage1/model.safetensors"
@@ -73,7 +73,7 @@ def run(
     ways |= {"timing": folder / "timing.json", **paths}
     words = [str(word) for name, path in ways.items() for word in (f"--{name}", path)]
     subprocess.run(
-        [sys.executable, "-m", f"pipeline.{stage}", *words],
+        [sys.executable, "-m", "pipeline", stage, *words],
         cwd=project,
         env={
             **os.environ,

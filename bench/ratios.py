@@ -30,23 +30,23 @@ from torch.utils.data import DataLoader, Subset
 
 from bench.peers import loaders
 from pipeline.images.augment import Augment, augment
-from pipeline.images.pack import read_facts, read_images, read_rows
-from pipeline.learn.fit import Recipe, fit
-from pipeline.learn.start import start_network, what_trains
+from pipeline.images.shards import read_facts, read_images, read_rows
+from pipeline.inference.taps import Taps
+from pipeline.inference.tta import Viewing, averaged
 from pipeline.nets.backbone import again, set_head
 from pipeline.nets.blocks import depths
 from pipeline.nets.convolve import convolve, shape_of
-from pipeline.nets.cut import cut_below
-from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.fold import resolved
-from pipeline.nets.freeze import everything, freeze_all_but
+from pipeline.nets.fuse import resolved
 from pipeline.nets.network import EVAL_BATCH, Network, over
-from pipeline.nets.stored import key_of, stored
-from pipeline.nets.taps import Taps
-from pipeline.progress import say
-from pipeline.runtime import threads
-from pipeline.viewing import Viewing, averaged
+from pipeline.probing.depths import LAST, SOURCE
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.settings import threads
+from pipeline.training.cut import cut_below
+from pipeline.training.fit import Recipe, fit
+from pipeline.training.freeze import everything, freeze_all_but
+from pipeline.training.start import start_network, what_trains
+from pipeline.training.trunk_cache import key_of, stored
 
 Ints = NDArray[np.int64]
 Images = NDArray[np.uint8]

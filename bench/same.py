@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import nn
 
-from pipeline.progress import say
+from pipeline.stage_runtime.progress import say
 
 ROOT = Path(__file__).parent.parent
 LOSSES = "BENCH_LOSSES"  # where a stage that this command started writes the losses of its steps
@@ -120,10 +120,10 @@ def run(project: Path, folder: Path, n: int, threads: int) -> Ran:
 def as_stage2() -> None:
     """Be stage 2, and note the loss of each step."""
     from pipeline import stage2
-    from pipeline.learn import fit
-    from pipeline.runtime import rank
-    from pipeline.stage import main as stage
-    from pipeline.team import add_up
+    from pipeline.stage_runtime.distributed import add_up
+    from pipeline.stage_runtime.settings import rank
+    from pipeline.stage_runtime.stage import main as stage
+    from pipeline.training import fit
 
     def noted(model: nn.Module, *numbers: float) -> list[float]:
         found = add_up(model, *numbers)

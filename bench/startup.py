@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from pipeline.progress import say
-from pipeline.runtime import threads
-from pipeline.stage import STAGES
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.settings import threads
+from pipeline.stage_runtime.stage import STAGES
 
 LIST = """
 import sys
@@ -60,7 +60,11 @@ def main() -> None:
 def importing(names: list[str]) -> str:
     """Write the program that imports modules by name, of which some are no module's own."""
     # torchvision needs two operators declared first, beside a CPU build of PyTorch.
-    first = "from pipeline.vision import torchvision\n" if "torchvision" in names else ""
+    first = (
+        "from pipeline.nets.torchvision_import import torchvision\n"
+        if "torchvision" in names
+        else ""
+    )
     return (
         f"import importlib\n{first}"
         f"for name in {names!r}:\n"

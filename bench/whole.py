@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 
 from bench.peers import PEERS
-from pipeline.progress import say
-from pipeline.runtime import threads
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.settings import threads
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"probe": "probe", "stage1": "stage1", "stage2": "stage2"}  # by the model they make
@@ -85,7 +85,7 @@ def linear_search(clone: Path, env: dict[str, str]) -> float:
     params = yaml.safe_load((clone / "params.yaml").read_text())
     params["probe"]["kinds"] = ["linear"]
     (clone / "linear.yaml").write_text(yaml.safe_dump(params))
-    command = [sys.executable, "-m", "pipeline.probe", "--params", "linear.yaml"]
+    command = [sys.executable, "-m", "pipeline", "probe", "--params", "linear.yaml"]
     command += ["--features", "data/features", "--out", "linear", "--timing", "linear/timing.json"]
     subprocess.run(command, cwd=clone, env=env, check=True)
     found: float = json.loads((clone / "linear/timing.json").read_text())["probe"]["seconds"]

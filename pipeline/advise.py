@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from annotated_types import Ge, Interval
 
-from pipeline.files import write_csv, write_json, write_text
+from pipeline.advice.prior_results import LARGE, OURS, PUBLISHED, Expected, expected_gain
+from pipeline.advice.throughput import Pace, measured
+from pipeline.advice.transferability import Evidence, case_of, evidence, profile
 from pipeline.images.augment import Augment, views
-from pipeline.images.pack import SPLITS, read_facts, read_images
-from pipeline.learn.codes import read_codes, read_feature_facts, read_labels
-from pipeline.learn.evidence import Evidence, case_of, evidence, profile
-from pipeline.learn.known import LARGE, OURS, PUBLISHED, Expected, expected_gain
-from pipeline.learn.pace import Pace, measured
-from pipeline.learn.start import start_network, what_trains
-from pipeline.nets.depths import SOURCE
+from pipeline.images.shards import SPLITS, read_facts, read_images
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.fold import Precision, resolved
-from pipeline.progress import say
-from pipeline.stage import Key, Out, Seed, main
+from pipeline.nets.fuse import Precision, resolved
+from pipeline.probing.codes import read_codes, read_feature_facts, read_labels
+from pipeline.probing.depths import SOURCE
+from pipeline.stage_runtime.files import write_csv, write_json, write_text
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.stage import Key, Out, Seed, main
+from pipeline.training.start import start_network, what_trains
 
 Size = Interval(ge=16, le=2048)
 MOST = 10_000  # images that the source's answers are looked at for, evenly spaced

@@ -10,33 +10,33 @@ import numpy as np
 from annotated_types import Interval
 from scipy.special import softmax
 
-from pipeline.classifier import Classifier, Scores
-from pipeline.errors import CheckpointError
-from pipeline.files import write_csv, write_json
+from pipeline.final_model.classifier import Classifier, Scores
 from pipeline.images.augment import Flips
-from pipeline.images.pack import Images, read_facts, read_images, read_rows
 from pipeline.images.rows import Rows
-from pipeline.learn.answers import answer_lines
-from pipeline.learn.calibration import sure_in_words, sure_threshold
-from pipeline.learn.codes import read_codes
-from pipeline.learn.metrics import fit_temperature
-from pipeline.learn.probes import Probe, read_probes
-from pipeline.learn.significance import accuracy_interval, difference
-from pipeline.learn.verdict import (
+from pipeline.images.shards import Images, read_facts, read_images, read_rows
+from pipeline.inference.tta import Viewing, logits_from
+from pipeline.nets.backbone import again
+from pipeline.nets.device import device, set_up_torch
+from pipeline.nets.fuse import fold
+from pipeline.nets.network import Network, facts_of, load, refuse_other_classes, versions
+from pipeline.probing.codes import read_codes
+from pipeline.probing.probes import Probe, read_probes
+from pipeline.scoring.answers import answer_lines
+from pipeline.scoring.metrics import fit_temperature
+from pipeline.stage_runtime.errors import CheckpointError
+from pipeline.stage_runtime.files import write_csv, write_json
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.stage import Out, main
+from pipeline.statistics.reliability import sure_in_words, sure_threshold
+from pipeline.statistics.significance import accuracy_interval, difference
+from pipeline.statistics.verdict import (
     confusion,
     helped,
     interval_in_words,
     model_scores,
     simplest_of_the_best,
 )
-from pipeline.nets.backbone import again
-from pipeline.nets.device import device, set_up_torch
-from pipeline.nets.fold import fold
-from pipeline.nets.network import Network, facts_of, load, refuse_other_classes, versions
-from pipeline.progress import say
-from pipeline.resume import Resume
-from pipeline.stage import Out, main
-from pipeline.viewing import Viewing, logits_from
 
 # From simple to costly: of those that tie the final model is the first.
 CANDIDATES = ("probe", "stage1", "stage2")

@@ -8,23 +8,23 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from pipeline.errors import ParamError
-from pipeline.files import link, whole_folder, write_json
 from pipeline.images.augment import Flips
-from pipeline.images.pack import SPLITS, Images, read_facts, read_images, read_rows
-from pipeline.learn.codes import codes_name, write_labels
+from pipeline.images.shards import SPLITS, Images, read_facts, read_images, read_rows
+from pipeline.inference.taps import Pooling, Taps
+from pipeline.inference.tta import Run, Viewing, averaged
 from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
-from pipeline.nets.depths import LAST, SOURCE
 from pipeline.nets.device import device, set_up_torch
-from pipeline.nets.fold import Precision, fold, resolved
+from pipeline.nets.fuse import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
-from pipeline.nets.taps import Pooling, Taps
-from pipeline.progress import say, track
-from pipeline.resume import Resume
-from pipeline.stage import Key, Out, Seed, main
-from pipeline.team import Parts
-from pipeline.viewing import Run, Viewing, averaged
+from pipeline.probing.codes import codes_name, write_labels
+from pipeline.probing.depths import LAST, SOURCE
+from pipeline.stage_runtime.distributed import Parts
+from pipeline.stage_runtime.errors import ParamError
+from pipeline.stage_runtime.files import link, whole_folder, write_json
+from pipeline.stage_runtime.progress import say, track
+from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.stage import Key, Out, Seed, main
 
 
 def extract(

@@ -14,23 +14,23 @@ import numpy as np
 from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError, ParamError, near
-from pipeline.files import is_formula, path_cell, shown, whole_folder, write_json
-from pipeline.images import audit, sources
-from pipeline.images.alike import clusters_alike
-from pipeline.images.fetch import images_at
-from pipeline.images.findings import summary
-from pipeline.images.layout import Item
-from pipeline.images.pack import SPLITS, Facts, Fit, Images, Storage
-from pipeline.images.packing import Survey, pack, survey
-from pipeline.images.published import published
-from pipeline.images.sources import Source
-from pipeline.images.split import draw, numbered, together
-from pipeline.images.table import is_table
+from pipeline.dataset import audit, sources
+from pipeline.dataset.audit_summary import summary
+from pipeline.dataset.fetch import images_at
+from pipeline.dataset.layout import Item
+from pipeline.dataset.near_duplicates import clusters_alike
+from pipeline.dataset.pack import Survey, pack, survey
+from pipeline.dataset.sources import Source
+from pipeline.dataset.split import draw, numbered, together
+from pipeline.dataset.table import is_table
+from pipeline.dataset.torchvision_sets import published
+from pipeline.images.shards import SPLITS, Facts, Fit, Images, Storage
 from pipeline.images.tones import AUTO, Background, Tones, background_of, given_range, range_of
-from pipeline.progress import say
-from pipeline.resume import Resume
-from pipeline.stage import READS, Key, Out, Seed, main
+from pipeline.stage_runtime.errors import DataError, ParamError, near
+from pipeline.stage_runtime.files import is_formula, path_cell, shown, whole_folder, write_json
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.stage import READS, Key, Out, Seed, main
 
 TORCHVISION = "torchvision/"
 

@@ -21,13 +21,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-from pipeline.errors import DataError
-from pipeline.files import write_csv, write_json
 from pipeline.images.rows import Rows
-from pipeline.learn.answers import answer_lines
-from pipeline.learn.codes import read_codes, read_feature_facts, read_labels
-from pipeline.learn.metrics import cross_entropy, fit_temperature, validation
-from pipeline.learn.probes import (
+from pipeline.probing.codes import read_codes, read_feature_facts, read_labels
+from pipeline.probing.depths import JOIN, LAST, SOURCE
+from pipeline.probing.probes import (
     KINDS,
     Floats,
     Ints,
@@ -43,11 +40,14 @@ from pipeline.learn.probes import (
     svm_probe,
     unit,
 )
-from pipeline.nets.depths import JOIN, LAST, SOURCE
-from pipeline.progress import say, track
-from pipeline.resume import Resume
-from pipeline.runtime import threads
-from pipeline.stage import Key, Out, Seed, main
+from pipeline.scoring.answers import answer_lines
+from pipeline.scoring.metrics import cross_entropy, fit_temperature, validation
+from pipeline.stage_runtime.errors import DataError
+from pipeline.stage_runtime.files import write_csv, write_json
+from pipeline.stage_runtime.progress import say, track
+from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.settings import threads
+from pipeline.stage_runtime.stage import Key, Out, Seed, main
 
 Positive = Annotated[float, Gt(0)]
 

@@ -11,21 +11,23 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from pipeline.activation import activation_maps, explained_block
-from pipeline.classifier import Classifier, load
-from pipeline.files import Rowwise, reading, write_text
-from pipeline.images.findings import findings
-from pipeline.images.pack import read_images
-from pipeline.learn.calibration import calibration_error, reliability, sure_in_words
-from pipeline.learn.probes import read_probes
-from pipeline.learn.verdict import TOO_FEW, helped
+from pipeline.dataset.audit_summary import findings
+from pipeline.final_model.classifier import Classifier, load
+from pipeline.final_model.grad_cam import activation_maps, explained_block
+from pipeline.final_model.graph import Graph
+from pipeline.images.shards import read_images
 from pipeline.nets import checkpoint
 from pipeline.nets.device import set_up_torch
-from pipeline.pages import charts, evidence_picture, percent, picture, render
-from pipeline.progress import say
-from pipeline.stage import STAGES, Out, Params, flat, main
-from pipeline.unfolded import Graph
+from pipeline.pages import charts
+from pipeline.pages.render import evidence_picture, percent, picture, render
+from pipeline.probing.probes import read_probes
+from pipeline.stage_runtime.files import Rowwise, reading, write_text
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.stage import STAGES, Out, Params, flat, main
+from pipeline.statistics.reliability import calibration_error, reliability, sure_in_words
+from pipeline.statistics.verdict import TOO_FEW, helped
 
+TEMPLATE = Path(__file__).parent / "pages" / "report.html"
 MISTAKES, UNSURE, SURE = 12, 12, 8  # pictures
 SIDE = 160  # pixels of one
 MOST_CLASSES = 20  # that a confusion matrix is drawn for
@@ -72,7 +74,7 @@ def report(
     histories = [_rows(folder / "history.csv", folder.name) for folder in (stage1, stage2)]
     chosen = metrics["chosen"]
     page = render(
-        "report.html",
+        TEMPLATE,
         metrics=metrics,
         names=NAMES,
         chosen=chosen,

@@ -13,22 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
-from pipeline.images.pack import read_facts, read_images, read_rows
-from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
-from pipeline.learn.keep_best import Validation, keep_best
-from pipeline.learn.metrics import validation
-from pipeline.learn.start import start_network, what_trains
-from pipeline.learn.trail import Trail
-from pipeline.nets.cut import cut_below
+from pipeline.images.shards import read_facts, read_images, read_rows
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.feed import Feed
-from pipeline.nets.fold import Precision, resolved
-from pipeline.nets.freeze import freeze_all_but, refuse_shared_statistics
+from pipeline.nets.device_images import Feed
+from pipeline.nets.fuse import Precision, resolved
 from pipeline.nets.network import in_batches, refuse_larger, versions
-from pipeline.nets.stored import Batch, key_of, stored
-from pipeline.progress import say
-from pipeline.resume import Resume
-from pipeline.stage import Key, Out, Seed, main
+from pipeline.scoring.metrics import validation
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.stage import Key, Out, Seed, main
+from pipeline.training.best_epoch import Validation, keep_best
+from pipeline.training.cut import cut_below
+from pipeline.training.fit import Recipe, Weighing, fit, training_weights
+from pipeline.training.freeze import freeze_all_but, refuse_shared_statistics
+from pipeline.training.resume_state import Trail
+from pipeline.training.start import start_network, what_trains
+from pipeline.training.trunk_cache import Batch, key_of, stored
 
 
 def stage1(

@@ -12,24 +12,24 @@ from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
-from pipeline.files import write_csv
 from pipeline.images.augment import Augment, augment
-from pipeline.images.pack import read_facts, read_images, read_rows
-from pipeline.learn.fit import Recipe, Weighing, fit, training_weights
-from pipeline.learn.keep_best import Validation, keep_best, state_of, write_metrics
-from pipeline.learn.metrics import validation
-from pipeline.learn.trail import Trail
+from pipeline.images.shards import read_facts, read_images, read_rows
+from pipeline.inference.tta import Viewing, logits
 from pipeline.nets import checkpoint
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.feed import Feed
-from pipeline.nets.fold import Precision, resolved
-from pipeline.nets.freeze import everything, freeze_all_but, refuse_shared_statistics
+from pipeline.nets.device_images import Feed
+from pipeline.nets.fuse import Precision, resolved
 from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
-from pipeline.progress import say
-from pipeline.resume import Resume
-from pipeline.stage import Key, Out, Seed, main
-from pipeline.viewing import Viewing, logits
+from pipeline.scoring.metrics import validation
+from pipeline.stage_runtime.errors import CheckpointError
+from pipeline.stage_runtime.files import write_csv
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.stage import Key, Out, Seed, main
+from pipeline.training.best_epoch import Validation, keep_best, state_of, write_metrics
+from pipeline.training.fit import Recipe, Weighing, fit, training_weights
+from pipeline.training.freeze import everything, freeze_all_but, refuse_shared_statistics
+from pipeline.training.resume_state import Trail
 
 State = dict[str, Tensor]
 # What another processor or number format may change of a checkpoint's score on the same images: so

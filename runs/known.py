@@ -2,9 +2,9 @@
 
     python -m runs.known
 
-Prints the lines for OURS in pipeline/learn/known.py, a table for docs/advice.md (the expectation is
-computed anew, without the runs on the same data), and how well each piece of evidence ranks the
-gains (Spearman), over the runs' means over seeds.
+Prints the lines for OURS in pipeline/advice/prior_results.py, a table for docs/advice.md (the
+expectation is computed anew, without the runs on the same data), and how well each piece of
+evidence ranks the gains (Spearman), over the runs' means over seeds.
 """
 
 import csv
@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from scipy.special import logit
 from scipy.stats import spearmanr
 
-from pipeline.learn.known import OURS, PUBLISHED, Expected, expected_gain
+from pipeline.advice.prior_results import OURS, PUBLISHED, Expected, expected_gain
 
 RESULTS = Path(__file__).with_name("results.csv")
 EVIDENCE = ("early", "late", "source_confidence", "source_information")

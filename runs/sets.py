@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.images.sources import elpv
+from pipeline.dataset.sources import elpv
 
 
 def main() -> None:
@@ -47,7 +47,9 @@ def main() -> None:
     elif options.name == "mnist":
         first_of_each(options.out, options.package[0], "0123456789")
     else:
-        from pipeline.vision import torchvision  # only this set needs what takes seconds to import
+        from pipeline.nets.torchvision_import import (
+            torchvision,  # only this set needs what takes seconds to import
+        )
 
         first_of_each(options.out, options.package[0], torchvision.datasets.FashionMNIST.classes)
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, t
 
-from pipeline.learn.calibration import sure_threshold
-from pipeline.learn.significance import accuracy_interval, difference
+from pipeline.statistics.reliability import sure_threshold
+from pipeline.statistics.significance import accuracy_interval, difference
 
 ACCURACIES, CORRELATIONS = (0.6, 0.85, 0.97), (0.0, 0.1, 0.3)
 GROUPS, SIZES = (5, 8, 12, 30), ("equal", "log-normal")

@@ -24,18 +24,18 @@ from repository import commit, dvc, new_repository
 from safetensors.torch import save_file
 
 from pipeline.advise import advise
-from pipeline.errors import PipelineError
+from pipeline.commands.repository import RepositoryError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.nets.backbone import pretrained
 from pipeline.prepare import prepare
 from pipeline.probe import probe
 from pipeline.report import report
-from pipeline.repository import RepositoryError
-from pipeline.resume import Resume
-from pipeline.stage import Stage, arguments
 from pipeline.stage1 import stage1
 from pipeline.stage2 import stage2
+from pipeline.stage_runtime.errors import PipelineError
+from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.stage import Stage, arguments
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = "photos"  # of the repositories that tests run DVC in: in Git, so that a clone has them

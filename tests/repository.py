@@ -39,7 +39,7 @@ def command(folder: Path, *words: str) -> str:
 def tool(folder: Path, name: str, *words: str) -> "subprocess.CompletedProcess[str]":
     """Run one of the pipeline's commands in a repository, however it ends."""
     return subprocess.run(
-        [sys.executable, "-m", f"pipeline.{name}", *words],
+        [sys.executable, "-m", "pipeline", name, *words],
         cwd=folder,
         env=environment(folder),
         capture_output=True,

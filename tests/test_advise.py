@@ -9,9 +9,10 @@ import pytest
 from conftest import paths, read_params, run
 from scipy.stats import t
 
-from pipeline.advise import Lengths, _advice, durations, paragraph
-from pipeline.learn import known
-from pipeline.learn.evidence import (
+from pipeline.advice import prior_results as known
+from pipeline.advice.prior_results import LARGE, OURS, PUBLISHED, Known, expected_gain
+from pipeline.advice.throughput import Pace
+from pipeline.advice.transferability import (
     Evidence,
     case_of,
     evidence,
@@ -19,8 +20,7 @@ from pipeline.learn.evidence import (
     source_confidence,
     source_information,
 )
-from pipeline.learn.known import LARGE, OURS, PUBLISHED, Known, expected_gain
-from pipeline.learn.pace import Pace
+from pipeline.advise import Lengths, _advice, durations, paragraph
 
 
 def odds(p):

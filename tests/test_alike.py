@@ -8,9 +8,9 @@ from conftest import write_photos
 from PIL import Image
 from test_prepare import HYMENOPTERA, prepared, read_json, splits_by
 
-from pipeline.images import alike
-from pipeline.images.alike import clusters_alike, hashes_of, near_duplicates
-from pipeline.images.decode import decode
+from pipeline.dataset import near_duplicates as alike
+from pipeline.dataset.decode import decode
+from pipeline.dataset.near_duplicates import clusters_alike, hashes_of, near_duplicates
 
 SIZE = 64
 

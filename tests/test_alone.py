@@ -14,9 +14,9 @@ from conftest import ROOT
 STAGE = """
 import os, sys, time
 from pathlib import Path
-import pipeline.stage
+import pipeline.stage_runtime.stage
 
-def sleeper(*, out: pipeline.stage.Out, seconds: int) -> dict[str, float]:
+def sleeper(*, out: pipeline.stage_runtime.stage.Out, seconds: int) -> dict[str, float]:
     Path("child").write_text(str(os.getpid()))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -26,7 +26,7 @@ def sleeper(*, out: pipeline.stage.Out, seconds: int) -> dict[str, float]:
     {extra}
     return {{}}
 
-pipeline.stage.main(sleeper)
+pipeline.stage_runtime.stage.main(sleeper)
 """
 
 
@@ -160,7 +160,7 @@ subprocess.run(["/bin/sh", "-c", command], env=env)
 
 
 def test_a_stage_that_nobody_but_a_shell_started_outlives_it(start, tmp_path):
-    """`nohup python -m pipeline.stage1 ... &` is meant to."""
+    """`nohup python -m pipeline stage1 ... &` is meant to."""
     start().kill()
     (tmp_path / "child").unlink(missing_ok=True)
     words = f"{sys.executable} sleeper.py --out out --timing timing.json >/dev/null 2>&1 &"
@@ -176,7 +176,7 @@ def test_a_stage_that_nobody_but_a_shell_started_outlives_it(start, tmp_path):
 
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 1.0])
 def test_who_interrupts_a_command_that_still_imports_sees_no_traceback(seconds, tmp_path):
-    words = [sys.executable, "-m", "pipeline.predict", str(tmp_path)]
+    words = [sys.executable, "-m", "pipeline", "predict", str(tmp_path)]
     started = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     started.send_signal(signal.SIGINT)

@@ -9,13 +9,13 @@ import torch
 from conftest import TINY, paths, read_params, run, write_photos
 from torch import nn
 
-from pipeline import classifier
-from pipeline.errors import WeightsError
-from pipeline.images.pack import read_images, read_rows
-from pipeline.learn.codes import read_codes
+from pipeline.final_model import classifier
+from pipeline.images.shards import read_images, read_rows
+from pipeline.inference.tta import Viewing
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.network import load
-from pipeline.viewing import Viewing
+from pipeline.probing.codes import read_codes
+from pipeline.stage_runtime.errors import WeightsError
 
 TOP = [
     ("mobilenet_v3_small", "features.12"),

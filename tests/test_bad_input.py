@@ -24,9 +24,13 @@ from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import classifier, export, portable, predict
-from pipeline.alone import INTERRUPTED
-from pipeline.errors import (
+from pipeline.commands import export, predict
+from pipeline.final_model import classifier
+from pipeline.final_model import onnx as portable
+from pipeline.launcher.supervise import INTERRUPTED
+from pipeline.nets import backbone, checkpoint
+from pipeline.stage2 import _refuse_other_score
+from pipeline.stage_runtime.errors import (
     CheckpointError,
     DataError,
     ParamError,
@@ -34,11 +38,9 @@ from pipeline.errors import (
     WeightsError,
     near,
 )
-from pipeline.learn.fit import DivergedError
-from pipeline.nets import backbone, checkpoint
-from pipeline.stage import one_line_errors
-from pipeline.stage import read_params as read_params_file
-from pipeline.stage2 import _refuse_other_score
+from pipeline.stage_runtime.stage import one_line_errors
+from pipeline.stage_runtime.stage import read_params as read_params_file
+from pipeline.training.fit import DivergedError
 
 Params = dict[str, Any]
 
@@ -867,7 +869,7 @@ def test_predict_refuses_what_is_no_final_model(choose, line, finished):
 def command(module: str, *options: object, debug: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a stage or command as dvc and people do."""
     env = {**os.environ, "PIPELINE_DEBUG": "1" if debug else ""}
-    words = [sys.executable, "-m", f"pipeline.{module}", *map(str, options)]
+    words = [sys.executable, "-m", "pipeline", module, *map(str, options)]
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
@@ -905,7 +907,9 @@ def test_with_debug_the_command_line_shows_the_traceback(tmp_path):
     ended = prepare_command(tmp_path, read_params(prepare={"path": "no/such"}), debug=True)
     assert ended.returncode == 1
     assert ended.stderr.startswith("Traceback (most recent call last):")
-    assert ended.stderr.splitlines()[-1].startswith("pipeline.errors.DataError: no/such: ")
+    assert ended.stderr.splitlines()[-1].startswith(
+        "pipeline.stage_runtime.errors.DataError: no/such: "
+    )
 
 
 def test_predict_names_a_missing_file_in_one_line(finished):

@@ -16,8 +16,8 @@ from conftest import ROOT, call
 from PIL import Image
 from repository import commit, environment
 
-from pipeline.images.pack import SPLITS, read_rows
-from pipeline.nets.fold import resolved
+from pipeline.images.shards import SPLITS, read_rows
+from pipeline.nets.fuse import resolved
 
 EACH = {"train": 64, "val": 24, "test": 24}  # images of the default data that are left
 # Threads that wait for each other take long on a machine that does other things too.

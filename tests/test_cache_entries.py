@@ -8,13 +8,13 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from pipeline.cache_entries import DELETED, discard, hold, make_room
+from pipeline.stage_runtime.cache_entries import DELETED, discard, hold, make_room
 
 # Holds entries at random, checks that nobody else writes there, and deletes others.
 HAMMER = """
 import os, random, sys, time
 from pathlib import Path
-from pipeline.cache_entries import discard, hold, make_room
+from pipeline.stage_runtime.cache_entries import discard, hold, make_room
 
 root, chance, end = Path(sys.argv[1]), random.Random(int(sys.argv[2])), time.time() + 4
 held = 0
@@ -102,7 +102,8 @@ def test_a_deletion_that_was_cut_off_is_finished_by_the_next(tmp_path):
 
 def test_the_lock_of_a_killed_run_holds_nobody_up(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom pipeline.cache_entries import hold\n"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from pipeline.stage_runtime.cache_entries import hold\n"
         "with hold(Path(sys.argv[1]), 'x'):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     process = started(code, tmp_path / "entry")

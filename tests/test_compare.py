@@ -12,7 +12,7 @@ import pytest
 from repository import dvc, git, tool
 from scipy.stats import binomtest
 
-from pipeline.compare import (
+from pipeline.commands.compare import (
     COST,
     MODELS,
     Run,
@@ -27,7 +27,7 @@ from pipeline.compare import (
     seeds,
     table,
 )
-from pipeline.learn.significance import difference, over_resplits
+from pipeline.statistics.significance import difference, over_resplits
 
 
 def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":

@@ -15,9 +15,10 @@ from test_team import models_of, rows_of
 from torch.optim import optimizer as optimizers
 from trained import FAR, assert_losses_alike, assert_trained_alike, start_of_stage1
 
-from pipeline.errors import SettingError
 from pipeline.nets import device as devices
-from pipeline.nets import feed, stored
+from pipeline.nets import device_images as feed
+from pipeline.stage_runtime.errors import SettingError
+from pipeline.training import trunk_cache as stored
 
 AFTER = ("extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 # Room for nothing, and for all: images and trunk outputs stay on the processor, or don't.

@@ -14,8 +14,8 @@ import torch
 from conftest import PHOTOS, ROOT, Run, write_photos
 from repository import change, commit, environment, git
 
+from pipeline.commands.params import FILE, described
 from pipeline.nets.backbone import pretrained
-from pipeline.params import FILE, described
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TYPED = [page for page in PAGES if "```console" in page.read_text()]
@@ -117,7 +117,12 @@ def test_what_the_pages_say_to_type_works(first, tmp_path):
 def test_from_a_clone_to_a_compared_change_it_takes_no_more_than_ten_commands():
     [tour] = [block for block in blocks(PAGES[0]) if any("git clone" in line for line in block)]
     assert len(tour) <= 10
-    for step in ("make repro", "dvc exp run", "pipeline.compare", "pipeline.predict"):
+    for step in (
+        "make repro",
+        "dvc exp run",
+        "pipeline.commands.compare",
+        "pipeline.commands.predict",
+    ):
         assert any(step in line for line in tour)
 
 

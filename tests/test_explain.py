@@ -1,4 +1,4 @@
-"""What pipeline.explain foretells is what DVC then does."""
+"""What pipeline.commands.explain foretells is what DVC then does."""
 
 import json
 import subprocess

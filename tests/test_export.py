@@ -10,12 +10,19 @@ import yaml
 from conftest import ROOT, TINY, paths
 from onnxruntime import InferenceSession
 
-from pipeline import classifier, portable
-from pipeline.classifier import Classifier
-from pipeline.errors import CheckpointError, DataError
-from pipeline.export import export
-from pipeline.images.pack import read_images, read_rows
-from pipeline.learn.probes import (
+from pipeline.commands.export import export
+from pipeline.commands.predict import load, predict
+from pipeline.final_model import classifier
+from pipeline.final_model import onnx as portable
+from pipeline.final_model.classifier import Classifier
+from pipeline.final_model.graph import Graph, Machine
+from pipeline.final_model.onnx import Portable
+from pipeline.images.shards import read_images, read_rows
+from pipeline.inference.tta import Viewing
+from pipeline.nets.backbone import pretrained
+from pipeline.nets.fuse import fold
+from pipeline.nets.network import Network
+from pipeline.probing.probes import (
     Scaler,
     fit_linear,
     fit_svm,
@@ -23,13 +30,7 @@ from pipeline.learn.probes import (
     linear_probe,
     svm_probe,
 )
-from pipeline.nets.backbone import pretrained
-from pipeline.nets.fold import fold
-from pipeline.nets.network import Network
-from pipeline.portable import Portable
-from pipeline.predict import load, predict
-from pipeline.unfolded import Graph, Machine
-from pipeline.viewing import Viewing
+from pipeline.stage_runtime.errors import CheckpointError, DataError
 
 
 def fitted_probe(kind, classes, codes, l2=False, depth="last"):
@@ -176,7 +177,7 @@ def test_what_is_no_export_is_refused_as_one(tmp_path):
     for name, line in (
         ("missing.onnx", "missing.onnx: can't be read as ONNX"),
         ("broken.onnx", "broken.onnx: can't be read as ONNX"),
-        ("foreign.onnx", "foreign.onnx: not written by `python -m pipeline.export`"),
+        ("foreign.onnx", "foreign.onnx: not written by `python -m pipeline export`"),
     ):
         with pytest.raises(CheckpointError, match=line):
             Portable(tmp_path / name)

@@ -15,10 +15,10 @@ from PIL import Image
 from test_prepare import prepared, read_json
 from test_sources import packed
 
-from pipeline.errors import DataError
-from pipeline.files import walk
-from pipeline.images import formats, sources
-from pipeline.images.decode import decode, header
+from pipeline.dataset import formats, sources
+from pipeline.dataset.decode import decode, header
+from pipeline.stage_runtime.errors import DataError
+from pipeline.stage_runtime.files import walk
 
 ONE = Image.new("RGB", (40, 40), "teal")
 
@@ -241,7 +241,7 @@ def test_torchvisions_counts_are_ours(photos):
 
 def command(*words: object, **environment: str) -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.predict", *map(os.fsencode, map(str, words))],
+        [sys.executable, "-m", "pipeline", "predict", *map(os.fsencode, map(str, words))],
         cwd=ROOT,
         capture_output=True,
         check=False,
@@ -284,7 +284,7 @@ def test_all_of_a_folder_is_accounted_for_and_any_name_can_be_written(finished, 
 
 def test_a_reader_that_has_enough_gets_no_traceback(finished, strange):
     model = paths(finished)["evaluate"]["final"] / "model.safetensors"
-    words = [sys.executable, "-m", "pipeline.predict", strange, "--model", model]
+    words = [sys.executable, "-m", "pipeline", "predict", strange, "--model", model]
     with subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as running:

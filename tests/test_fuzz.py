@@ -22,17 +22,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import classifier
-from pipeline.errors import CheckpointError, DataError, ParamError, PipelineError
-from pipeline.images.decode import decode, header
-from pipeline.images.pack import SPLITS, read_facts, read_images, read_rows
-from pipeline.images.sources import elpv
-from pipeline.learn.codes import read_feature_facts, read_labels
-from pipeline.learn.probes import read_probes
+from pipeline.dataset.decode import decode, header
+from pipeline.dataset.sources import elpv
+from pipeline.final_model import classifier
+from pipeline.images.shards import SPLITS, read_facts, read_images, read_rows
 from pipeline.nets import checkpoint
 from pipeline.nets.network import load
-from pipeline.stage import arguments
-from pipeline.stage import read_params as read_params_file
+from pipeline.probing.codes import read_feature_facts, read_labels
+from pipeline.probing.probes import read_probes
+from pipeline.stage_runtime.errors import CheckpointError, DataError, ParamError, PipelineError
+from pipeline.stage_runtime.stage import arguments
+from pipeline.stage_runtime.stage import read_params as read_params_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's about damage
 

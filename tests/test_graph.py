@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,14 +22,15 @@ from browser import look
 from conftest import PHOTOS, ROOT, STAGES, Run, paths, read_params, run
 from repository import change, command, commit, dvc, environment, flat, git, hashes
 
-from pipeline.stage import TOP, Out, Params, path_names, stage_params
-from pipeline.stage import read_params as loaded
+from pipeline.stage_runtime.stage import TOP, Out, Params, path_names, stage_params
+from pipeline.stage_runtime.stage import read_params as loaded
 
 GRAPH: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 GROUPS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]
 GROUP = "project.optional-dependencies."
+PACKAGE = {"pipeline/__init__.py"}  # a docstring
 RATE = 1e-5  # another one for stage 2
 IMPORT_EACH = """
 import importlib, json, sys
@@ -51,11 +53,11 @@ for stage in sys.argv[1:]:
     for name in [name for name in sys.modules if name.split(".")[0] == "pipeline"]:
         del sys.modules[name]
     sys.modules.pop("__mp_main__", None)  # joblib's second name of the stage before
-    import pipeline.stage
-    from pipeline.resume import own_code
+    import pipeline.stage_runtime.stage
+    from pipeline.stage_runtime.resume import own_code
     def note(_):
         found[stage] = [str(file.relative_to(Path.cwd())) for file in own_code()]
-    pipeline.stage.main = note
+    pipeline.stage_runtime.stage.main = note
     runpy.run_module(f"pipeline.{stage}", run_name="__main__", alter_sys=True)
 json.dump(found, sys.stdout)
 """
@@ -120,9 +122,26 @@ def test_dvc_yaml_has_the_stages():
     assert set(STAGES) == set(GRAPH)
 
 
+def code(stage: str) -> set[str]:
+    """List the files of code under a stage's deps, those of a listed folder among them."""
+    places = [Path(place) for place in listed(stage, "deps") if place.startswith("pipeline/")]
+    files = (f for place in places for f in ([place] if place.suffix else place.rglob("*.py")))
+    return {str(file) for file in files}
+
+
 @each_stage
 def test_code_deps_are_what_the_stage_imports(stage):
-    assert closure(stage) == {file for file in listed(stage, "deps") if file.endswith(".py")}
+    assert closure(stage) - PACKAGE == code(stage)
+
+
+def test_no_file_is_listed_by_more_than_two_stages_but_in_a_folder():
+    listings = Counter(path for stage in STAGES for path in listed(stage, "deps"))
+    assert [] == [path for path, n in listings.items() if path.endswith(".py") and n > 2]
+
+
+def test_the_file_of_the_package_holds_nothing_that_a_result_could_depend_on():
+    [docstring] = ast.parse((ROOT / "pipeline/__init__.py").read_text()).body
+    assert isinstance(docstring, ast.Expr)
 
 
 def of_each_stage(program: str) -> dict[str, list[str]]:
@@ -153,8 +172,8 @@ def test_a_state_belongs_to_the_code_that_its_stage_depends_on_and_the_versions(
         deps = {file for file in listed(stage, "deps") if file.startswith("pipeline/")}
         beside = {file for file in code if file.endswith(".html")}  # templates of other pages
         assert code == deps | beside | {"pyproject.toml"}, stage
-    assert "pipeline/compare.py" not in found["stage2"]
-    assert "pipeline/learn/fit.py" in found["stage2"]
+    assert "pipeline/commands/compare.py" not in found["stage2"]
+    assert "pipeline/training/fit.py" in found["stage2"]
 
 
 @pytest.mark.parametrize(
@@ -225,8 +244,8 @@ def test_version_params_are_the_groups_of_the_packages_in_use(stage):
 @each_stage
 def test_command_names_the_paths_of_the_signature_and_the_files_of_dvc_yaml(stage):
     words = shlex.split(GRAPH[stage]["cmd"])
-    options = dict(zip(words[3::2], words[4::2], strict=True))
-    assert ["python", "-m", f"pipeline.{stage}"] == words[:3]
+    options = dict(zip(words[4::2], words[5::2], strict=True))
+    assert ["python", "-m", "pipeline", stage] == words[:4]
     named = {name: f"--{name.replace('_', '-')}" for name in path_names(STAGES[stage])}
     assert {"--timing", *named.values()} == set(options)
 
@@ -382,12 +401,12 @@ def test_changed_param_makes_only_the_stages_that_read_it_stale(key, value, stag
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("pipeline/learn/verdict.py", {"evaluate", "report"}),
-        ("pipeline/learn/fit.py", {"advise", "stage1", "stage2"}),
-        ("pipeline/learn/known.py", {"advise"}),
-        ("pipeline/images/decode.py", {"prepare"}),
+        ("pipeline/statistics/verdict.py", {"evaluate", "report"}),
+        ("pipeline/training/fit.py", {"advise", "stage1", "stage2"}),
+        ("pipeline/advice/prior_results.py", {"advise"}),
+        ("pipeline/dataset/decode.py", {"prepare"}),
         ("pipeline/pages/report.html", {"report"}),
-        ("pipeline/predict.py", set()),
+        ("pipeline/commands/predict.py", set()),
     ],
 )
 def test_changed_code_makes_only_the_stages_that_import_it_stale(file, stages, repo):
@@ -503,7 +522,7 @@ def test_plots_diff_draws_every_plot_for_both_commits(experiment, tmp_path):
 @pytest.mark.parametrize("width", [400, pytest.param(1400, marks=pytest.mark.long)])
 def test_the_page_of_plots_is_drawn_without_a_network(width, experiment, tmp_path):
     folder = shutil.copytree(experiment.folder, tmp_path / "repo")
-    command(folder, sys.executable, "-m", "pipeline.plots", "page/plots.html")
+    command(folder, sys.executable, "-m", "pipeline", "plots", "page/plots.html")
     dvc(folder, "config", "--local", "plots.html_template", "../page/plots.html")
     dvc(folder, "plots", "diff", "HEAD~1")
     seen = look(folder / "dvc_plots" / "index.html", width)

@@ -18,9 +18,9 @@ from test_team import alone, models_of, rows_of, start_of, wait_for_a_trail, wit
 from torch.distributed import TCPStore
 from trained import assert_losses_alike, assert_trained_alike
 
-from pipeline import launch
-from pipeline.errors import SettingError
-from pipeline.runtime import (
+from pipeline.launcher import launch
+from pipeline.stage_runtime.errors import SettingError
+from pipeline.stage_runtime.settings import (
     cache_bytes,
     device_asked,
     hosts,
@@ -102,7 +102,7 @@ def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_pat
     folder = shutil.copytree(expected, tmp_path / "repo")
     dvc(expected, "repro")
 
-    other = start(network["other"], folder, "pipeline.join")
+    other = start(network["other"], folder, "pipeline", "join")
     running = start(network["leader"], folder, "dvc", "repro", PIPELINE_HOSTS="1:2")
     wait_for_a_trail(folder)
     assert running.poll() is None
@@ -136,7 +136,7 @@ def test_a_host_that_comes_later_takes_part_from_the_next_stage_on(alone, networ
     change(folder, "stage2.epochs", 600)
     running = start(network["leader"], folder, "dvc", "repro", "evaluate", PIPELINE_HOSTS="1:2")
     wait_for_a_trail(folder)
-    other = start(network["other"], folder, "pipeline.join")
+    other = start(network["other"], folder, "pipeline", "join")
     said, _ = running.communicate(timeout=240)
     assert running.returncode == 0, said
     assert "going on" not in said
@@ -155,7 +155,7 @@ def test_who_joins_takes_part_in_stages_alone(tmp_path):
     bait = {
         "run": "1",
         "attempt": 0,
-        "module": "http.server",
+        "stage": "http.server",
         "arguments": [],
         "least": 1,
         "most": 2,
@@ -163,7 +163,7 @@ def test_who_joins_takes_part_in_stages_alone(tmp_path):
     meet = f"127.0.0.1:{store.port}"
     store.set(launch.OFFER, json.dumps(bait))
     joined = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.join"],
+        [sys.executable, "-m", "pipeline", "join"],
         cwd=tmp_path,
         env={**environment(tmp_path), "PYTHONPATH": str(ROOT), "PIPELINE_MEET": meet},
         stdout=subprocess.PIPE,
@@ -174,7 +174,12 @@ def test_who_joins_takes_part_in_stages_alone(tmp_path):
     )
     assert joined.stdout is not None
     assert joined.stdout.readline() == f"waiting for stages from {meet}\n"
-    for offer in (json.dumps(bait), json.dumps({**bait, "module": "pipeline.export"}), "[1]", "{"):
+    for offer in (
+        json.dumps(bait),
+        json.dumps({**bait, "stage": "export"}),
+        "[1]",
+        "{",
+    ):
         store.set(launch.OFFER, offer)
         with pytest.raises(subprocess.TimeoutExpired):
             joined.wait(3)

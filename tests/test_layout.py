@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.errors import DataError, ParamError
-from pipeline.images import layout, sources
-from pipeline.images.layout import split_of, splits_of
+from pipeline.dataset import layout, sources
+from pipeline.dataset.layout import split_of, splits_of
+from pipeline.stage_runtime.errors import DataError, ParamError
 
 Found = tuple[set[tuple[str, str, str]], list[str]]
 

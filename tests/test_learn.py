@@ -9,9 +9,8 @@ from sklearn.svm import SVC
 from sklearn.utils.class_weight import compute_sample_weight
 
 from pipeline.images.augment import Augment, augment, dihedral
-from pipeline.learn.fit import DivergedError, Recipe, Weighing, fit, training_weights
-from pipeline.learn.metrics import balanced_accuracy, cross_entropy, fit_temperature
-from pipeline.learn.probes import (
+from pipeline.nets.backbone import build
+from pipeline.probing.probes import (
     SHARPNESS,
     Scaler,
     class_scores,
@@ -25,9 +24,10 @@ from pipeline.learn.probes import (
     save_probes,
     svm_probe,
 )
-from pipeline.learn.schedule import rate
-from pipeline.learn.verdict import model_scores, simplest_of_the_best
-from pipeline.nets.backbone import build
+from pipeline.scoring.metrics import balanced_accuracy, cross_entropy, fit_temperature
+from pipeline.statistics.verdict import model_scores, simplest_of_the_best
+from pipeline.training.fit import DivergedError, Recipe, Weighing, fit, training_weights
+from pipeline.training.schedule import rate
 
 
 def codes(n_classes: int, n: int = 120):

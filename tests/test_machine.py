@@ -8,8 +8,8 @@ import yaml
 from conftest import FORMATS, ROOT
 from repository import tool
 
-from pipeline import machine
-from pipeline.nets.fold import fold
+from pipeline.commands import machine
+from pipeline.nets.fuse import fold
 
 
 def test_it_says_what_is_used_and_why(repo):

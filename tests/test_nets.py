@@ -11,21 +11,21 @@ import torch
 from conftest import FORMATS, ROOT, TINY, needs_bf16
 from torch import nn
 
-from pipeline.cache_entries import hold
-from pipeline.errors import NetworkError, ParamError
+from pipeline.commands.layers import as_table, layers
 from pipeline.images.augment import dihedral
-from pipeline.layers import as_table, layers
-from pipeline.learn.fit import Recipe, fit, make_optimizer
+from pipeline.inference.taps import Taps, pool
 from pipeline.nets.backbone import build, head_name, pretrained
 from pipeline.nets.blocks import chain, depths, is_inside, match, trace, trained_with
 from pipeline.nets.convolve import ACTS, Shape, convolve, shape_of
-from pipeline.nets.cut import Cut, cut_below
-from pipeline.nets.depths import LAST, SOURCE
-from pipeline.nets.fold import fold, resolved
-from pipeline.nets.freeze import everything, freeze_all_but
+from pipeline.nets.fuse import fold, resolved
 from pipeline.nets.network import EVAL_BATCH, Network
-from pipeline.nets.stored import key_of, stored
-from pipeline.nets.taps import Taps, pool
+from pipeline.probing.depths import LAST, SOURCE
+from pipeline.stage_runtime.cache_entries import hold
+from pipeline.stage_runtime.errors import NetworkError, ParamError
+from pipeline.training.cut import Cut, cut_below
+from pipeline.training.fit import Recipe, fit, make_optimizer
+from pipeline.training.freeze import everything, freeze_all_but
+from pipeline.training.trunk_cache import key_of, stored
 
 LITE0 = "timm/tf_efficientnet_lite0"
 NETWORKS = [
@@ -218,7 +218,7 @@ def test_a_number_format_that_the_processor_refuses_is_named_and_not_the_network
             raise RuntimeError(REFUSED)  # as with ONEDNN_MAX_CPU_ISA=AVX2
         return convolve(x, *more)
 
-    monkeypatch.setattr("pipeline.nets.fold.convolve", refusing)
+    monkeypatch.setattr("pipeline.nets.fuse.convolve", refusing)
     model = fold(drawn(LITE0), "bf16")
     line = re.escape(f"params.yaml: precision: bf16 fails on this machine ({REFUSED}); set precisi")
     with pytest.raises(ParamError, match=line):
@@ -721,7 +721,7 @@ def load_library(path):
     loaded.append(path)
 
 torch.ops.load_library = load_library
-from pipeline import vision
+from pipeline.nets import torchvision_import as vision
 
 vision._declare_ops()
 torch.ops.load_library("as torchvision does at its import")

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from test_prepare import read_index, read_json
 
-from pipeline.errors import DataError
-from pipeline.images.decode import decode, header
+from pipeline.dataset.decode import decode, header
+from pipeline.stage_runtime.errors import DataError
 
 SIZE = 32
 Pixels = NDArray[np.uint8]

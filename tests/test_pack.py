@@ -12,13 +12,14 @@ from PIL import Image
 from test_prepare import prepared, read_index
 from test_resume import Killed, contents
 
-from pipeline.errors import DataError
-from pipeline.images import pack, packing
-from pipeline.images.decode import decode, decoded
-from pipeline.images.pack import SPLITS, read_images, read_rows
+from pipeline.dataset import pack as packing
+from pipeline.dataset.decode import decode, decoded
+from pipeline.images import shards as pack
+from pipeline.images.shards import SPLITS, read_images, read_rows
 from pipeline.prepare import prepare
-from pipeline.resume import Resume
-from pipeline.stage import arguments
+from pipeline.stage_runtime.errors import DataError
+from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.stage import arguments
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from conftest import ROOT, STAGES
 from pydantic import TypeAdapter, ValidationError
 from repository import tool
 
-from pipeline.errors import ParamError
-from pipeline.params import FILE, allowed, check, comments, described, markdown
-from pipeline.stage import STRICT, stage_params
+from pipeline.commands.params import FILE, allowed, check, comments, described, markdown
+from pipeline.stage_runtime.errors import ParamError
+from pipeline.stage_runtime.stage import STRICT, stage_params
 
 PARAMS = described(ROOT / FILE)
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, paths
 
-from pipeline import classifier
-from pipeline.errors import DataError
-from pipeline.images.pack import read_images, read_rows
-from pipeline.predict import Answer, as_csv, as_table, listed, page, predict
+from pipeline.commands.predict import Answer, as_csv, as_table, listed, page, predict
+from pipeline.final_model import classifier
+from pipeline.images.shards import read_images, read_rows
+from pipeline.stage_runtime.errors import DataError
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def model(finished: Path) -> Path:
 
 def command(*words: object, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.predict", *map(str, words)],
+        [sys.executable, "-m", "pipeline", "predict", *map(str, words)],
         cwd=ROOT,
         input=stdin,
         capture_output=True,

@@ -18,13 +18,13 @@ from hypothesis import given, settings, strategies
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.errors import DataError
-from pipeline.files import files_below
-from pipeline.images.decode import decode, decoded, header
-from pipeline.images.findings import summary
-from pipeline.images.pack import SPLITS, read_images
-from pipeline.images.split import draw, numbered, together
+from pipeline.dataset.audit_summary import summary
+from pipeline.dataset.decode import decode, decoded, header
+from pipeline.dataset.split import draw, numbered, together
+from pipeline.images.shards import SPLITS, read_images
 from pipeline.images.tones import Tones
+from pipeline.stage_runtime.errors import DataError
+from pipeline.stage_runtime.files import files_below
 
 # The ants and bees of PyTorch's transfer-learning tutorial, where a copy is at hand.
 HYMENOPTERA = Path(os.environ.get("HYMENOPTERA", ROOT / "data" / "hymenoptera"))
@@ -391,7 +391,7 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
             if file.name == "001.png" and file.parent.name == "class0":
                 later.set()
 
-    monkeypatch.setattr("pipeline.images.packing.decoded", slow)
+    monkeypatch.setattr("pipeline.dataset.pack.decoded", slow)
 
 
 @pytest.mark.parametrize("not_images", ["skip", "refuse"])
@@ -700,7 +700,7 @@ def test_groups_are_drawn_as_by_a_table_of_groups_and_classes(data):
     )
     groups *= data.draw(strategies.sampled_from([1, 7, 10**6]), "step")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.images.split.DRAWS", 20)
+        patch.setattr("pipeline.dataset.split.DRAWS", 20)
         found = draw(labels, groups, fraction, seed)
     assert drawn_by_a_table(labels, groups, fraction, seed, 20).tolist() == found.tolist()
 
@@ -718,7 +718,7 @@ def test_images_of_a_class_are_permuted_in_their_own_order(seed):
 
 def test_many_groups_of_many_classes_take_memory_by_the_image(monkeypatch):
     """A table of these groups and classes has 400 MB."""
-    monkeypatch.setattr("pipeline.images.split.DRAWS", 3)
+    monkeypatch.setattr("pipeline.dataset.split.DRAWS", 3)
     labels, groups = np.arange(100_000) % 500, np.arange(100_000)
     groups[1] = groups[0]  # a pair of near duplicates
     tracemalloc.start()

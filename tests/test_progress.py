@@ -9,11 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-from pipeline.progress import duration
+from pipeline.stage_runtime.progress import duration
 
 LONG = """
 import time
-from pipeline.progress import say, track
+from pipeline.stage_runtime.progress import say, track
 for item in track(range(20), 20, "work"):
     time.sleep(0.02)
 say("end")
@@ -64,7 +64,7 @@ def test_without_a_terminal_there_are_lines_alone():
 
 PARTS = """
 import time
-from pipeline import progress
+from pipeline.stage_runtime import progress
 progress.LINE_SECONDS = 0.1
 parts = progress.Parts(lambda item: "ants" if item < 30 else "bees", {"ants": 30, "bees": 10})
 for item in progress.track(range(40), 40, "work", parts=parts):

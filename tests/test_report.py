@@ -14,13 +14,13 @@ from browser import look
 from conftest import paths, read_params, run, write_photos
 from sklearn.calibration import calibration_curve
 
-from pipeline import classifier
-from pipeline.activation import activation_maps, explained_block
-from pipeline.images.pack import read_images
-from pipeline.learn.calibration import Bin, calibration_error, reliability
+from pipeline.final_model import classifier
+from pipeline.final_model.grad_cam import activation_maps, explained_block
+from pipeline.final_model.graph import Graph
+from pipeline.images.shards import read_images
+from pipeline.inference.taps import Taps
 from pipeline.nets.network import load
-from pipeline.nets.taps import Taps
-from pipeline.unfolded import Graph
+from pipeline.statistics.reliability import Bin, calibration_error, reliability
 
 STAGE_FILES = ("prepared", "models")
 

@@ -15,13 +15,13 @@ import torch
 from conftest import STAGES, paths, read_params
 from torch import nn
 
-from pipeline import resume as states
-from pipeline.cache_entries import hold
-from pipeline.learn.fit import Recipe, fit
-from pipeline.learn.trail import Kept, Place, Trail
-from pipeline.nets.stored import stored
-from pipeline.resume import Resume, resume_of
-from pipeline.stage import arguments
+from pipeline.stage_runtime import resume as states
+from pipeline.stage_runtime.cache_entries import hold
+from pipeline.stage_runtime.resume import Resume, resume_of
+from pipeline.stage_runtime.stage import arguments
+from pipeline.training.fit import Recipe, fit
+from pipeline.training.resume_state import Kept, Place, Trail
+from pipeline.training.trunk_cache import stored
 
 RESUMING = [name for name, stage in STAGES.items() if "resume" in signature(stage).parameters]
 RESUMING.remove("prepare")  # by shards: test_pack.py

@@ -11,9 +11,9 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.images.sources import elpv, folder
-from pipeline.learn.known import Known
-from pipeline.vision import torchvision
+from pipeline.advice.prior_results import Known
+from pipeline.dataset.sources import elpv, folder
+from pipeline.nets.torchvision_import import torchvision
 
 
 def script(name):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.images import packing
+from pipeline.dataset import pack as packing
 
 if os.environ["ORDER"] == "backwards":  # as a disk may list its files
     scandir, listdir = os.scandir, os.listdir
@@ -60,8 +60,8 @@ if os.environ["ORDER"] == "backwards":  # as a disk may list its files
 
 from conftest import STAGES, run
 
-from pipeline import classifier, portable
-from pipeline.unfolded import Graph
+from pipeline.final_model import classifier, onnx as portable
+from pipeline.final_model.graph import Graph
 
 params, out = yaml.safe_load(Path("params.yaml").read_text()), Path("out")
 run(out, params, "prepare")

@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, binomtest, t, ttest_rel
 
-from pipeline.learn.calibration import Sure, sure_in_words, sure_threshold
-from pipeline.learn.significance import (
+from pipeline.statistics.reliability import Sure, sure_in_words, sure_threshold
+from pipeline.statistics.significance import (
     LEAST_GROUPS,
     accuracy_interval,
     difference,
     least_accuracy,
     over_resplits,
 )
-from pipeline.learn.verdict import TOO_FEW, helped, interval_in_words
+from pipeline.statistics.verdict import TOO_FEW, helped, interval_in_words
 from runs import simulate
 
 

@@ -20,11 +20,11 @@ import pytest
 from conftest import write_photos
 from test_prepare import HYMENOPTERA, prepared, splits_by
 
-from pipeline.errors import DataError, ParamError
-from pipeline.images import sources
-from pipeline.images.pack import read_images
-from pipeline.images.published import SETS
-from pipeline.vision import torchvision
+from pipeline.dataset import sources
+from pipeline.dataset.torchvision_sets import SETS
+from pipeline.images.shards import read_images
+from pipeline.nets.torchvision_import import torchvision
+from pipeline.stage_runtime.errors import DataError, ParamError
 
 LABELS = ("class0", "class1")
 

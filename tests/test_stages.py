@@ -11,18 +11,18 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
 
-from pipeline import classifier
 from pipeline.evaluate import _trunk
-from pipeline.images.pack import read_images
-from pipeline.learn.codes import read_codes
-from pipeline.learn.keep_best import better
-from pipeline.learn.probes import KINDS, head_of, read_probes
+from pipeline.final_model import classifier
+from pipeline.images.shards import read_images
+from pipeline.inference.tta import Viewing, logits
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, again, backbone_of, head_name
 from pipeline.nets.network import load
 from pipeline.probe import Cell, best_cell
+from pipeline.probing.codes import read_codes
+from pipeline.probing.probes import KINDS, head_of, read_probes
 from pipeline.stage2 import between, choose_factor
-from pipeline.viewing import Viewing, logits
+from pipeline.training.best_epoch import better
 
 
 def where(folder):

@@ -16,8 +16,8 @@ from conftest import ROOT, read_params, write_photos
 from repository import change, command, commit, dvc, environment, git, new_repository, tool
 from ruamel.yaml import YAML
 
-from pipeline.errors import ParamError
-from pipeline.sweep import planned
+from pipeline.commands.sweep import planned
+from pipeline.stage_runtime.errors import ParamError
 
 KNOWN = ["seed", "stage1.unfreeze", "stage2.lr", "backbone.name"]
 
@@ -107,7 +107,7 @@ def mini(root: Path, below: str = "") -> Path:
 
 def sweep(project: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.sweep", *words],
+        [sys.executable, "-m", "pipeline", "sweep", *words],
         cwd=project,
         env={**environment(project), "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -150,7 +150,7 @@ def test_a_hundred_runs_killed_three_times_all_end(tmp_path):
     chance, seen = random.Random(0), []
     for _ in range(3):
         with subprocess.Popen(
-            [sys.executable, "-m", "pipeline.sweep", *words],
+            [sys.executable, "-m", "pipeline", "sweep", *words],
             cwd=project,
             env={**environment(project), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,

@@ -4,8 +4,8 @@ import unicodedata
 
 import pytest
 
-from pipeline.errors import DataError, ParamError
-from pipeline.images.table import items_of
+from pipeline.dataset.table import items_of
+from pipeline.stage_runtime.errors import DataError, ParamError
 
 ROWS = [["path", "label", "split"], ["a.png", "cat", "train"], ["b.png", "dog", "test"]]
 

@@ -24,8 +24,8 @@ TOGETHER = """
 import sys
 import numpy as np, torch
 from torch import nn
-from pipeline.runtime import rank, team_size
-from pipeline.team import add_up, agree, own_part, spread, together
+from pipeline.stage_runtime.settings import rank, team_size
+from pipeline.stage_runtime.distributed import add_up, agree, own_part, spread, together
 
 with together():
     assert agree(f"from {rank()}") == "from 0"
@@ -63,9 +63,9 @@ import sys
 import numpy as np, torch
 from contextlib import nullcontext
 from torch import nn
-from pipeline.learn.fit import Recipe, fit
-from pipeline.runtime import rank, team_size
-from pipeline.team import together
+from pipeline.training.fit import Recipe, fit
+from pipeline.stage_runtime.settings import rank, team_size
+from pipeline.stage_runtime.distributed import together
 
 torch.manual_seed(0)
 layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)

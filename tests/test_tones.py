@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from test_prepare import of_split, pixels, prepared, read_json
 
-from pipeline import classifier, portable
-from pipeline.errors import DataError, ParamError
+from pipeline.dataset.decode import decode, decoded
+from pipeline.final_model import classifier
+from pipeline.final_model import onnx as portable
 from pipeline.images import tones
-from pipeline.images.decode import decode, decoded
-from pipeline.images.pack import read_facts
+from pipeline.images.shards import read_facts
 from pipeline.images.tones import PLAIN, Seen, Tones
+from pipeline.stage_runtime.errors import DataError, ParamError
 
 Values = NDArray[np.float64]
 
@@ -244,7 +245,7 @@ def test_the_final_model_and_onnx_scale_as_prepare_did(tmp_path, capsys):
     Image.new("L", (40, 40), 7).save(tmp_path / "shallow.png")
     with pytest.raises(DataError, match=r"has 8 bits a value, and the set's pictures more"):
         decode(tmp_path / "shallow.png", 64, "squash", 1, network.tones)
-    from pipeline.unfolded import Graph
+    from pipeline.final_model.graph import Graph
 
     portable.write(final, Graph(final), tmp_path / "model.onnx")
     assert portable.Portable(tmp_path / "model.onnx").network.tones == of_set

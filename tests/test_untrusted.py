@@ -19,18 +19,18 @@ import yaml
 from conftest import ROOT, STAGES, call, listed_refusals, paths, read_params, write_photos
 from PIL import Image
 
-from pipeline import classifier
-from pipeline.errors import CheckpointError, DataError, ParamError
-from pipeline.files import new_array, write_text
-from pipeline.images import fetch
-from pipeline.images.decode import header
-from pipeline.images.pack import read_facts, read_images, read_rows
-from pipeline.learn.fit import EXPLODED, DivergedError
-from pipeline.learn.probes import read_probes
+from pipeline.dataset import fetch
+from pipeline.dataset.decode import header
+from pipeline.final_model import classifier
+from pipeline.images.shards import read_facts, read_images, read_rows
 from pipeline.nets import checkpoint
 from pipeline.nets.network import load
-from pipeline.stage import arguments
-from pipeline.stage import read_params as read_params_file
+from pipeline.probing.probes import read_probes
+from pipeline.stage_runtime.errors import CheckpointError, DataError, ParamError
+from pipeline.stage_runtime.files import new_array, write_text
+from pipeline.stage_runtime.stage import arguments
+from pipeline.stage_runtime.stage import read_params as read_params_file
+from pipeline.training.fit import EXPLODED, DivergedError
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_stage_on_a_full_disk_ends_in_a_line_and_goes_on_with_room(small_disk,
     (tmp_path / "params.yaml").write_text(
         yaml.safe_dump(read_params(prepare={"path": str(photos), "size": 256}))
     )
-    words = [sys.executable, "-m", "pipeline.prepare"]
+    words = [sys.executable, "-m", "pipeline", "prepare"]
     words += ["--out", f"{small_disk}/prepared", "--timing", f"{small_disk}/timing.json"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE": f"{small_disk}/cache"}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
@@ -332,7 +332,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(photos, tmp_path):
         yaml.safe_dump(read_params(prepare={"path": str(photos)}))
     )
     (tmp_path / "data").write_text("a file")
-    words = [sys.executable, "-m", "pipeline.prepare", "--out", "data/prepared"]
+    words = [sys.executable, "-m", "pipeline", "prepare", "--out", "data/prepared"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*words, "--timing", "timing.json"],

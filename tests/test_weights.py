@@ -15,9 +15,9 @@ from conftest import TINY
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.errors import WeightsError
 from pipeline.nets import backbone, weights
-from pipeline.vision import torchvision
+from pipeline.nets.torchvision_import import torchvision
+from pipeline.stage_runtime.errors import WeightsError
 
 zoo = torchvision.models
 ALL = zoo.list_models(module=zoo)

@@ -114,7 +114,7 @@ def torture(folder: Path, kills: int, in_a_row: int, seed: int) -> int:
 def real_images(folder: Path) -> None:
     """Copy solar cells of the packaged set into class folders, with whole modules together."""
     sys.path.insert(0, str(ROOT))
-    from pipeline.images.sources import elpv
+    from pipeline.dataset.sources import elpv
 
     found = elpv()
     for item in found.items[:: len(found.items) // IMAGES][:IMAGES]:

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from pipeline.images.pack import read_facts
-from pipeline.learn.start import start_network
+from pipeline.images.shards import read_facts
+from pipeline.training.start import start_network
 
 State = Mapping[str, NDArray[Any]]
 # Of what training moved: over all weights, and of one tensor, whose gradient may be near zero.

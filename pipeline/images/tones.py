@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ParamError
+from pipeline.stage_runtime.errors import ParamError
 
 Background = Literal["white", "black", "grey"]
 LEVELS: dict[str, int] = {"white": 255, "black": 0, "grey": 128}

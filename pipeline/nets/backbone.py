@@ -12,11 +12,11 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from pipeline.errors import CheckpointError, ParamError, WeightsError, near, said_by
-from pipeline.files import hash_of
 from pipeline.nets import checkpoint
 from pipeline.nets import weights as weight_files
-from pipeline.vision import timm, torchvision
+from pipeline.nets.torchvision_import import timm, torchvision
+from pipeline.stage_runtime.errors import CheckpointError, ParamError, WeightsError, near, said_by
+from pipeline.stage_runtime.files import hash_of
 
 zoo = torchvision.models
 

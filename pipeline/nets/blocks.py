@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import (
+from pipeline.nets.backbone import head_name
+from pipeline.nets.device import device_of
+from pipeline.stage_runtime.errors import (
     NetworkError,
     ParamError,
     PipelineError,
@@ -16,8 +18,6 @@ from pipeline.errors import (
     near,
     said_by,
 )
-from pipeline.nets.backbone import head_name
-from pipeline.nets.device import device_of
 
 TRACE_SIZE = 96  # pixels; enough for five halvings
 USUAL_SIZES = (224, 256, 299, 336, 384, 448, 512)  # that networks of one size are made for

@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pipeline.errors import CheckpointError, said_by
-from pipeline.files import write_bytes
+from pipeline.stage_runtime.errors import CheckpointError, said_by
+from pipeline.stage_runtime.files import write_bytes
 
 KEY = "pipeline"
 T = TypeVar("T")

@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch import nn
 
-from pipeline.errors import SettingError
-from pipeline.runtime import device_asked, local_rank, threads
+from pipeline.stage_runtime.errors import SettingError
+from pipeline.stage_runtime.settings import device_asked, local_rank, threads
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4

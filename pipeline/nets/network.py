@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.errors import CheckpointError, ParamError
-from pipeline.files import Rowwise
 from pipeline.images.tones import PLAIN, Tones, of_facts
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
 from pipeline.nets.blocks import trace
 from pipeline.nets.device import device, device_of
-from pipeline.nets.feed import Feed
-from pipeline.nets.fold import NUMBER_FORMATS, fold
-from pipeline.team import Parts, spread
+from pipeline.nets.device_images import Feed
+from pipeline.nets.fuse import NUMBER_FORMATS, fold
+from pipeline.stage_runtime.distributed import Parts, spread
+from pipeline.stage_runtime.errors import CheckpointError, ParamError
+from pipeline.stage_runtime.files import Rowwise
 
 # The size of a batch may change an image's last bits, its place in the batch doesn't: so one size.
 EVAL_BATCH, ON_A_GPU = 32, 256

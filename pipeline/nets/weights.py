@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import WeightsError, said_by
 from pipeline.nets import checkpoint
-from pipeline.vision import torchvision
+from pipeline.nets.torchvision_import import torchvision
+from pipeline.stage_runtime.errors import WeightsError, said_by
 
 # Other files under a weight file's name, by their first bytes, and what to do about them.
 NOT_WEIGHTS = {

@@ -1,0 +1,433 @@
+"""Put runs side by side, and say which differences are more than noise.
+
+    python -m pipeline compare                    # the last commit, and what lies here
+    python -m pipeline compare main exp-a exp-b   # commits, branches, tags or DVC's experiments
+    python -m pipeline compare . main --json      # . is what lies here
+    python -m pipeline compare --experiments      # the last commit, and all experiments on it
+    python -m pipeline compare main best --test   # once, at the end
+
+Runs are judged by images that nothing was trained on, and not by the test images: stages 1 and 2 by
+validation, the probes by the training images that cross-validation held out. A test split that
+choices were made by is none any more, so `--test` is for the choice that is made.
+
+The first run is what the others are compared with: image by image where both have answers on the
+same ones and DVC's cache has these; else by figures alone, which can't be told from noise. Runs
+that differ in nothing but `seed` are put together as their mean and standard deviation, and
+compared as re-splits of one data set. With several comparisons at once, p-values are raised by
+Holm's method (Holm 1979).
+"""
+
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from pipeline.commands.repository import params_run_with
+from pipeline.commands.table import aligned
+from pipeline.stage_runtime.errors import PipelineError
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.stage import Loader, flat, one_line_errors, parser_of
+from pipeline.statistics.significance import accuracy_interval, difference, over_resplits
+from pipeline.statistics.verdict import interval_in_words
+
+Judge = Literal["validation", "test"]
+HERE = "."
+REPORT = "models/report/metrics.json"
+INDEX = "data/prepared/index.csv"
+# What each kind of images was answered, and what these images are called.
+ANSWERS = {
+    "out-of-fold": ("models/probe/out_of_fold.csv", "training images, out of fold"),
+    "validation": ("models/report/validation.csv", "validation images"),
+    "test": ("models/report/predictions.csv", "test images"),
+}
+SPLIT_OF = {"validation": "val", "test": "test"}  # as index.csv and metrics.json call them
+PROBES = ("probe_linear", "probe")
+MODELS = (*PROBES, "stage1", "stage2")
+NOISE = 0.05  # p from which a difference counts as noise
+SHOWN = 8  # changed params that are named
+MANY = 4  # runs from which on each has a line
+COST = (
+    "judged by the test images: every choice that is made by them makes them less of a test; "
+    "choose by validation (without --test), and look here once"
+)
+
+
+class RunError(PipelineError):
+    """A revision holds no finished run, or its files aren't here."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left."""
+
+    name: str
+    params: dict[str, Any]  # flat
+    chosen: str
+    accuracies: dict[str, float]  # a model's, on the images it is judged by; empty without any
+    # By kind of images and model: which images (by path and content) it has right.
+    right: dict[str, dict[str, dict[str, bool]]]
+    groups: dict[str, int] = field(default_factory=dict)  # by image
+    images: dict[str, int] = field(default_factory=dict)  # by split
+    stale: list[str] = field(default_factory=list)  # params as it ran, where params.yaml has others
+
+
+@dataclass(frozen=True)
+class Against:
+    """How a model of one run does against the same of another."""
+
+    model: str
+    run: str
+    base: str
+    accuracy: float  # the difference
+    low: float | None
+    high: float | None
+    p_value: float | None  # None: there is no telling
+    on: str  # which images, or why there is no telling
+
+    @property
+    def noise(self) -> bool | None:
+        """Tell whether it is no more than noise; None where there is no telling."""
+        return None if self.p_value is None else self.p_value >= NOISE
+
+
+def read(revision: str, judge: Judge = "validation") -> Run:
+    """Read a run of a revision, or of the folder itself.
+
+    Raises RunError if there is none.
+    """
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+    from dvc.scm import SCM, SCMError
+
+    files: DVCFileSystem | None = None
+    below = PurePosixPath()  # where the project lies in the repository
+
+    def text(path: str) -> str:
+        if files is None:
+            return Path(path).read_text(encoding="utf-8")
+        return str(files.read_text((below / path).as_posix(), encoding="utf-8"))
+
+    try:
+        if revision != HERE:
+            files = DVCFileSystem(".", rev=revision, subrepos=True)
+            root = Path(SCM(".", search_parent_directories=True).root_dir).resolve()
+            below = PurePosixPath(Path.cwd().resolve().relative_to(root).as_posix())
+        report = json.loads(text(REPORT))
+        params = dict(flat(yaml.load(text("params.yaml"), Loader)))  # noqa: S506, a SafeLoader
+        stale = _stale(revision, params, text)
+    except FileNotFoundError as error:
+        path = error.filename or str(error)
+        raise RunError(f"{revision}: no {path} there; run `dvc repro`, and commit") from None
+    except (DvcException, SCMError, ValueError) as error:
+        raise RunError(f"{revision}: no run to read ({' '.join(str(error).split())})") from None
+    tested = report[SPLIT_OF[judge]]
+    run = Run(
+        "here" if revision == HERE else revision,
+        params,
+        report["chosen"],
+        {m: v["accuracy"] if judge == "test" else v for m, v in tested.items()},
+        {},
+        stale=stale,
+    )
+    return _with_answers(run, text, judge)
+
+
+def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> list[str]:
+    """Name the params that a revision's figures weren't made with, and say so.
+
+    Where params were committed and the graph wasn't run, dvc.lock has those that it ran by.
+    """
+    try:
+        lock = yaml.safe_load(text("dvc.lock")) or {}
+    except (FileNotFoundError, yaml.YAMLError):
+        return []
+    ran = dict(flat(params_run_with(lock)))
+    others = [key for key in ran if key in params and _plain(params[key]) != _plain(ran[key])]
+    if others:
+        shown = [f"{key} = {params[key]}, run with {ran[key]}" for key in others[:SHOWN]]
+        _note(
+            f"{'here' if name == HERE else name}: its figures weren't made with its params.yaml "
+            f"({', '.join(shown)}); run `dvc repro`"
+        )
+    return [f"{key} = {ran[key]}" for key in others]
+
+
+def _plain(value: Any) -> Any:
+    """Read numbers that YAML takes for texts, such as 1e-05, as numbers."""
+    try:
+        return float(value) if isinstance(value, str | int | float) else value
+    except ValueError:
+        return value
+
+
+def _with_answers(run: Run, text: Callable[[str], str], judge: Judge) -> Run:
+    """Add what a run's models answered, as far as DVC's cache has it."""
+    images: dict[str, str] = {}
+    groups: dict[str, int] = {}
+    splits: Counter[str] = Counter()
+    right: dict[str, dict[str, dict[str, bool]]] = {}
+    try:
+        for row in csv.DictReader(io.StringIO(text(INDEX))):
+            images[row["path"]] = f"{row['path']} {row['sha256']}"
+            groups[images[row["path"]]] = int(row["group"])
+            splits[row["split"]] += 1
+    except Exception:  # each layer of DVC has its own for what isn't in the cache
+        _note(f"{run.name}: data/prepared isn't here (`dvc fetch` may have it)")
+        return run
+    for kind in ("test",) if judge == "test" else ("out-of-fold", "validation"):
+        file = ANSWERS[kind][0]
+        try:
+            rows = list(csv.DictReader(io.StringIO(text(file))))
+        except Exception:
+            _note(f"{run.name}: no {file} here (`dvc fetch` may have it): figures alone")
+            continue
+        if any(row["path"] not in images for row in rows):
+            _note(f"{run.name}: {file} is of other images than {INDEX}; run `dvc repro`")
+            continue
+        right[kind] = {
+            model: {images[r["path"]]: r[model] == r["label"] for r in rows if r[model]}
+            for model in MODELS
+            if rows and model in rows[0]
+        }
+    return replace(run, right=right, groups=groups, images=dict(splits))
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Against]:
+    """Compare each model of a run with the same of another, as if it were the only comparison."""
+    for model in (m for m in MODELS if m in run.accuracies and m in base.accuracies):
+        kinds = ("out-of-fold", "validation") if judge == "validation" else ("test",)
+        both = [
+            (kind, run.right[kind][model], base.right[kind][model])
+            for kind in kinds
+            if all(model in side.right.get(kind, {}) for side in (run, base))
+        ]
+        same = [found for found in both if found[1] and found[1].keys() == found[2].keys()]
+        if not same:
+            apart = run.accuracies[model] - base.accuracies[model]
+            why = f"other {ANSWERS[judge][1]}" if both else "figures alone"
+            yield Against(model, run.name, base.name, apart, None, None, None, why)
+            continue
+        kind, ours, theirs = same[0]
+        images, groups = _images(run, ours)
+        a, b = (np.array([right[image] for image in images]) for right in (ours, theirs))
+        found = difference(a, b, groups)
+        gap, low, high, p = (found[key] for key in ("accuracy", "low", "high", "p_value"))
+        assert gap is not None
+        on = f"{len(images):,} {ANSWERS[kind][1]}" + (", in too few groups" if p is None else "")
+        yield Against(model, run.name, base.name, gap, low, high, p, on)
+
+
+def _images(run: Run, right: dict[str, bool]) -> tuple[list[str], NDArray[np.int64]]:
+    """List the images that were answered, in one order for all runs, and their groups."""
+    images = sorted(right)
+    return images, np.array([run.groups[image] for image in images])
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Raise p-values for being one of several (Holm 1979, Scandinavian Journal of Statistics 6)."""
+    raised, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        raised[i] = highest
+    return raised
+
+
+def corrected(found: Sequence[Against]) -> list[Against]:
+    """Raise the p-values of comparisons that are made at once."""
+    tested = [one.p_value for one in found if one.p_value is not None]
+    raised = iter(holm(tested))
+    p_values = [None if one.p_value is None else next(raised) for one in found]
+    return [replace(one, p_value=p) for one, p in zip(found, p_values, strict=True)]
+
+
+def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
+    """Put runs together that differ in nothing but their seed."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.params.items() if key != "seed"}
+        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
+def changed(run: Run, base: Run) -> list[str]:
+    """Say which params differ, the old value first."""
+    keys = [key for key in {**base.params, **run.params} if _value(base, key) != _value(run, key)]
+    said = [f"{key} {_value(base, key)} → {_value(run, key)}" for key in keys]
+    return said if len(said) <= SHOWN else [*said[:SHOWN], f"and {len(said) - SHOWN} more"]
+
+
+def _value(run: Run, key: str) -> str:
+    return json.dumps(run.params[key], default=str) if key in run.params else "none"
+
+
+def experiments() -> list[str]:
+    """Name DVC's experiments on the last commit."""
+    from dvc.repo import Repo
+
+    found = [name for names in Repo().experiments.ls().values() for name, _ in names]
+    if not found:
+        raise RunError("no experiments on the last commit; `dvc exp run` makes some")
+    return sorted(found)
+
+
+def table(runs: Sequence[Run], judge: Judge = "validation") -> list[str]:
+    """Lay the runs' accuracies out side by side; of many, a line each without intervals."""
+    title = f"{judge} accuracy"
+    if len(runs) >= MANY:
+        lines = [[title, *MODELS, "chosen", f"against {runs[0].name}"]]
+        for run in runs:
+            found = (run.accuracies.get(model) for model in MODELS)
+            accuracies = ["-" if a is None else f"{a:.4f}" for a in found]
+            lines.append([run.name, *accuracies, run.chosen, ", ".join(changed(run, runs[0]))])
+        return aligned(lines)
+    rows = [[title, *(run.name for run in runs)]]
+    rows += [[model, *(_with_interval(run, model, judge) for run in runs)] for model in MODELS]
+    rows.append(["chosen", *(run.chosen for run in runs)])
+    return aligned(rows)
+
+
+def _with_interval(run: Run, model: str, judge: Judge) -> str:
+    if model not in run.accuracies:
+        return "-"
+    said = f"{run.accuracies[model]:.4f}"
+    right = run.right.get(judge, {}).get(model, {})
+    if not right:
+        return said
+    images, groups = _images(run, right)
+    found = accuracy_interval(np.array([right[i] for i in images]), groups) or (None, None)
+    return f"{said} ({interval_in_words(*found)})"
+
+
+def said(one: Against) -> str:
+    """Say a comparison in a line."""
+    points = f"{one.model:<13} {100 * one.accuracy:+5.1f} points "
+    if one.low is None or one.high is None or one.p_value is None:
+        return f"{points}({one.on}): can't be told from noise"
+    verdict = "no more than noise" if one.noise else "more than noise"
+    interval = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}; p = {one.p_value:.3f}"
+    return f"{points}({interval}; {one.on}): {verdict}"
+
+
+def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> list[Against]:
+    """Compare each group's final models with the first group's, seed by seed where they share them.
+
+    Other seeds cut other splits of the same images: see `over_resplits`.
+    """
+    base, *others = groups
+    found = []
+    for group in others:
+        sides = [{r.params.get("seed"): r for r in side if r.accuracies} for side in (group, base)]
+        shared = [seed for seed in sides[0] if seed in sides[1]]
+        paired = len(shared) > 1
+        if paired:
+            sides = [{seed: side[seed] for seed in shared} for side in sides]
+        a, b = ([_accuracy(run, "chosen") for run in side.values()] for side in sides)
+        images = group[0].images
+        if not a or not b or not images:
+            continue
+        tested = over_resplits(a, b, images[SPLIT_OF[judge]] / images["train"], paired)
+        low, high, p = tested or (None, None, None)
+        on = f"{len(a)} seeds" if paired else f"{len(a)} and {len(b)} seeds"
+        apart = mean(a) - mean(b)
+        found.append(Against("chosen", group[0].name, base[0].name, apart, low, high, p, on))
+    return found
+
+
+def seeds(groups: Sequence[Sequence[Run]], found: Sequence[Against]) -> list[str]:
+    """Give each group's means and standard deviations over its seeds, a line a group."""
+    base = groups[0][0]
+    rows = [["over seeds", "n", *MODELS, "chosen", "", ""]]
+    for group in groups:
+        judged = [run for run in group if run.accuracies]
+        values = {m: [_accuracy(run, m) for run in judged] for m in (*MODELS, "chosen")}
+        params = [said for said in changed(group[0], base) if not said.startswith("seed ")]
+        told = [one for one in found if one.run == group[0].name and one.p_value is not None]
+        p = [f"p = {o.p_value:.3f}: {'no more' if o.noise else 'more'} than noise" for o in told]
+        spread = [_spread(v) for v in values.values()]
+        said = ", ".join(params) or f"as {base.name}"
+        rows.append(["", str(len(judged)), *spread, "".join(p), said])
+    return aligned(rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    deviation = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{mean(values):.4f}{deviation}"
+
+
+def _accuracy(run: Run, model: str) -> float:
+    return run.accuracies[run.chosen if model == "chosen" else model]
+
+
+def main() -> None:
+    """Compare on the terminal."""
+    parser = parser_of("compare", __doc__ or "")
+    parser.add_argument("revisions", nargs="*", metavar="REV", help="the last commit and . if none")
+    parser.add_argument("--experiments", action="store_true", help="and those on the last commit")
+    parser.add_argument("--test", action="store_true", help="judge by the test images: at the end")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args()
+    judge: Judge = "test" if options.test else "validation"
+    with one_line_errors():
+        if options.experiments:
+            options.revisions = [*(options.revisions or ["HEAD"]), *experiments()]
+        if options.test:
+            _note(COST)
+        runs = [read(revision, judge) for revision in options.revisions or ("HEAD", HERE)]
+        base, *others = runs
+        groups = by_seed(runs)
+        several = any(len(group) > 1 for group in groups) and len({r.name for r in runs}) > 2
+        by_image = [one for run in others for one in against(run, base, judge)]
+        over_seeds = of_seeds(groups, judge) if several else []
+        found = corrected([*by_image, *over_seeds])
+        by_image, over_seeds = found[: len(by_image)], found[len(by_image) :]
+        if options.json:
+            judged = {r.name: {"chosen": r.chosen, "accuracy": r.accuracies} for r in runs}
+            comparisons = [{**asdict(one), "noise": one.noise} for one in found]
+            all_of_it = {"judged_by": judge, "runs": judged, "against": comparisons}
+            print(json.dumps(all_of_it, indent=2))
+            return
+        for line in (*table(runs, judge), *_differences(runs, by_image)):
+            say(line)
+        if several:
+            say("")
+            for line in seeds(groups, over_seeds):
+                say(line)
+
+
+def _differences(runs: Sequence[Run], found: Sequence[Against]) -> Iterator[str]:
+    """Say how the runs differ from the first one: of many only what is more than noise."""
+    base, *others = runs
+    if len(runs) >= MANY:
+        clear = [one for one in found if one.noise is False]
+        yield f"\nof {len(found)} comparisons with {base.name}, more than noise: {len(clear)}"
+        width = max(len(run.name) for run in runs)
+        yield from (f"{one.run:<{width}}  {said(one)}" for one in clear)
+        if untold := sum(one.noise is None for one in found):
+            yield f"{untold} can't be told from noise: of other images, or figures alone"
+        return
+    for run in others:
+        params = ", ".join(changed(run, base)) or "same params"
+        yield f"\n{run.name} against {base.name}: {params}"
+        stale = (one for one in (base, run) if one.stale)
+        yield from (f"{one.name} ran with {', '.join(one.stale[:SHOWN])}" for one in stale)
+        yield from (said(one) for one in found if one.run == run.name)
+
+
+if __name__ == "__main__":
+    main()

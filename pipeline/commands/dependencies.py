@@ -1,0 +1,117 @@
+"""Write the code that each stage depends on into dvc.yaml, from the imports of its file.
+
+    python -m pipeline dependencies            # after a new import
+    python -m pipeline dependencies --check    # exit code 1 if dvc.yaml has others
+    python -m pipeline dependencies --table    # for each file, the stages that a change reruns
+
+A folder is listed where the stage imports every module in it, else its files are.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from pipeline.stage_runtime.files import write_text
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.stage import STAGES, one_line_errors, parser_of
+
+ROOT = Path(__file__).parents[2]
+GRAPH = Path("dvc.yaml")
+
+
+@cache
+def imported(file: str) -> frozenset[str]:
+    """Name all that a file may import, `from a import b` as both a and a.b, wherever it stands."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(names)
+
+
+def file_of(name: str) -> str | None:
+    """Return the project's file that a dotted name stands for, if there is one."""
+    file = f"{name.replace('.', '/')}.py"
+    return file if name.startswith("pipeline.") and (ROOT / file).exists() else None
+
+
+def closure(stage: str) -> set[str]:
+    """List the project's files that a stage's file imports, directly or not, itself included."""
+    found, left = set(), {f"pipeline/{stage}.py"}
+    while left:
+        file = left.pop()
+        found.add(file)
+        left |= {f for name in imported(file) if (f := file_of(name))} - found
+    return found
+
+
+def grouped(files: Iterable[str]) -> list[str]:
+    """Put folders in place of their files where all of them are there, in the order of names."""
+    files, listed = set(files), []
+    for folder in {str(Path(file).parent) for file in files} - {"pipeline"}:
+        inside = {f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")}
+        if inside <= files:
+            files -= inside
+            listed.append(folder)
+    return sorted([*listed, *files])
+
+
+def dependencies(stage: str) -> list[str]:
+    """List the folders and files of the project's code that a stage depends on."""
+    return grouped(closure(stage))
+
+
+def written(text: str) -> str:
+    """Return a dvc.yaml whose stages list the code that they depend on, and else unchanged."""
+    for stage in STAGES:
+        listed = "".join(f"      - {path}\n" for path in dependencies(stage))
+        # The stage's block up to its deps, data among them, and the lines of code there.
+        block = re.compile(
+            rf"(^  {stage}:\n(?:(?!^  \w).*\n)*?    deps:\n(?:      - (?!pipeline/).*\n)*)"
+            r"(?:      - pipeline/.*\n)*",
+            re.MULTILINE,
+        )
+        text, n = block.subn(lambda found: found[1] + listed, text, count=1)
+        assert n == 1, stage
+    return text
+
+
+def table() -> list[str]:
+    """Lay out which stages a change of each file reruns first."""
+    of = {stage: closure(stage) for stage in STAGES}
+    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "pipeline").rglob("*.py"))
+    lines = ["| a change in | reruns |", "|---|---|"]
+    for file in files:
+        stages = [stage for stage in STAGES if file in of[stage]]
+        lines.append(f"| `{file}` | {', '.join(stages) or 'nothing'} |")
+    return lines
+
+
+def main() -> None:
+    """Write, check or show."""
+    parser = parser_of("dependencies", __doc__ or "")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--table", action="store_true", help="show, and write nothing")
+    options = parser.parse_args()
+    with one_line_errors():
+        if options.table:
+            print("\n".join(table()))
+            return
+        before = GRAPH.read_text(encoding="utf-8")
+        after = written(before)
+        if after == before:
+            say("dvc.yaml lists the code that stages import")
+        elif options.check:
+            sys.exit("error: dvc.yaml lists other code; run `python -m pipeline dependencies`")
+        else:
+            write_text(GRAPH, after)
+            say("dvc.yaml is written; `dvc repro` runs the stages whose code it has anew")
+
+
+if __name__ == "__main__":
+    main()

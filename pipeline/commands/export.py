@@ -1,0 +1,221 @@
+"""Export: the final model as safetensors and ONNX, checked on real images, with a model card.
+
+    python -m pipeline export                  # after `dvc repro` or `dvc pull`
+    python -m pipeline predict --model export/model.onnx new/*.jpg
+
+The card says what DVC recorded of data and params, and what evaluate found.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from pipeline.commands.repository import RepositoryError, git, params_run_with
+from pipeline.final_model import onnx as portable
+from pipeline.final_model.classifier import Classifier, load
+from pipeline.final_model.graph import Graph
+from pipeline.images.shards import read_images
+from pipeline.nets.device import set_up_torch
+from pipeline.nets.network import versions
+from pipeline.stage_runtime.errors import CheckpointError, DataError
+from pipeline.stage_runtime.files import whole_folder, write_text
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.stage import one_line_errors, parser_of
+from pipeline.statistics.reliability import sure_in_words
+from pipeline.statistics.verdict import interval_in_words
+
+FINAL, REPORT = Path("models/final/model.safetensors"), Path("models/report/metrics.json")
+PREPARED, LOCK = Path("data/prepared"), Path("dvc.lock")
+CLOSE = 1e-4  # how far a probability may be off
+CHECKED = 64  # images that it is checked on
+WRITTEN = {"model.safetensors", "model.onnx", "README.md"}
+HOW = {
+    "squash": "squashed to a square",
+    "crop": "cropped to a square from the middle",
+    "pad": "padded to a square",
+}
+
+
+def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) -> float:
+    """Write model.safetensors, model.onnx and README.md, a model card, into `out`.
+
+    Gives the largest difference between the ONNX graph's probabilities and PyTorch's on images of
+    the test split, or of validation where there is none.
+
+    Raises CheckpointError if that is more than 1e-4, DataError if the model, its figures and its
+    images aren't all there or don't belong together, or if `out` holds something else.
+    """
+    if out.exists() and (not out.is_dir() or {f.name for f in out.iterdir()} - WRITTEN):
+        raise DataError(f"{out}: holds other things than an export; choose another --out")
+    classifier = load(final)
+    metrics = read_metrics(report, classifier)
+    origin = provenance(lock)
+    graph = Graph(classifier)
+    images = some_images(prepared, graph.inputs.shape)
+    with whole_folder(out) as folder:
+        shutil.copy(final, folder / "model.safetensors")
+        portable.write(classifier, graph, folder / "model.onnx")
+        with torch.no_grad():
+            expected = graph(torch.from_numpy(images)).numpy()
+        found = portable.Portable(folder / "model.onnx").probabilities(images)
+        off = float(np.abs(found - expected).max())
+        if not off <= CLOSE:
+            raise CheckpointError(
+                f"{final}: its ONNX graph is off by {off:.2g} on {len(images)} images, more than "
+                f"{CLOSE:g}; use that file as it is"
+            )
+        as_run = classifier.probabilities(images)
+        same = int((as_run.argmax(1) == expected.argmax(1)).sum())
+        checked = (
+            f"On {len(images)} images the graph's probabilities are within {off:.1g} of PyTorch's "
+            f"in float32. Those of `model.safetensors`, run in {classifier.network.precision}, are "
+            f"within {np.abs(as_run - expected).max():.1g}, with the same answer on {same} of them."
+        )
+        told = card(classifier, metrics, origin, checked)
+        write_text(folder / "README.md", told)
+    return off
+
+
+def read_metrics(report: Path, classifier: Classifier) -> dict[str, Any]:
+    """Read what evaluate found, and refuse that of another run."""
+    try:
+        metrics: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{report}: not there; run `dvc repro`") from None
+    if metrics["chosen"] != classifier.chosen:
+        raise DataError(
+            f"{report}: chose {metrics['chosen']}, the final model is {classifier.chosen}; "
+            "run `dvc repro`"
+        )
+    return metrics
+
+
+def some_images(prepared: Path, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Take images that the model wasn't trained on, packed as it takes them."""
+    for split in ("test", "val"):
+        images = read_images(prepared, split)
+        if len(images):
+            break
+    if images.shape[1:] != shape:
+        raise DataError(
+            f"{prepared}: images of {images.shape[1:]}, the final model takes {shape}; "
+            "run `dvc repro`"
+        )
+    return images[np.linspace(0, len(images) - 1, min(CHECKED, len(images))).astype(int)]
+
+
+def provenance(lock: Path) -> dict[str, Any]:
+    """Gather the Git revision, and what DVC recorded of data and params."""
+    try:
+        content = yaml.safe_load(lock.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{lock}: not there; run `dvc repro`") from None
+    prepared = content["stages"]["prepare"]["outs"]
+    return {
+        "revision": _git("rev-parse", "HEAD") or "none",
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "data": next(out["md5"] for out in prepared if "prepared" in out["path"]),
+        "params": dict(sorted(params_run_with(content).items())),
+    }
+
+
+def _git(*words: str) -> str:
+    """Ask Git; empty where there is none, or no repository."""
+    try:
+        return git(Path(), *words)
+    except (OSError, RepositoryError):
+        return ""
+
+
+def card(
+    classifier: Classifier, metrics: dict[str, Any], origin: dict[str, Any], checked: str
+) -> str:
+    """Write the model card: what it is, takes, answers, how good it is, where it is from."""
+    network = classifier.network
+    size, colours = network.packed_size, "grey" if network.channels == 1 else "RGB"
+    shape = f"(N, {size}, {size})" if network.channels == 1 else f"(N, {size}, {size}, 3)"
+    sure = sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images)
+    tones = f" Before that, {network.tones.words}." if network.tones.words else ""
+    probe = classifier.probe
+    what = f"{probe.kind} on the codes of {probe.depth}" if probe else "the network's own head"
+    changed = " with changes that aren't committed" if origin["changed"] else ""
+    lines = [
+        f"# {network.backbone.name}, {len(network.classes)} classes",
+        "",
+        f"The model of {classifier.chosen}: {what}, averaged over "
+        f"{classifier.viewing.most} views at most (flips: {classifier.viewing.flips}), its "
+        "probabilities calibrated on validation images.",
+        "",
+        "| label | class |",
+        "|---|---|",
+        *(f"| {i} | {_cell(name)} |" for i, name in enumerate(network.classes)),
+        "",
+        "## Use",
+        "",
+        f"`model.onnx` takes `pixels`, uint8 {shape}: the image turned as its EXIF data say, "
+        f"{colours}, {HOW[network.fit]}, resized to {size} x {size} (Pillow's bicubic). All the "
+        f"rest is in the graph.{tones} It gives `probabilities`, float32 "
+        f"(N, {len(network.classes)}).",
+        "",
+        sure[0].upper() + sure[1:] + ".",
+        "",
+        "`model.safetensors` is the same for this project: `python -m pipeline predict --model "
+        "FILE IMAGE...` runs either.",
+        "",
+        checked,
+        "",
+        "## How good it is",
+        "",
+        *_figures(metrics),
+        "",
+        "## Where it comes from",
+        "",
+        f"- Git revision: {origin['revision']}{changed}",
+        f"- packed images (DVC): {origin['data']}",
+        f"- weights it started from: {network.backbone.weights} of {network.backbone.name}, "
+        f"SHA-256 {network.backbone.sha256 or 'none'}",
+        "- libraries: " + ", ".join(f"{name} {v}" for name, v in versions().items()),
+        "",
+        "Data and starting weights keep their licences, which may bind what is made of them.",
+        "",
+        "| param | value |",
+        "|---|---|",
+        *(f"| {key} | {_cell(json.dumps(value))} |" for key, value in origin["params"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _figures(metrics: dict[str, Any]) -> list[str]:
+    if not metrics["test"]:
+        return ["There was no labelled test split: nothing is known."]
+    found = metrics["test"][metrics["chosen"]]
+    interval = interval_in_words(found["accuracy_low"], found["accuracy_high"])
+    lines = ["On the test split, which nothing was chosen by:", "", "| metric | |", "|---|---|"]
+    lines.append(f"| accuracy (95 % interval) | {found['accuracy']:.4f} ({interval}) |")
+    rest = ("accuracy_weighted", "balanced_accuracy", "f1_macro", "auroc")
+    return lines + [f"| {k} | {found[k]:.4f} |" for k in rest if found[k] is not None]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main() -> None:
+    """Run from the command line, in the project's folder."""
+    parser = parser_of("export", __doc__ or "")
+    parser.add_argument("--out", type=Path, default=Path("export"), help="(default: %(default)s)")
+    out = parser.parse_args().out
+    with one_line_errors():
+        set_up_torch()
+        off = export(final=FINAL, report=REPORT, prepared=PREPARED, lock=LOCK, out=out)
+    say(f"{out}: model.safetensors, model.onnx (within {off:.1g} of PyTorch), README.md")
+
+
+if __name__ == "__main__":
+    main()

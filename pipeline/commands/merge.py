@@ -1,0 +1,89 @@
+"""Finish a merge: what the graph wrote is taken from either side and made anew from merged params.
+
+    git merge other                    # conflicts in dvc.lock and metrics
+    edit params.yaml; git add params.yaml
+    python -m pipeline merge           # the rest; then `git commit`
+
+dvc.lock and metrics belong to the params beside them, so that no merge of their lines is right.
+`dvc repro` takes what either side had already from the run cache (`dvc fetch --run-cache` brings
+another machine's) and runs the rest.
+"""
+
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.commands.repository import RepositoryError, git
+from pipeline.stage_runtime.errors import PipelineError
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.stage import one_line_errors, parser_of
+
+HERE = Path()
+LOCK = "dvc.lock"
+MARKS = ("<<<<<<< ", "=======\n", ">>>>>>> ")
+
+
+class MergeError(PipelineError):
+    """A merge has conflicts that only a person can resolve."""
+
+
+def main() -> None:
+    """Resolve, rerun and stage what the graph writes."""
+    parser = parser_of("merge", __doc__ or "")
+    parser.add_argument("--no-repro", action="store_true", help="leave running the graph to you")
+    options = parser.parse_args()
+    with one_line_errors():
+        conflicts = set(
+            git(HERE, "diff", "--name-only", "--diff-filter=U", "--relative").splitlines()
+        )
+        if "dvc.yaml" in conflicts or _is_marked(Path("dvc.yaml")):
+            raise MergeError("dvc.yaml is in conflict; resolve it, `git add` it, and start again")
+        # Before DVC reads anything: it can't where dvc.lock is in conflict.
+        for file in sorted(conflicts & {LOCK}):
+            _take(file)
+        written = _written()
+        for file in sorted(conflicts & written):
+            _take(file)
+        others = sorted(conflicts - written - {LOCK})
+        if others:
+            raise MergeError(
+                f"still in conflict: {', '.join(others)}; resolve, `git add`, and start again"
+            )
+        say(f"taken from this side: {len(conflicts)} files that the graph writes")
+        if options.no_repro:
+            return
+        if subprocess.run([sys.executable, "-m", "dvc", "repro"], check=False).returncode:
+            raise MergeError("the graph didn't run to its end; start again, or run `dvc repro`")
+        here = [file for file in sorted(written | {LOCK}) if Path(file).exists()]
+        git(HERE, "add", "--", *here)
+        say("the graph's outputs are those of the merged params; `git commit` ends the merge")
+
+
+def _written() -> set[str]:
+    """Name what stages write into Git: metrics and plots."""
+    from dvc.repo import Repo
+
+    here = Path.cwd().resolve()
+    with Repo() as repo:
+        paths = [Path(out.fs_path).resolve() for out in repo.index.outs if not out.use_cache]
+    return {path.relative_to(here).as_posix() for path in paths if path.is_relative_to(here)}
+
+
+def _take(file: str) -> None:
+    """Take this side of a file in conflict; the other's where this side has none."""
+    for side in ("--ours", "--theirs"):
+        with suppress(RepositoryError):
+            git(HERE, "checkout", side, "--", file)
+            git(HERE, "add", "--", file)
+            return
+    git(HERE, "rm", "--quiet", "--cached", "--", file)
+
+
+def _is_marked(file: Path) -> bool:
+    text = file.read_text("utf-8")
+    return all(mark in text for mark in MARKS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Plots: write the page that `dvc plots` fills, with its script in it: charts need no network.
+
+python -m pipeline plots .venv/plots.html      # `make install` does, and tells DVC of it
+dvc config --local plots.html_template ../.venv/plots.html
+"""
+
+from pathlib import Path
+
+from pipeline.pages.charts import script
+from pipeline.pages.render import render
+from pipeline.stage_runtime.files import write_text
+from pipeline.stage_runtime.stage import one_line_errors, parser_of
+
+TEMPLATE = Path(__file__).parent / "pages" / "plots.html"
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = parser_of("plots", __doc__ or "")
+    parser.add_argument("page", type=Path, metavar="HTML")
+    options = parser.parse_args()
+    with one_line_errors():
+        write_text(options.page, render(TEMPLATE, script=script()))
+
+
+if __name__ == "__main__":
+    main()

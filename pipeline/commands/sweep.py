@@ -1,0 +1,300 @@
+"""Run the graph for many params: every combination of values, as DVC's experiments.
+
+    python -m pipeline sweep -S seed=0,1,2
+    python -m pipeline sweep -S stage2.lr=1e-5,5e-5 -S 'stage1.unfreeze=[],[conv_head]' --jobs 2
+    python -m pipeline sweep -S backbone.name=torchvision/resnet18,torchvision/resnet50 --to probe
+
+Runs start from the last commit, each worker in a clone of its own below the cache folder, with
+DVC's cache shared: what params don't change is computed once. Started again, it goes on: what has
+ended isn't run again, and a run that was killed resumes. `python -m pipeline compare --experiments`
+puts the results side by side, `dvc exp apply NAME` brings one here.
+"""
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from queue import SimpleQueue
+
+import yaml
+from filelock import FileLock, Timeout
+
+from pipeline.commands.repository import RepositoryError, git
+from pipeline.launcher.supervise import end_with
+from pipeline.stage_runtime.errors import ParamError, PipelineError, near, said_by
+from pipeline.stage_runtime.progress import bar, duration, say
+from pipeline.stage_runtime.settings import cache_folder, threads
+from pipeline.stage_runtime.stage import Loader, flat, one_line_errors, parser_of
+
+LONGEST_NAME = 60
+LINKS = "reflink,hardlink,symlink,copy"  # from DVC's cache, the cheapest that the disk knows
+RECOVER = "the same command goes on where it was"
+
+
+class SweepError(PipelineError):
+    """A sweep can't begin, or runs of it failed."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run: a value for each swept param."""
+
+    name: str  # the experiment's
+    settings: tuple[str, ...]  # KEY=VALUE
+
+
+def planned(settings: Sequence[str], known: Sequence[str], to: str = "") -> list[Planned]:
+    """Combine all values of all settings, each KEY=VALUE,VALUE,... with a known key.
+
+    Raises ParamError for a setting of another form, or a key that isn't in params.yaml.
+    """
+    choices = []
+    for setting in settings:
+        key, equals, values = setting.partition("=")
+        if not equals or not values:
+            raise ParamError(f"-S {setting}: expected KEY=VALUE, or KEY=VALUE,VALUE,...")
+        if key not in known:
+            raise ParamError(f"-S {setting}: no {key!r} in params.yaml; {near(key, known)}")
+        choices.append([f"{key}={value}" for value in _values(values)])
+    runs = [Planned(_name(chosen, to), chosen) for chosen in itertools.product(*choices)]
+    twice = {run.name for run in runs if sum(other.name == run.name for other in runs) > 1}
+    if twice:
+        raise ParamError(f"-S {' '.join(settings)}: {min(twice)} twice; give each value once")
+    return runs
+
+
+def _values(text: str) -> list[str]:
+    """Part values at the commas that are in no brackets or quotes."""
+    found, depth, quote = [""], 0, ""
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        depth += (char in "[{(") - (char in "]})")
+        if char == "," and not depth and not quote:
+            found.append("")
+        else:
+            found[-1] += char
+    return [value.strip() for value in found]
+
+
+def _name(settings: Sequence[str], to: str) -> str:
+    """Name an experiment after its settings, as Git allows names."""
+    parts = []
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        parts += [key.rpartition(".")[2], value]
+    whole = "-".join([*parts, *(["to", to] if to else [])])
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", whole).strip("-.")
+    name = re.sub(r"\.\.+|\.lock$", "-", name)
+    if name == whole and len(name) <= LONGEST_NAME:
+        return name
+    # Other values may give the same name.
+    return f"{name[:LONGEST_NAME]}-{sha256(' '.join(settings).encode()).hexdigest()[:6]}"
+
+
+class Sweep:
+    """The repository that runs start from, and the clones that they run in."""
+
+    def __init__(self, to: str) -> None:
+        try:
+            self.root = Path(git(Path(), "rev-parse", "--show-toplevel"))
+            self.commit = git(Path(), "rev-parse", "HEAD")
+        except RepositoryError:
+            raise SweepError("no commit here to start runs from; `git commit` first") from None
+        self.below = Path.cwd().resolve().relative_to(self.root.resolve())
+        self.to = [to] if to else []
+        self.folder = (cache_folder() / "sweep").resolve()
+        self.running: dict[str, subprocess.Popen[str]] = {}
+        self.stopped = threading.Event()
+        self.threads = threads()  # for each run
+        if changed := git(Path(), "status", "--porcelain", "--untracked-files=no", "."):
+            first = changed.splitlines()[0][3:]
+            raise SweepError(
+                f"{first} isn't committed, and runs start from the last commit; commit"
+            )
+
+    def done(self) -> set[str]:
+        """Name the experiments that the last commit has."""
+        refs = git(self.root, "for-each-ref", "--format=%(refname)", _refs_of(self.commit))
+        return {ref.rpartition("/")[2] for ref in refs.splitlines()}
+
+    def clone(self, number: int) -> Path:
+        """Make a clone of the last commit for a worker; gives the project's folder there."""
+        clone = self.folder / str(number)
+        shutil.rmtree(clone, ignore_errors=True)  # a killed one's locks would stay
+        git(self.root, "clone", "--quiet", "--shared", "--no-checkout", str(self.root), str(clone))
+        git(clone, "checkout", "--quiet", "--detach", self.commit)
+        project, here = clone / self.below, self.root / self.below
+        # By hand and by a link: DVC can't write a path with an umlaut into its configuration.
+        of_dvc = Path(_dvc(here, "root").strip())  # from here: the root's, or the project's own
+        local = here / of_dvc / ".dvc" / "config.local"
+        settings = local.read_text("utf-8") if local.is_file() else ""
+        if "[cache]" not in settings:
+            settings += f"\n[cache]\n    type = {LINKS}\n"
+        (project / of_dvc / ".dvc" / "config.local").write_text(settings, "utf-8")
+        cache = (here / _dvc(here, "cache", "dir").strip()).resolve()
+        (project / of_dvc / ".dvc" / "cache").symlink_to(cache)
+        # What `dvc add` put under DVC's care; the stages' outputs come as they are needed.
+        added = git(clone, "ls-files", "*.dvc").splitlines()
+        if added:
+            _dvc(clone, "checkout", "--quiet", *added)
+        return project
+
+    def run(self, one: Planned, project: Path) -> str:
+        """Run an experiment in a clone and fetch it from there; gives what went wrong, if so."""
+        clone = self.folder / project.relative_to(self.folder).parts[0]
+        git(clone, "reset", "--quiet", "--hard", self.commit)
+        words = [word for setting in one.settings for word in ("-S", setting)]
+        log = self.folder / f"{one.name}.log"
+        with log.open("w", encoding="utf-8") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dvc", "exp", "run", "--name", one.name, *words, *self.to],
+                cwd=project,
+                env=self.environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # a Ctrl-C is passed on, once
+                preexec_fn=partial(end_with, os.getpid()),  # noqa: PLW1509, no thread of ours locks
+            )
+            self.running[one.name] = process
+            code = process.wait()
+            del self.running[one.name]
+        refs = git(clone, "for-each-ref", "--format=%(refname)", _refs_of(self.commit))
+        ours = [ref for ref in refs.splitlines() if ref.endswith(f"/{one.name}")]
+        if code or not ours:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            errors = [line for line in lines if line.lower().startswith("error")]
+            said = (errors or lines or ["it said nothing"])[0]
+            return f"{' '.join(said.split())[:200]} ({log})"
+        git(self.root, "fetch", "--quiet", str(clone), f"{ours[0]}:{ours[0]}")
+        log.unlink()
+        return ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Give what runs see: this Python, one cache for what can be computed again."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        return {
+            **{k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
+            "PATH": path,
+            "PIPELINE_CACHE": str(cache_folder().resolve()),
+            "PIPELINE_THREADS": str(self.threads),
+        }
+
+    def stop(self) -> None:
+        """End all runs; what they have done is kept."""
+        self.stopped.set()
+        for process in list(self.running.values()):
+            os.killpg(process.pid, signal.SIGINT)
+
+
+def _dvc(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SweepError(f"dvc {' '.join(words[:2])}: {' '.join(done.stderr.split())[:200]}")
+    return done.stdout
+
+
+def _refs_of(commit: str) -> str:
+    """Give where DVC keeps the experiments on a commit."""
+    return f"refs/exps/{commit[:2]}/{commit[2:]}"
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = parser_of("sweep", __doc__ or "")
+    parser.add_argument(
+        "-S",
+        dest="settings",
+        action="append",
+        required=True,
+        metavar="KEY=VALUES",
+        help="a param and its values, parted by commas; several give every combination",
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--to", default="", metavar="STAGE", help="run the graph up to this stage")
+    options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error("--jobs takes a number from 1 on")
+    with one_line_errors(f"interrupted; {RECOVER}"):
+        params = yaml.load(Path("params.yaml").read_text("utf-8"), Loader)  # noqa: S506, safe
+        runs = planned(options.settings, list(dict(flat(params))), options.to)
+        sweep = Sweep(options.to)
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(sweep.folder / ".lock", timeout=0):
+                _all(sweep, runs, options.jobs)
+        except Timeout:
+            raise SweepError(f"another sweep runs in {sweep.folder}; wait for it") from None
+
+
+def _all(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> None:
+    """Run what hasn't ended, some at a time, and say how each ended."""
+    done = sweep.done()
+    left = [run for run in runs if run.name not in done]
+    jobs = min(jobs, len(left)) or 1
+    sweep.threads = max(1, threads() // jobs)
+    each = f", {sweep.threads} threads each" if jobs > 1 else ""
+    say(f"{len(runs)} runs, {len(runs) - len(left)} of them done before; {jobs} at a time{each}")
+    failed, start = [], time.perf_counter()
+    for i, (run, wrong) in enumerate(bar(_ended(sweep, left, jobs), len(left), "runs"), 1):
+        seconds = time.perf_counter() - start
+        to_go = f", {duration(seconds / i * (len(left) - i))} left" if i < len(left) else ""
+        say(f"{i} of {len(left)}  {run.name}{f'  failed: {wrong}' if wrong else ''}{to_go}")
+        failed += [run.name] if wrong else []
+    if failed:
+        raise SweepError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed[:5])}")
+    say("python -m pipeline compare --experiments puts them side by side")
+
+
+def _ended(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> Iterator[tuple[Planned, str]]:
+    """Run in `jobs` clones at a time; yields each run as it ends, with what went wrong."""
+    free: SimpleQueue[Path] = SimpleQueue()
+    for number in range(jobs if runs else 0):
+        free.put(sweep.clone(number))
+
+    def work(run: Planned) -> str:
+        if sweep.stopped.is_set():
+            return "not begun"
+        project = free.get()
+        try:
+            return sweep.run(run, project)
+        except (RepositoryError, OSError) as error:
+            return said_by(error, 200)
+        finally:
+            free.put(project)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(work, run): run for run in runs}
+        try:
+            while waiting:
+                ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    yield waiting.pop(future), future.result()
+        except BaseException:
+            sweep.stop()
+            raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Class activation maps: where in an image the evidence for a class lies.
+
+Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391): the last feature maps, each weighed by the
+gradient of the class's score, averaged over its pixels; what speaks against the class is left out.
+Where a linear head follows averaged maps, these are the maps of Zhou et al. 2016, arXiv 1512.04150.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.final_model.graph import Graph
+from pipeline.nets.blocks import last_maps
+from pipeline.probing.depths import LAST, SOURCE
+
+UPRIGHT = (0,)  # no flips or turns
+
+
+def explained_block(graph: Graph) -> str:
+    """Name the block whose feature maps are looked at: the last one that the scores come from."""
+    if graph.taps and graph.taps.depths[-1] not in (LAST, SOURCE):
+        return graph.taps.depths[-1]
+    return last_maps(graph.model)
+
+
+def activation_maps(
+    graph: Graph, images: NDArray[np.uint8], classes: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Map the evidence in packed images (N, H, W[, 3]) for one class each (N,): (N, h, w).
+
+    From 0 to 1, which is the strongest place of an image; all 0 where nothing speaks for the class.
+    """
+    found: list[Tensor] = []
+
+    def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        found.append(output.detach().requires_grad_())
+        return found[-1]
+
+    block = graph.model.get_submodule(explained_block(graph))
+    # Before the hooks that take a probe's codes, so that these see what gradients flow to.
+    handle = block.register_forward_hook(cut, prepend=True)
+    try:
+        scores = graph.scores(torch.from_numpy(images), UPRIGHT)  # (N, C)
+    finally:
+        handle.remove()
+    (maps,) = found
+    chosen = scores[torch.arange(len(classes)), torch.from_numpy(classes)]
+    (gradient,) = torch.autograd.grad(chosen.sum(), maps)  # (N, D, h, w)
+    with torch.no_grad():
+        evidence = (maps * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
+        strongest = evidence.amax((1, 2), keepdim=True)
+        return (evidence / torch.where(strongest > 0, strongest, 1)).numpy()

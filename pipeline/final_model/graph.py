@@ -1,0 +1,121 @@
+"""A finished classifier in plain PyTorch: from packed pixels to calibrated probabilities.
+
+In float32 and unfolded, with everything in one graph: normalisation, the averaging over flips, the
+network, and for a probe the scaling, the kernel and its machines. It is what export writes as ONNX,
+and what class activation maps are taken of.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.final_model.classifier import Classifier
+from pipeline.images.augment import dihedral, views
+from pipeline.images.tones import PLAIN, Tones
+from pipeline.inference.taps import Taps
+from pipeline.nets.backbone import build
+from pipeline.probing.depths import JOIN
+from pipeline.probing.probes import SHARPNESS, Probe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the graph takes, and the classes it answers with."""
+
+    classes: list[str]
+    packed_size: int  # pixels a side
+    fit: Literal["squash", "crop", "pad"]  # how an image becomes a square
+    channels: int  # 1 for grey, else 3
+    tones: Tones = PLAIN
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Give the shape of one packed image."""
+        sides = (self.packed_size, self.packed_size)
+        return sides if self.channels == 1 else (*sides, self.channels)
+
+
+class Graph(nn.Module):
+    """The whole of a classifier in float32, unfolded: what PyTorch runs and what is exported."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        trained = classifier.network
+        self.model = build(trained.backbone.name, trained.n_outputs)
+        self.model.load_state_dict(trained.model.state_dict())
+        self.model.requires_grad_(False)
+        self.network = replace(trained, model=self.model, precision="fp32")
+        self.inputs = Inputs(
+            trained.classes, trained.packed_size, trained.fit, trained.channels, trained.tones
+        )
+        self.kinds = views(classifier.viewing.flips, classifier.viewing.most)
+        self.temperature = classifier.temperature
+        self.taps: Taps | None = None
+        self.machine: Machine | None = None
+        if classifier.probe is not None:
+            self.taps = Taps(self.model, classifier.probe.depth.split(JOIN), classifier.pooling)
+            self.machine = Machine(classifier.probe)
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Give probabilities (N, C) of packed uint8 pixels (N, H, W) or (N, H, W, 3)."""
+        return torch.softmax(self.scores(pixels, self.kinds) / self.temperature, 1).float()
+
+    def scores(self, pixels: Tensor, kinds: Sequence[int]) -> Tensor:
+        """Give scores (N, C), averaged over these kinds of flips and turns."""
+        # The views side by side as one batch: a graph of one network, not of eight.
+        x = self.network.normalise(pixels)
+        x = torch.cat([dihedral(x, kind, rows=2) for kind in kinds])
+        found = torch.cat(self.taps(x), 1) if self.taps else self.model(x)
+        mean = found.view(len(kinds), -1, found.shape[1]).mean(0)  # (N, D) or (N, C)
+        return self.machine(mean) if self.machine else mean
+
+
+class Machine:
+    """A probe's scores in PyTorch: `Probe.scores`, in double precision as there."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.kind, self.gamma, self.l2 = probe.kind, probe.gamma, probe.l2
+        self.arrays = {k: torch.from_numpy(np.array(a)) for k, a in probe.arrays.items()}
+        ends = [int(end) for end in np.cumsum(probe.arrays.get("n_vectors", []))]
+        # Where the vectors of each class lie.
+        self.of = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """Score codes (N, D): (N, C)."""
+        a = self.arrays
+        if self.l2:
+            length = codes.norm(dim=1, keepdim=True)
+            codes = codes / torch.where(length > 0, length, 1)
+        x = (codes.double() - a["mean"]) / a["scale"]
+        if self.kind == "linear":
+            return x @ a["weight"].T + a["bias"]
+        kernel = x @ a["vectors"].T
+        if self.kind == "svm_rbf":
+            squares = (x**2).sum(1, keepdim=True) + (a["vectors"] ** 2).sum(1) - 2 * kernel
+            kernel = torch.exp(-self.gamma * squares.clamp(min=0))
+        return self._one_against_one(kernel)
+
+    def _one_against_one(self, kernel: Tensor) -> Tensor:
+        """Score by one binary classifier a pair of classes, as `learn.probes.coupled` says."""
+        dual, bias, of = self.arrays["dual"], self.arrays["bias"], self.of
+        if len(of) == 2:
+            first = kernel[:, of[0]] @ dual[0, of[0]] + kernel[:, of[1]] @ dual[0, of[1]] + bias[0]
+            return torch.stack([first, -first], 1) / 2
+        n = len(of)
+        none = torch.zeros_like(kernel[:, :1])
+        own = []  # what the vectors of each class say against each of the others: (N, C)
+        for i in range(n):
+            found = kernel[:, of[i]] @ dual[:, of[i]].T  # (N, C - 1)
+            own.append(torch.cat([found[:, :i], none, found[:, i:]], 1))
+        biases, signs = torch.zeros(n, n, dtype=bias.dtype), torch.zeros(n, n, dtype=bias.dtype)
+        rows, columns = torch.triu_indices(n, n, 1)
+        biases[rows, columns] = biases[columns, rows] = bias
+        signs[rows, columns], signs[columns, rows] = 1.0, -1.0
+        both = torch.stack(own, 1)  # (N, C, C)
+        pairs = signs * (both + both.transpose(1, 2) + biases)
+        return -torch.logsumexp(-SHARPNESS * pairs, 2)

@@ -1,0 +1,53 @@
+"""Averaging over flips and turns of an image, for codes and for logits alike."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.images.augment import Flips, dihedral, views
+from pipeline.nets.network import Network, over
+from pipeline.stage_runtime.files import Rowwise
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Viewing:
+    """Which flips and turns of an image are averaged."""
+
+    flips: Flips
+    most: int
+
+
+def averaged(network: Network, compute: Run, viewing: Viewing) -> Run:
+    """Make a function of packed pixels (B, H, W[, 3]) that averages outputs over the views.
+
+    `compute` maps normalised images (B, 3, h, w) to one or several tensors (B, ...).
+    """
+    kinds = views(viewing.flips, viewing.most)
+
+    def run(pixels: Tensor) -> Sequence[Tensor]:
+        x = network.normalise(pixels)
+        runs = [compute(dihedral(x, kind, rows=2)) for kind in kinds]
+        return [torch.stack([t.float() for t in same]).mean(0) for same in zip(*runs, strict=True)]
+
+    return run
+
+
+def logits(network: Network, images: Rowwise, viewing: Viewing) -> NDArray[np.float64]:
+    """Compute a network's logits (N, C) of packed images (N, H, W[, 3]), averaged over views."""
+    return np.concatenate([part[0] for part in logits_from(network, images, viewing)])
+
+
+def logits_from(
+    network: Network, images: Rowwise, viewing: Viewing, first: int = 0
+) -> Iterator[Sequence[NDArray[np.float64]]]:
+    """Compute them a batch at a time, from the `first` image on."""
+    network.model.eval()
+    run = averaged(network, lambda x: [network.model(x)], viewing)
+    for part in over(images, network, run, first):
+        yield [part[0].astype(np.float64)]

@@ -1,0 +1,270 @@
+"""A convolution with the BatchNorm and the ReLU behind it as one.
+
+With frozen statistics, BatchNorm is a scale and a shift a channel: scaling the convolution's
+weights instead of its output saves two passes over the activations, and the ReLU on the way out a
+third. The rescaling is part of the graph, so that weight, scale and shift get the gradients they
+would get unfolded.
+
+Convolutions and linear layers run in bfloat16 where the processor has it. Weights stay float32.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.nets.blocks import TRACE_SIZE
+from pipeline.nets.convolve import ACTS, Act, convolve, shape_of
+from pipeline.nets.device import device, device_of
+from pipeline.stage_runtime.errors import ParamError, is_out_of_memory, said_by
+
+Precision = Literal["auto", "fp32", "bf16"]
+NUMBER_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Follower:
+    """What a convolution's output goes straight into."""
+
+    bn: nn.BatchNorm2d
+    act: Act = "none"
+    act_module: nn.Module | None = None
+
+
+@dataclass
+class Kept:
+    """Folded weights, and the tensors that they were folded from."""
+
+    folded: tuple[Tensor, Tensor | None] = field(init=False)
+    # Each tensor, its memory and its version. Held on to, neither can become another's.
+    _sources: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+
+    def keep(self, tensors: Sequence[Tensor], folded: tuple[Tensor, Tensor | None]) -> None:
+        """Keep what these tensors were folded to, in place of what was kept."""
+        self._sources = [(t, t.detach(), t._version) for t in tensors]
+        self.folded = folded
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Tell whether it was folded from these tensors, as they are now."""
+        return len(tensors) == len(self._sources) and all(
+            t is of and t.data_ptr() == memory.data_ptr() and t._version == version
+            for t, (of, memory, version) in zip(tensors, self._sources, strict=True)
+        )
+
+
+def resolved(precision: Precision) -> Literal["fp32", "bf16"]:
+    """Turn `auto` into the number format that this machine is good at, by its flags alone."""
+    if precision != "auto":
+        return precision
+    if device().type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def fold(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
+    """Make a network's forward run folded and in the given format; its state_dict is unchanged.
+
+    A BatchNorm in train mode runs as it is, by batch statistics. The last linear layer gives
+    float32 logits.
+    """
+    low = NUMBER_FORMATS[precision]
+    followers = _followers(model)
+    linear = None
+    for module in model.modules():
+        if is_plain(module):
+            _fold_convolution(module, followers.get(module), low)
+        elif isinstance(module, nn.Conv2d):
+            _widen(module)
+        elif isinstance(module, nn.Linear):
+            module.forward = _linear(module, low)  # type: ignore[method-assign, assignment]
+            linear = module
+    if linear is not None:
+        linear.forward = _linear(linear, torch.float32)  # type: ignore[method-assign, assignment]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch omits it
+    return model
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Tell whether a module is a convolution of its weights as they are, over zeros at the edges.
+
+    There are others, such as those that standardise their weights first.
+    """
+    plain = type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
+    return plain and getattr(module, "padding_mode", "") == "zeros"
+
+
+def _widen(conv: nn.Conv2d) -> None:
+    """Let a convolution that runs as it is take what others give in bfloat16."""
+    unfolded = conv.forward
+    conv.forward = lambda x: unfolded(x.float())  # type: ignore[method-assign, assignment]
+
+
+def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
+    """Find the convolutions whose output goes straight into a BatchNorm, by running the model.
+
+    And the ReLU after that, where it is that one's alone: inside it, as timm has it, or a module
+    that is called once.
+    """
+    convolutions: dict[tuple[int, int], tuple[nn.Module, Tensor]] = {}
+    normalised: dict[tuple[int, int], tuple[Follower, Tensor]] = {}
+    found: dict[nn.Module, Follower] = {}
+    calls: dict[nn.Module, int] = {}
+
+    def which(x: Tensor) -> tuple[int, int]:
+        # A tensor that a residual was added to in place is no longer what the layer gave. Keeping
+        # the tensor keeps its id its own.
+        return id(x), x._version
+
+    def after_convolution(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        convolutions[which(output)] = (module, output)
+
+    def after_batchnorm(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if which(inputs[0]) in convolutions:
+            assert isinstance(module, nn.BatchNorm2d)
+            follower = Follower(module)
+            inside = getattr(module, "act", None)
+            if inside is not None and type(inside) in ACTS:
+                follower.act, follower.act_module = ACTS[type(inside)], inside
+            found[convolutions[which(inputs[0])][0]] = follower
+            normalised[which(output)] = (follower, output)
+
+    def before_act(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if which(inputs[0]) in normalised:
+            follower = normalised[which(inputs[0])][0]
+            if follower.act_module is None:
+                follower.act, follower.act_module = ACTS[type(module)], module
+
+    handles = []
+    for module in model.modules():
+        if is_plain(module):
+            handles.append(module.register_forward_hook(after_convolution))
+        elif isinstance(module, nn.BatchNorm2d):
+            handles.append(module.register_forward_hook(after_batchnorm))
+        elif type(module) in ACTS:
+            handles.append(module.register_forward_pre_hook(before_act))
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    with torch.no_grad():  # inference mode counts no versions
+        model(torch.zeros(1, 3, TRACE_SIZE, TRACE_SIZE, device=device_of(model)))
+    for handle in handles:
+        handle.remove()
+    for module in training:
+        module.training = True
+    for follower in found.values():
+        if follower.act_module is not None and calls[follower.act_module] > 1:
+            follower.act, follower.act_module = "none", None
+    return found
+
+
+def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dtype) -> None:
+    bn = follower.bn if follower else None
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+
+    def sources() -> list[Tensor]:
+        # Asked for anew each time: a network that is brought to a GPU has other buffers there.
+        of_bn = (bn.weight, bn.bias, bn.running_mean, bn.running_var) if bn is not None else ()
+        return [t for t in (conv.weight, conv.bias, *of_bn) if t is not None]
+
+    kept = Kept()
+
+    def folded(dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        if bn is None:
+            return conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
+        assert bn.running_var is not None
+        assert bn.running_mean is not None
+        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)  # (D,)
+        shift = bn.bias - bn.running_mean * scale
+        bias = shift if conv.bias is None else shift + conv.bias * scale
+        return (conv.weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
+
+    def folded_once() -> tuple[Tensor, Tensor | None]:
+        # What doesn't train changes by loading or by being replaced alone; fused optimisers write
+        # without counting.
+        tensors = sources()
+        if any(t.requires_grad for t in tensors):
+            return folded(low)
+        if not kept.is_of(tensors):
+            kept.keep(tensors, folded(low))
+        return kept.folded
+
+    def forward(x: Tensor) -> Tensor:
+        shape = shape_of(conv, (x.shape[2], x.shape[3]))
+        if bn is not None and bn.training:
+            # Batch statistics of rounded values would be poor ones.
+            return convolve(x.float(), conv.weight, conv.bias, shape, "none")
+        if not torch.is_grad_enabled():
+
+            def run(dtype: torch.dtype) -> Tensor:
+                weights = folded_once() if dtype == low else folded(dtype)
+                return convolve(x.to(dtype), *weights, shape, act)
+
+            return _in_format(run, low)
+        # oneDNN's gradients of groups are poor in bfloat16.
+        slow = conv.groups > 1 and not depthwise and x.device.type == "cpu"
+        return _in_format(
+            lambda dtype: convolve(x.to(dtype), *folded(dtype), shape, act),
+            torch.float32 if slow else low,
+        )
+
+    act: Act = follower.act if follower else "none"
+    conv.forward = forward  # type: ignore[method-assign, assignment]
+    if follower is not None:
+        _pass_on(follower)
+
+
+def _pass_on(follower: Follower) -> None:
+    """Make BatchNorm and ReLU hand on what the convolution has done already."""
+    bn, act = follower.bn, follower.act_module
+    unfolded = bn.forward
+    # timm's BatchNorm layers carry dropout and activation inside.
+    rest = [m for m in (getattr(bn, "drop", None), getattr(bn, "act", None)) if m is not None]
+
+    def forward(x: Tensor) -> Tensor:
+        if bn.training:
+            return unfolded(x)
+        for module in rest:
+            x = module(x)
+        return x
+
+    bn.forward = forward  # type: ignore[method-assign, assignment]
+    if act is not None:
+        clip = act.forward
+        act.forward = lambda x: clip(x) if bn.training else x
+
+
+def _linear(linear: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        def run(dtype: torch.dtype) -> Tensor:
+            bias = None if linear.bias is None else linear.bias.to(dtype)
+            return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+
+        return _in_format(run, dtype)
+
+    return forward
+
+
+def _in_format(run: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> Tensor:
+    """Run a layer in a number format.
+
+    Raises ParamError where it is the format that fails, as float32 doesn't: the processor's library
+    may refuse bfloat16.
+    """
+    try:
+        return run(dtype)
+    except RuntimeError as error:
+        if dtype == torch.float32 or is_out_of_memory(error):
+            raise
+        failed = error
+    try:
+        run(torch.float32)
+    except RuntimeError:
+        raise failed from None
+    name = next(name for name, known in NUMBER_FORMATS.items() if known == dtype)
+    raise ParamError(
+        f"params.yaml: precision: {name} fails on this machine ({said_by(failed)}); set precision: "
+        "fp32"
+    ) from failed

@@ -1,0 +1,69 @@
+"""The features folder: one memory-mapped array of codes a split and depth, and labelled rows."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.images.rows import Rows
+from pipeline.probing.depths import JOIN
+from pipeline.stage_runtime.files import reading
+
+
+def codes_name(split: str, depth: str) -> str:
+    """Name the array of codes (N, D) of one split and depth."""
+    return f"{split}-{depth}"
+
+
+def read_codes(features: Path, split: str, depth: str) -> NDArray[np.float32]:
+    """Memory-map the codes (N, D) of one split and depth, or join those of several."""
+    parts: list[NDArray[np.float32]] = [
+        np.load(features / f"{codes_name(split, part)}.npy", mmap_mode="r")
+        for part in depth.split(JOIN)
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def read_feature_facts(features: Path) -> dict[str, Any]:
+    """Read what made the codes: the network's facts and the depths.
+
+    Raises DataError if extract didn't run, or the file is damaged.
+    """
+    file = features / "facts.json"
+    with reading(file, "extract"):
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if missing := {"depths", "classes", "backbone", "viewing"} - set(facts):
+            raise ValueError(f"no {sorted(missing)}")
+    return facts
+
+
+def write_labels(file: Path, splits: dict[str, Rows]) -> None:
+    """Write the labels of the given splits, so that who reads codes needs no images."""
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("split", "id", "path", "label", "group", "weight"))
+        for split, rows in splits.items():
+            columns = zip(rows.ids, rows.paths, rows.labels, rows.groups, rows.weights, strict=True)
+            for number, path, *values in columns:
+                writer.writerow((split, number, path, *(value.item() for value in values)))
+
+
+def read_labels(features: Path, split: str) -> Rows:
+    """Read the labels of train or val, in the order of their codes.
+
+    Raises DataError if the file is damaged.
+    """
+    file = features / "labels.csv"
+    with reading(file, "extract"):
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = [row for row in csv.DictReader(lines) if row["split"] == split]
+        return Rows(
+            np.array([int(row["id"]) for row in rows], np.int64),
+            [row["path"] for row in rows],
+            np.array([int(row["label"]) for row in rows], np.int64),
+            np.array([int(row["group"]) for row in rows], np.int64),
+            np.array([float(row["weight"]) for row in rows]),
+        )

@@ -1,0 +1,228 @@
+"""Linear and SVM probes on codes: fitting, scores from plain arrays, storage without pickle."""
+
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+from pipeline.nets import checkpoint
+from pipeline.stage_runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    # A second to import, which who only reads a probe need not wait for.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import SVC
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Kind = Literal["linear", "svm_linear", "svm_rbf"]
+KINDS: tuple[Kind, ...] = ("linear", "svm_linear", "svm_rbf")  # from simple to flexible
+SHARPNESS = 6.0  # of the sigmoids over an SVM's decision values; on noised digits 4 to 8 are alike
+AT_ONCE = 4_000_000  # decision values in memory
+GRADIENT, STEPS = 1e-6, 20_000  # of a logistic regression: its largest gradient where it stops
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Standardisation of codes; mean and scale are (D,)."""
+
+    mean: Floats
+    scale: Floats
+
+    @classmethod
+    def fit(cls, codes: NDArray[Any]) -> "Scaler":
+        """Measure codes (N, D); a feature that never changes is only centred."""
+        scale = codes.std(0, dtype=np.float64)
+        return cls(codes.mean(0, dtype=np.float64), np.where(scale > 1e-12, scale, 1.0))
+
+    def __call__(self, codes: NDArray[Any]) -> Floats:
+        """Standardise codes (N, D)."""
+        return np.asarray((codes - self.mean) / self.scale, np.float64)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted probe as plain arrays."""
+
+    kind: Kind
+    depth: str
+    c: float
+    gamma: float  # of the RBF kernel; 0 otherwise
+    l2: bool  # codes are scaled to unit length before they are standardised
+    arrays: dict[str, NDArray[Any]]  # mean, scale, and by kind: weight, bias | vectors, dual, ...
+
+    def scores(self, codes: NDArray[Any]) -> Floats:
+        """Score codes (N, D): (N, C), the higher the likelier; for a linear probe the logits."""
+        a = self.arrays
+        x = Scaler(a["mean"], a["scale"])(unit(codes) if self.l2 else codes)
+        if self.kind == "linear":
+            return np.asarray(x @ a["weight"].T + a["bias"])
+        kernel = gram(x, a["vectors"], self.kind, self.gamma)
+        return _one_against_one(kernel, a["dual"], a["n_vectors"], a["bias"])
+
+    def facts(self) -> dict[str, Any]:
+        """Give what isn't an array, for the metadata of a file."""
+        return {name: value for name, value in vars(self).items() if name != "arrays"}
+
+
+def unit(codes: NDArray[Any]) -> NDArray[np.float32]:
+    """Scale codes (N, D) to unit length; a row of zeros stays one."""
+    length = np.linalg.norm(codes, axis=1, keepdims=True)
+    return np.asarray(codes / np.where(length > 0, length, 1), np.float32)
+
+
+def head_of(probe: Probe) -> tuple[Floats, Floats]:
+    """Turn a linear probe into a head on raw codes: weight (C, D) and bias (C,).
+
+    The scaling is folded in, so that the head's logits are the probe's scores.
+    """
+    a = probe.arrays
+    weight = a["weight"] / a["scale"]
+    return weight, a["bias"] - weight @ a["mean"]
+
+
+def gram(x: Floats, vectors: Floats, kind: Kind, gamma: float) -> Floats:
+    """Compute the kernel (N, S) between standardised codes (N, D) and vectors (S, D)."""
+    dot = x @ vectors.T
+    if kind == "svm_linear":
+        return np.asarray(dot)
+    squares = (x**2).sum(1)[:, None] + (vectors**2).sum(1) - 2 * dot
+    return np.asarray(np.exp(-gamma * np.maximum(squares, 0)))
+
+
+def fit_linear(
+    x: Floats,
+    y: Ints,
+    weights: Floats,
+    c: float,
+    class_weight: str | None,
+    start: "LogisticRegression | None" = None,
+) -> "LogisticRegression":
+    """Fit a logistic regression on standardised codes (N, D), from scratch or from another one.
+
+    In double precision and until it has converged: a fit that stops early depends on the start and
+    on how a processor rounds.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    settings = {"tol": GRADIENT, "max_iter": STEPS, "warm_start": True}
+    model = start or LogisticRegression(class_weight=class_weight, **settings)
+    return model.set_params(C=c).fit(x, y, weights)
+
+
+def fit_svm(kernel: Floats, y: Ints, weights: Floats, c: float, class_weight: str | None) -> "SVC":
+    """Fit a support vector machine on a kernel (N, N) that all C and folds share."""
+    from sklearn.svm import SVC
+
+    settings = {"kernel": "precomputed", "decision_function_shape": "ovo"}
+    return SVC(C=c, class_weight=class_weight, **settings).fit(kernel, y, weights)
+
+
+def class_scores(fitted: "LogisticRegression | SVC", x: Floats, n_classes: int) -> Floats:
+    """Score codes (N, D), or for an SVC a kernel (N, S): (N, C), as `Probe.scores` would.
+
+    A class that the fit never saw gets the lowest score of each row.
+    """
+    found = fitted.decision_function(x)
+    if found.ndim == 1:
+        found = np.stack([-found, found], 1) / 2
+    elif hasattr(fitted, "support_"):  # an SVC: a column a pair
+        found = coupled(found)
+    scores = np.repeat(found.min(1, keepdims=True), n_classes, axis=1)
+    scores[:, fitted.classes_] = found
+    return np.asarray(scores)
+
+
+def linear_probe(fitted: "LogisticRegression", scaler: Scaler, depth: str, l2: bool) -> Probe:
+    """Make a probe of a fitted logistic regression; two classes' one row w becomes ±w/2."""
+    weight, bias = fitted.coef_, fitted.intercept_
+    if len(weight) == 1:
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    arrays = {"mean": scaler.mean, "scale": scaler.scale, "weight": weight, "bias": bias}
+    return Probe("linear", depth, float(fitted.C), 0.0, l2, arrays)
+
+
+def svm_probe(
+    fitted: "SVC",
+    x: Floats,
+    scaler: Scaler,
+    depth: str,
+    kind: Kind,
+    gamma: float,
+    l2: bool,
+) -> Probe:
+    """Make a probe of a machine fitted on the kernel of standardised codes (N, D)."""
+    arrays = {
+        "mean": scaler.mean,
+        "scale": scaler.scale,
+        "vectors": x[fitted.support_],  # (S, D), sorted by class
+        # With two classes scikit-learn flips the sign that libsvm uses; undo it for one formula.
+        "dual": fitted._dual_coef_,  # (C - 1, S)
+        "n_vectors": fitted.n_support_.astype(np.int64),  # (C,)
+        "bias": fitted._intercept_,  # (C (C - 1) / 2,)
+    }
+    return Probe(kind, depth, float(fitted.C), gamma, l2, arrays)
+
+
+def _one_against_one(kernel: Floats, dual: Floats, n_vectors: Ints, bias: Floats) -> Floats:
+    """Score by libsvm's binary classifiers, one a pair of classes: (N, S) -> (N, C).
+
+    For two classes the decision value, halved to either side; for more see `coupled`.
+    """
+    ends = n_vectors.cumsum()
+    of = [slice(end - n, end) for end, n in zip(ends, n_vectors, strict=True)]
+    # In row r, a vector's coefficient against class r, or r + 1 from its own class on.
+    if len(of) == 2:
+        first = kernel[:, of[0]] @ dual[0, of[0]] + kernel[:, of[1]] @ dual[0, of[1]] + bias[0]
+        return np.stack([first, -first], 1) / 2
+    classes = range(len(of))
+    # What the vectors of each class say against each of the others.
+    own = [np.insert(dual[:, of[i]] @ kernel[:, of[i]].T, i, 0, axis=0) for i in classes]
+    return coupled(np.stack([own[i][j] + own[j][i] for i, j in combinations(classes, 2)], 1) + bias)
+
+
+def coupled(decisions: Floats) -> Floats:
+    """Couple decision values of pairs of classes (N, C (C - 1) / 2) to scores (N, C).
+
+    The scores are the logarithms of 1 / (sum of 1 / r_ij over j - (C - 2)), with r_ij the sigmoid
+    of the decision for class i against j (Price et al. 1994, Advances in Neural Information
+    Processing Systems 7). Votes, which scikit-learn gives, say which class wins and little about
+    how sure that is. Pairs are in the order (0, 1), (0, 2), ..., (1, 2), ...
+    """
+    n_classes = int((1 + np.sqrt(1 + 8 * decisions.shape[1])) / 2)
+    scores = np.empty((len(decisions), n_classes))
+    rows, columns = np.triu_indices(n_classes, 1)
+    each = max(1, AT_ONCE // n_classes**2)
+    for start in range(0, len(decisions), each):
+        part = decisions[start : start + each]
+        pairs = np.zeros((len(part), n_classes, n_classes))
+        pairs[:, rows, columns], pairs[:, columns, rows] = part, -part
+        scores[start : start + each] = -logsumexp(-SHARPNESS * pairs, axis=2)
+    return scores
+
+
+def save_probes(file: Path, winner: Probe, linear: Probe, meta: dict[str, Any]) -> None:
+    """Write both probes into one file, each array under its probe's name."""
+    both = {"winner": winner, "linear": linear}
+    tensors = {f"{n}.{k}": a for n, probe in both.items() for k, a in probe.arrays.items()}
+    checkpoint.write(file, tensors, {**meta, **{n: probe.facts() for n, probe in both.items()}})
+
+
+def read_probes(file: Path) -> tuple[Probe, Probe, dict[str, Any]]:
+    """Read the winner, the linear probe on the last codes, and the metadata.
+
+    Raises CheckpointError if the file isn't one of probes.
+    """
+    tensors, meta = checkpoint.read(file)
+    if "winner" not in meta or "linear" not in meta:
+        raise CheckpointError(f"{file}: holds no probes; run `dvc repro probe`")
+
+    def probe(name: str) -> Probe:
+        return Probe(**meta[name], arrays=checkpoint.part(tensors, f"{name}."))
+
+    with checkpoint.sound(file):
+        return probe("winner"), probe("linear"), meta

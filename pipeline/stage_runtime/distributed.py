@@ -1,0 +1,163 @@
+"""The processes that share a stage's work, and what they do together.
+
+There is one, but with PIPELINE_PROCESSES, or where torchrun or Kubernetes start several: then each
+runs the same stage, on its part of every batch, and all come to the same numbers. Only the first
+writes. Every function here is called by all of them, in the same order.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.stage_runtime.errors import TeamError
+from pipeline.stage_runtime.settings import device_asked, patience, rank, team_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+T = TypeVar("T")
+Parts = Sequence[NDArray[Any]]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Meet the other processes, and part once all are done.
+
+    Raises TeamError where others are gone, or don't answer.
+    """
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    # Gloo would take the interface that this machine's name leads to, often one to nobody else.
+    interface = interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    try:
+        # Gradients on GPUs by NCCL, which raises an error here where one is lost, and all else by
+        # Gloo.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+        on_gpus = torch.cuda.is_available() and device_asked() != "cpu"
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience()))
+        yield
+        wait()
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if "gloo" not in said and not isinstance(error, dist.DistError):
+            raise
+        raise TeamError(
+            f"process {rank()} lost the others that share this stage ({said[:120]})"
+        ) from None
+
+
+def address_towards(host: str, port: int) -> str:
+    """Give the address of this machine from which it reaches another.
+
+    Raises TeamError if there is no way to it.
+    """
+    try:
+        family, _, _, _, there = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as way:
+            way.connect(there)  # sends nothing
+            return str(way.getsockname()[0])
+    except OSError as error:
+        raise TeamError(f"{host}: can't be reached ({error.strerror})") from None
+
+
+def interface_towards(host: str, port: int) -> str:
+    """Name this machine's network interface towards another machine."""
+    import psutil
+
+    own = address_towards(host, port)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            return str(name)
+    return "lo"  # 127.0.0.2 and the like stand nowhere
+
+
+def wait() -> None:
+    """Wait until all are here: what the first wrote before is there for all after."""
+    if team_size() > 1:
+        import torch
+        import torch.distributed as dist
+
+        dist.all_reduce(torch.zeros(1))  # on processors, also where gradients are on GPUs
+
+
+def agree(value: T) -> T:
+    """Give all what the first one says: what JSON can hold."""
+    if team_size() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    length = torch.tensor(len(said))
+    dist.broadcast(length, src=0)
+    message = said if rank() == 0 else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(message, src=0)
+    agreed: T = json.loads(message.numpy().tobytes())
+    return agreed
+
+
+def spread(n: int, compute: Callable[[int], Parts]) -> Iterator[Parts]:
+    """Yield compute(0), ..., compute(n - 1) in order to all, each computed by one of them.
+
+    All have the same shapes and types.
+    """
+    size = team_size()
+    if size == 1:
+        yield from map(compute, range(n))
+        return
+    import torch
+    import torch.distributed as dist
+
+    for first in range(0, n, size):
+        own = [np.ascontiguousarray(part) for part in compute(min(first + rank(), n - 1))]
+        found = []
+        for part in own:
+            bits = torch.from_numpy(part.reshape(-1).view(np.uint8))
+            every = torch.empty((size, part.nbytes), dtype=torch.uint8)
+            dist.all_gather(list(every), bits)
+            found.append(every.numpy().view(part.dtype).reshape(size, *part.shape))
+        for i in range(min(size, n - first)):
+            yield [part[i] for part in found]
+
+
+def own_part(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Give this process's part of a batch."""
+    return rows[rank() :: team_size()]
+
+
+def add_up(model: "nn.Module", *numbers: float) -> list[float]:
+    """Add up the gradients of all processes, and these numbers, whose sums it gives.
+
+    One message: what each parameter's gradient is on the whole batch, if the loss was divided by
+    its size.
+    """
+    if team_size() == 1:
+        return list(numbers)
+    import torch
+    import torch.distributed as dist
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    mine = torch.tensor(numbers, device=trained[0].device)
+    message = torch.cat([*(g.flatten() for g in gradients), mine])
+    dist.all_reduce(message)
+    begin = 0
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        # In the gradient's own layout, which the optimiser's fused kernels rely on.
+        gradient.copy_(message[begin : begin + gradient.numel()].view(gradient.shape))
+        parameter.grad = gradient
+        begin += gradient.numel()
+    return [float(value) for value in message[begin:]]

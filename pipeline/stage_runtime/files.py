@@ -1,0 +1,227 @@
+"""Files written whole, and arrays that have their room on the disk before they are filled."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from pipeline.stage_runtime.errors import DataError, PipelineError, said_by
+
+
+class Rowwise(Protocol):
+    """An array, or what gives some rows of one when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[Any]: ...
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`, which takes its place when all went well."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file whole: who reads it sees the old or the new one, never a half."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with part.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())  # so that a power cut doesn't leave the new name to no content
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole, in UTF-8."""
+    write_bytes(file, text.encode())
+
+
+def write_csv(file: Path, lines: Iterable[Sequence[object]]) -> None:
+    """Write lines of values, the header first, as a CSV file, whole."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    write_text(file, text.getvalue())
+
+
+def hash_of(file: Path) -> str:
+    """Give a file's SHA-256."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def is_formula(cell: str) -> bool:
+    """Tell whether spreadsheets take a cell for a formula; a number is none.
+
+    Source: OWASP, CSV Injection.
+    """
+    if not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return cell[0] in "\t\r"
+
+
+def path_cell(path: str) -> str:
+    """Return a path as a cell of a CSV file, with its folder before it where it looks like more."""
+    return f"./{path}" if is_formula(path) else path
+
+
+def shown(name: str) -> str:
+    r"""Return a file's name as text, of which bytes that are no UTF-8 are written as \xff."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def text_cell(text: str) -> str:
+    """Return a text as a cell of a CSV file, behind an apostrophe where it looks like a formula."""
+    return f"'{text}" if is_formula(text) else text
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write a JSON file whole, in the order given, the same bytes for the same content."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def new_array(file: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Create a memory-mapped array on disk, to be filled.
+
+    Its room is taken at once: on a full disk, writing to a mapping ends the process without a word.
+
+    Raises OSError naming the file if there is no room.
+    """
+    try:
+        array: NDArray[Any] = np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape)
+        with file.open("rb+") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
+    return array
+
+
+@dataclass
+class Tree:
+    """What lies below a folder, relative to it, with forward slashes; hidden things left out."""
+
+    files: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)  # folders with nothing in them
+    odd: dict[str, str] = field(default_factory=dict)  # what is neither file nor folder, and why
+
+
+def walk(path: Path) -> Tree:
+    """Find all files below a folder, through linked folders too, each once.
+
+    A folder's own files come first, then its folders, both in the order of their names: of two
+    links to one folder it decides which is taken.
+
+    Raises DataError naming a folder that can't be read.
+    """
+    tree, seen, left = Tree(), set(), [""]
+    while left:
+        below = left.pop()
+        real = os.path.realpath(path / below)
+        if real in seen:
+            tree.odd[below.removesuffix("/")] = "a link to a folder that is read already"
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(path / below) as entries:
+                found = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+        except FileNotFoundError:
+            continue  # gone meanwhile, or never there
+        except OSError as error:
+            raise DataError(
+                f"{path / below}: can't be read ({error.strerror}); change its permissions, or "
+                "move it away"
+            ) from None
+        if not found and below:
+            tree.empty.append(below.removesuffix("/"))
+        folders = []
+        for entry in found:
+            if _is_folder(entry):
+                folders.append(f"{below}{entry.name}/")
+            elif kind := _odd(entry):
+                tree.odd[below + entry.name] = kind
+            else:
+                tree.files.append(below + entry.name)
+        left += reversed(folders)
+    return tree
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links that go round in a circle
+        return False
+
+
+def _odd(entry: os.DirEntry[str]) -> str:
+    """Say what an entry is that is no regular file, which might hang whoever reads it."""
+    try:
+        if entry.is_file():
+            return ""
+        mode = entry.stat().st_mode
+    except OSError as error:
+        return f"a link to nothing ({error.strerror})"
+    return "a named pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """Find all regular files below a folder, relative to it, as `walk` does."""
+    yield from map(Path, walk(path).files)
+
+
+def link(file: Path, target: Path) -> None:
+    """Put a file at a second place without copying it where the disk allows that."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(file, part)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(file, part)
+    part.replace(target)
+    part.unlink(missing_ok=True)  # still there if both are the same file already
+
+
+@contextmanager
+def reading(file: Path, stage: str) -> Iterator[None]:
+    """Turn what reading a stage's file may raise into a DataError that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{file}: not there; run `dvc repro {stage}`") from None
+    except (PipelineError, OSError):
+        raise
+    except Exception as error:  # damaged bytes raise anything; a NumPy header even SyntaxError
+        said = said_by(error, 120)
+        raise DataError(
+            f"{file}: damaged ({type(error).__name__}: {said}); run `dvc checkout --force`"
+        ) from None

@@ -1,0 +1,343 @@
+"""From params.yaml and dvc.yaml to one validated call: a stage's signature is its schema.
+
+A stage is a function with keyword-only, typed arguments. Those of type `Path` come from the
+command line, and so from dvc.yaml; all others come from params.yaml, from the section with the
+stage's name, or from where `Key` says. An argument whose type is a dataclass takes each of its
+fields so. There are no defaults: params.yaml is the only place that holds a value. An argument of
+type `Resume` is how far an earlier run got, one of type `Params` all of params.yaml.
+"""
+
+import argparse
+import inspect
+import io
+import os
+import re
+import reprlib
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import yaml
+from annotated_types import Interval
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.launcher.launch import adopt_slurm, is_shared, launch
+from pipeline.launcher.supervise import INTERRUPTED, LAUNCHED, alone, in_a_child
+from pipeline.stage_runtime.distributed import agree, together
+from pipeline.stage_runtime.errors import RECOVER, ParamError, PipelineError, is_out_of_memory, near
+from pipeline.stage_runtime.files import write_json
+from pipeline.stage_runtime.progress import duration, say
+from pipeline.stage_runtime.resume import Resume, resume_of
+from pipeline.stage_runtime.settings import cache_folder, rank, team_size
+
+Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
+Params = Annotated[dict[str, Any], "all"]  # of params.yaml, for who shows them
+Stage = Callable[..., dict[str, float]]
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no number from a string, no NaN
+MOST_BYTES = 100_000  # of params.yaml; ours has five thousand
+SHOWN = 120  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where in params.yaml an argument is found, if not in its stage's own section."""
+
+    path: str
+    foreign: bool = False  # in a section that another stage reads and checks as a whole
+
+
+SHARED = ("extract", "stage1", "stage2", "evaluate")  # by several processes, where they are wanted
+STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
+# What params.yaml consists of: single values, and a section a stage or subject.
+TOP = (
+    *("seed", "precision", "sample_weight", "class_weight", "flips", "augment"),
+    *("prepare", "backbone", "extract", "probe", "stage1", "stage2", "evaluate"),
+)
+READS = "reads"  # marks a param that names files: what lies there is data
+Seed = Annotated[int, Key("seed"), Interval(ge=0, lt=2**32)]
+
+
+class Loader(yaml.SafeLoader):
+    """YAML without code or repeated keys, reading `5e-5` as a number (1.1 wants a dot there)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that stands twice in one section: YAML would take the last in silence."""
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} stands twice in one section", key.start_mark
+                )
+        return dict(super().construct_mapping(node, deep))
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def short(value: object) -> str:
+    """Write a value out, but not at any length."""
+    writer = reprlib.Repr()
+    writer.maxlevel, writer.maxstring, writer.maxother = 3, SHOWN, SHOWN
+    text = writer.repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+@dataclass(frozen=True)
+class Param:
+    """One value that a stage takes from params.yaml."""
+
+    key: str  # dotted, in params.yaml
+    foreign: bool  # another stage checks its section
+    hint: Any  # its type, with its limits
+    argument: str
+    field: str = ""  # of the argument, where that is a dataclass
+
+
+def stage_params(stage: Stage) -> list[Param]:
+    """List what a stage takes from params.yaml, in the order of its signature."""
+    params = []
+    for argument, hint in get_type_hints(stage, include_extras=True).items():
+        if argument == "return" or hint in (Path, Out, Resume, Params):
+            continue
+        if is_dataclass(hint):
+            inner = get_type_hints(hint, include_extras=True)
+            params += [
+                Param(**_place(stage, name, kind), hint=kind, argument=argument, field=name)
+                for name, kind in inner.items()
+            ]
+        else:
+            params.append(Param(**_place(stage, argument, hint), hint=hint, argument=argument))
+    return params
+
+
+def _place(stage: Stage, name: str, hint: Any) -> dict[str, Any]:
+    marks = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Key)]
+    mark = marks[0] if marks else Key(f"{stage.__name__}.{name}")
+    return {"key": mark.path, "foreign": mark.foreign}
+
+
+def path_names(stage: Stage) -> list[str]:
+    """List the arguments that come from the command line."""
+    return [name for name, hint in get_type_hints(stage).items() if hint is Path]
+
+
+def _sources(stage: Stage, params: dict[str, Any]) -> list[Path]:
+    """List where a stage's params point to, for it to read."""
+    hints = get_type_hints(stage, include_extras=True)
+    return [Path(params[n]) for n, h in hints.items() if READS in getattr(h, "__metadata__", ())]
+
+
+def read_params(file: Path) -> dict[str, Any]:
+    """Read params.yaml as nested dictionaries.
+
+    Raises ParamError if it is missing, isn't YAML or isn't sections of keys.
+    """
+    try:
+        if (size := file.stat().st_size) > MOST_BYTES:
+            raise ParamError(f"{file}: {size:,} bytes; params take no more than {MOST_BYTES:,}")
+        params = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506, a SafeLoader
+    except FileNotFoundError:
+        raise ParamError(f"{file}: no such file; run this in the project's folder") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise ParamError(f"{file}: not readable as YAML: {line}") from None
+    except RecursionError:  # brackets a thousand deep
+        raise ParamError(f"{file}: not readable as YAML: nested too deeply") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        # A date of month 13; a list as a key.
+        raise ParamError(f"{file}: not readable as YAML: {short(error)}") from None
+    if not isinstance(params, dict):
+        raise ParamError(f"{file}: expected sections such as 'prepare:', found {short(params)}")
+    return params
+
+
+def flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """List nested dictionaries' values under dotted keys."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def arguments(stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
+    """Take a stage's arguments from the params, checked against its signature.
+
+    Raises ParamError naming the key and the value: unknown, missing, of a wrong type or out of
+    range.
+    """
+    wanted = stage_params(stage)
+    _refuse_unknown({param.key for param in wanted if not param.foreign}, params)
+    values: dict[str, Any] = {}
+    for param in wanted:
+        value = _checked(param, _look_up(param.key, params))
+        if param.field:
+            values.setdefault(param.argument, {})[param.field] = value
+        else:
+            values[param.argument] = value
+    for name in params:
+        if name not in (*TOP, stage.__name__):
+            said = str(name)[:80]
+            raise ParamError(f"params.yaml: unknown key {said}; {near(said, TOP)}")
+    hints = get_type_hints(stage, include_extras=True)
+    values |= {name: params for name, hint in hints.items() if hint == Params}
+    return {
+        name: hints[name](**value) if is_dataclass(hints[name]) else value
+        for name, value in values.items()
+    }
+
+
+def _checked(param: Param, value: Any) -> Any:
+    try:
+        return TypeAdapter(param.hint, config=STRICT).validate_python(value)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        said = said[0].lower() + said[1:]
+        raise ParamError(f"params.yaml: {param.key} = {short(value)}: {said}") from None
+    except RecursionError:
+        raise ParamError(f"params.yaml: {param.key} holds itself") from None
+
+
+def _refuse_unknown(keys: set[str], params: dict[str, Any]) -> None:
+    for section in sorted({key.split(".")[0] for key in keys if "." in key}):
+        known = [key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")]
+        found = params.get(section)
+        if not isinstance(found, dict):
+            raise ParamError(f"params.yaml: no section '{section}:'; {near(section, params)}")
+        for name in found:
+            if name not in known:
+                said = str(name)[:80]
+                raise ParamError(
+                    f"params.yaml: unknown key {section}.{said}; {near(said, sorted(known))}"
+                )
+
+
+def _look_up(key: str, params: dict[str, Any]) -> Any:
+    value: Any = params
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ParamError(f"params.yaml: {key} is missing")
+        value = value[part]
+    return value
+
+
+def main(stage: Stage) -> None:
+    """Run a stage from the command line; a user's error ends it with one line and exit code 1.
+
+    What the stage returns is written to its `--timing` file, with the seconds it took in all.
+    Set PIPELINE_DEBUG=1 to see the traceback of an error.
+    """
+    about = f"{inspect.getdoc(stage)}\n\n`dvc repro {stage.__name__}` runs it, as dvc.yaml says."
+    parser = parser_of(stage.__name__, about)
+    parser.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help="(default: %(default)s)"
+    )
+    parser.add_argument("--timing", type=Path, required=True, help="written: how long it took")
+    hints = get_type_hints(stage, include_extras=True)
+    for name in path_names(stage):
+        what = "written" if hints[name] == Out else "read"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, help=what)
+    options = vars(parser.parse_args())
+    params, timing = options.pop("params"), options.pop("timing")
+    with one_line_errors(INTERRUPTED, RECOVER):
+        adopt_slurm()
+        in_a_child(stage.__name__)
+        chosen = arguments(stage, read_params(params))
+        launched = LAUNCHED in os.environ  # by a process of ours, which sees to the next two
+        one_at_a_time = not launched and rank() == 0
+        spread_out = not launched and team_size() == 1 and stage.__name__ in SHARED and is_shared()
+        with alone(stage.__name__) if one_at_a_time else nullcontext():
+            if spread_out:
+                sys.exit(launch(stage.__name__, sys.argv[1:]))
+            with together() if team_size() > 1 else nullcontext():
+                _run(stage, options, chosen, timing)
+
+
+def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path) -> None:
+    """Run a stage, or put its outputs back that another run finished."""
+    name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
+    inputs = [path for n, path in paths.items() if hints[n] is Path]
+    with resume_of(name, {**paths, **params}, inputs, _sources(stage, params)) as resume:
+        if agree(rank() == 0 and resume.put_back()):
+            say(f"{name} was finished, but not recorded: its outputs are back")
+        else:
+            _compute(stage, paths, params, timing, resume)
+
+
+def _compute(
+    stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path, resume: Resume
+) -> None:
+    """Run a stage from where it was, and keep what it wrote until DVC has recorded it."""
+    started, start = time.time(), time.perf_counter()
+    name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
+    resumes = {n: resume for n, hint in hints.items() if hint is Resume}
+    if rank() > 0:  # does its part; what it would write, the first one writes
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            outs = {n: Path(scratch, n) for n in paths if hints[n] == Out}
+            stage(**{**paths, **outs}, **params, **resumes)
+        return
+    rates = {"seconds": 0.0, **stage(**paths, **params, **resumes)}
+    rates["seconds"] = time.perf_counter() - start
+    write_json(timing, {name: {k: round(v, 3) for k, v in rates.items()}})
+    resume.keep([paths[n] for n in paths if hints[n] == Out], timing, started)
+    say(f"{name} took {duration(rates['seconds'])}")
+
+
+def parser_of(command: str, about: str) -> argparse.ArgumentParser:
+    """Make a command's parser, whose help is what its module says of itself."""
+    summary, _, rest = about.partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"python -m pipeline {command}",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _write_any_name() -> None:
+    """Let a terminal of any encoding show any file's name: its own bytes, or else escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            unicode = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if unicode else "backslashreplace")
+
+
+@contextmanager
+def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iterator[None]:
+    """Print a user's error as one line and exit with 1; with PIPELINE_DEBUG=1 let it through."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the package set it for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _write_any_name()
+    try:
+        try:
+            yield
+        finally:  # also before an exit: later the interpreter would complain of a broken pipe
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
+    except Exception as error:
+        if os.environ.get("PIPELINE_DEBUG"):
+            raise
+        ways = f"; {recover}" if recover else ""
+        if isinstance(error, PipelineError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        if is_out_of_memory(error):
+            sys.exit(f"error: out of memory; use smaller images or batches{ways}")
+        if not isinstance(error, OSError):
+            raise  # no user's error, but ours
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {place}{error.strerror or error}{ways}")

@@ -1,0 +1,87 @@
+"""What a finished model is worth: test metrics, the choice among models, the verdict in words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
+
+from pipeline.scoring.metrics import balanced_accuracy
+
+Scores = NDArray[np.floating[Any]]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+TOO_FEW = "too few groups for an interval"
+
+
+def model_scores(scores: Scores, labels: Ints, weights: NDArray[np.float64]) -> dict[str, Any]:
+    """Give the test metrics of one model; AUROC is null where a class is missing."""
+    predicted, n_classes = scores.argmax(1), scores.shape[1]
+    right = predicted == labels
+    auroc = None
+    if len(np.unique(labels)) == n_classes:
+        p = softmax(scores, axis=1)
+        auroc = float(
+            roc_auc_score(labels, p[:, 1])
+            if n_classes == 2
+            # A class at a time: a matrix of images and classes would be large where both are many.
+            else np.mean([roc_auc_score(labels == c, p[:, c]) for c in range(n_classes)])
+        )
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_weighted": float((right * weights).sum() / weights.sum()),
+        "balanced_accuracy": balanced_accuracy(labels, predicted),
+        "f1_macro": float(
+            f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)
+        ),
+        "auroc": auroc,
+    }
+
+
+def confusion(scores: Scores, labels: Ints) -> NDArray[np.int64]:
+    """Count images by true class (row) and predicted class (column): (C, C)."""
+    counts: NDArray[np.int64] = confusion_matrix(
+        labels, scores.argmax(1), labels=np.arange(scores.shape[1])
+    )
+    return counts
+
+
+def simplest_of_the_best(right: Sequence[Bools], groups: Ints, tie: float) -> int:
+    """Choose among models, from simple to costly, by which images (N,) each has right.
+
+    The first one whose accuracy is no more than `tie` standard errors below the best. The costly
+    ones took their best epoch on the same images, so a lead of less is no evidence (the rule of
+    one standard error, Breiman et al. 1984). The standard error is that of the paired difference,
+    over groups of images. Returns its position.
+    """
+    accuracies = [float(r.mean()) for r in right]
+    best = right[int(np.argmax(accuracies))].astype(float)
+    _, of = np.unique(groups, return_inverse=True)
+
+    def ties(model: Bools) -> bool:
+        behind = best - model
+        deviations = np.bincount(of, weights=behind - behind.mean())
+        return bool(behind.mean() <= tie * np.sqrt((deviations**2).sum()) / len(best))
+
+    return next(place for place, model in enumerate(right) if ties(model))
+
+
+def helped(found: dict[str, float | None]) -> str:
+    """Say in a sentence whether fine-tuning helped, from the `difference` of stage 2 and probe."""
+    accuracy, low, high = (found[key] for key in ("accuracy", "low", "high"))
+    assert accuracy is not None
+    measured = f"stage 2 minus probe {100 * accuracy:+.1f} points"
+    if low is None or high is None:
+        return f"fine-tuning: {measured}, on {TOO_FEW}: nothing can be said beyond these images"
+    better = "helped" if low > 0 else "hurt" if high < 0 else "made no sure difference"
+    return (
+        f"fine-tuning {better}: {measured} (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
+        f"p = {found['p_value']:.3f})"
+    )
+
+
+def interval_in_words(low: float | None, high: float | None) -> str:
+    """Write the interval of an accuracy, or that there is none."""
+    return TOO_FEW if low is None or high is None else f"{low:.3f} to {high:.3f}"

@@ -1,0 +1,106 @@
+"""Train, validate after each epoch, keep the best one; the history is there to follow."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pipeline.stage_runtime.files import write_csv, write_json
+from pipeline.stage_runtime.progress import say
+from pipeline.training.fit import EXPLODED, DivergedError, Epoch
+from pipeline.training.resume_state import Kept, Trail
+
+Validation = dict[str, float]
+COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
+
+@dataclass
+class Best:
+    """The best epoch so far: its weights and what it scored."""
+
+    epoch: int
+    train_accuracy: float | None  # none before the first step
+    val: Validation
+    state: dict[str, Tensor]
+
+
+def keep_best(
+    stage: str,
+    out: Path,
+    model: nn.Module,
+    epochs: Iterator[Epoch],
+    validate: Callable[[], Validation],
+    before: list[Validation],
+    patience: int,
+    trail: Trail,
+    *,
+    start_counts: bool = False,
+) -> Best:
+    """Run a stage's epochs and give the best by validation accuracy, then loss, then the earlier.
+
+    `before` are validations before the first step, rows of epoch 0 in history.csv; with
+    `start_counts` the last of them is a candidate, else the epochs from 1 on are. Stops early after
+    `patience` epochs without a better one; 0 never does. Rewrites history.csv and metrics.json
+    whole after each epoch, so that a run can be followed. `trail`, which `epochs` writes, keeps all
+    that for a run that goes on.
+    """
+    rows: list[Sequence[object]] = [_row(0, None, val) for val in before]
+    best: Best | None = None
+    if start_counts:
+        best = Best(0, None, before[-1], state_of(model))
+    if trail.kept.facts:  # of a run that was killed
+        rows = trail.kept.facts["rows"]
+        best = Best(**trail.kept.facts["best"], state=trail.kept.best)
+        _write(stage, out, rows, best)
+    for epoch in epochs:
+        val = validate()
+        if not math.isfinite(val["loss"]) or val["loss"] > EXPLODED:
+            raise DivergedError(
+                f"epoch {epoch.epoch}: the validation loss is {val['loss']:g} after learning rate "
+                f"{epoch.lr:g}; lower {stage}.lr"
+            )
+        if best is None or better(val, best.val):
+            best = Best(epoch.epoch, epoch.accuracy, val, state_of(model))
+        rows.append(_row(epoch.epoch, epoch, val))
+        _write(stage, out, rows, best)
+        said = {k: v for k, v in vars(best).items() if k != "state"}
+        trail.kept = Kept({"rows": rows, "best": said}, best.state)
+        say(
+            f"epoch {epoch.epoch:>3}  train loss {epoch.loss:.4f} acc {epoch.accuracy:.4f}  "
+            f"val loss {val['loss']:.4f} acc {val['accuracy']:.4f}  "
+            f"best {best.val['accuracy']:.4f} (epoch {best.epoch})  "
+            f"lr {epoch.lr:.1e}  {epoch.seconds:.1f} s"
+        )
+        if patience and epoch.epoch - best.epoch >= patience:
+            say(f"stopped early: no better epoch in {patience}")
+            break
+    assert best is not None
+    model.load_state_dict(best.state)
+    return best
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy a network's parameters and buffers."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def better(later: Validation, earlier: Validation) -> bool:
+    """Tell whether a later validation beats an earlier one: by accuracy, then by loss."""
+    return (later["accuracy"], -later["loss"]) > (earlier["accuracy"], -earlier["loss"])
+
+
+def _write(stage: str, out: Path, rows: Sequence[Sequence[object]], best: Best) -> None:
+    write_csv(out / "history.csv", [COLUMNS, *rows])
+    write_metrics(out, stage, best.val, epochs=int(str(rows[-1][0])), best_epoch=best.epoch)
+
+
+def write_metrics(out: Path, stage: str, val: Validation, **more: float) -> None:
+    """Write a stage's metrics.json under its own top-level key."""
+    write_json(out / "metrics.json", {stage: {"val": val, **more}})
+
+
+def _row(number: int, epoch: Epoch | None, val: Validation) -> Sequence[object]:
+    trained = (epoch.lr, epoch.loss, epoch.accuracy) if epoch else ("", "", "")
+    return (number, *trained, val["loss"], val["accuracy"])

@@ -1,0 +1,187 @@
+"""The training loop of both stages, written out."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.nets.blocks import for_decay, is_inside
+from pipeline.stage_runtime.distributed import add_up, own_part
+from pipeline.stage_runtime.errors import PipelineError
+from pipeline.stage_runtime.progress import bar
+from pipeline.stage_runtime.settings import rank
+from pipeline.stage_runtime.stage import Key
+from pipeline.training.resume_state import Place, Trail
+from pipeline.training.schedule import Schedule, layer_factors, rate
+
+Ints = NDArray[np.int64]
+
+EXPLODED = 1000.0  # nats: the right class at a probability of e^-1000
+
+
+class DivergedError(PipelineError):
+    """The loss is no number any more, or beyond any that training comes back from."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: plain numbers, the same for both stages."""
+
+    epochs: Annotated[int, Ge(1)]
+    batch_size: Annotated[int, Ge(2)]
+    optimizer: Literal["adamw", "sgd"]
+    lr: Annotated[float, Gt(0)]
+    # Factor on the rate for each block further from the head.
+    layer_decay: Annotated[float, Interval(gt=0, le=1)]
+    weight_decay: Annotated[float, Ge(0)]  # not on biases and normalisation
+    momentum: Annotated[float, Interval(ge=0, lt=1)]  # of sgd
+    schedule: Schedule
+    warmup_epochs: Annotated[float, Ge(0)]
+    step_epochs: Annotated[int, Ge(1)]  # of the step schedule
+    gamma: Annotated[float, Interval(gt=0, le=1)]
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How much each image counts in training."""
+
+    sample_weight: Annotated[bool, Key("sample_weight")]  # by its weight in index.csv
+    class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")]  # balanced: by rarity
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of training came to."""
+
+    epoch: int
+    lr: float  # at the head, at the epoch's last step
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    batch: Callable[[int, Ints], Tensor],
+    labels: Ints,
+    weights: NDArray[np.float64],
+    recipe: Recipe,
+    seed: int,
+    trail: Trail | None = None,
+) -> Iterator[Epoch]:
+    """Train a model's trainable parameters, yielding after each epoch.
+
+    `batch(epoch, rows)` gives the input of `forward`, which gives logits (B, C); `labels` and
+    `weights` are (N,), the weights of mean 1. Each epoch sees the images in an order that
+    depends on seed and epoch alone; a last batch that isn't full is left out. With a trail it goes
+    on where an earlier run was, to the same bits, and leaves one itself.
+
+    Raises DivergedError naming the epoch and the rate if the loss is no number or explodes.
+    """
+    n = len(labels)
+    size = min(recipe.batch_size, n)
+    steps = n // size
+    optimizer = make_optimizer(model, recipe)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    begin = trail.resume(model, optimizer) if trail else Place(1)
+    for epoch in range(begin.epoch, recipe.epochs + 1):
+        start = time.perf_counter()
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        if not begin.step:
+            # Of dropout in the layers that train, which drops other things in other processes.
+            torch.manual_seed(seed * 100_003 + epoch + (rank() << 32))
+        model.train()
+        total_loss, total_right, factor = begin.loss, begin.right, 0.0
+        left = (steps - begin.step) * size  # images
+        for step in bar(range(begin.step, steps), left, f"epoch {epoch}", lambda step: size):
+            rows = order[step * size : (step + 1) * size]
+            factor = rate(
+                recipe.schedule,
+                (epoch - 1) * steps + step,
+                steps,
+                recipe.epochs,
+                recipe.warmup_epochs,
+                recipe.step_epochs,
+                recipe.gamma,
+            )
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            own = own_part(rows)
+            share, hits = 0.0, 0.0  # of a batch smaller than the number of processes, maybe nothing
+            if len(own):
+                logits = forward(batch(epoch, own))
+                target = torch.from_numpy(labels[own]).to(logits.device)
+                losses = F.cross_entropy(
+                    logits, target, reduction="none", label_smoothing=recipe.label_smoothing
+                )
+                weighted = losses * torch.from_numpy(weights[own]).to(losses)
+                loss = weighted.mean() * (len(own) / len(rows))  # its share of the whole batch's
+                loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
+                share, hits = loss.item(), float((logits.argmax(1) == target).sum())
+            value, right = add_up(model, share, hits)
+            optimizer.step()
+            optimizer.zero_grad()
+            if not math.isfinite(value) or value > EXPLODED:
+                raise DivergedError(
+                    f"epoch {epoch}: the loss is {value:g} at learning rate "
+                    f"{recipe.lr * factor:g}; lower the stage's lr"
+                )
+            total_loss += value
+            total_right += int(right)
+            if trail and trail.is_due() and step + 1 < steps:
+                trail.save(model, optimizer, Place(epoch, step + 1, total_loss, total_right))
+        yield Epoch(
+            epoch,
+            recipe.lr * factor,
+            total_loss / steps,
+            total_right / (steps * size),
+            time.perf_counter() - start,
+        )
+        begin = Place(epoch + 1)
+        if trail:  # with what was made of the epoch meanwhile
+            trail.save(model, optimizer, begin)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Make an optimiser that holds exactly the trainable parameters.
+
+    A group for each pair of block and decay: lower rates for blocks further from the head, no
+    weight decay on tensors of one dimension (biases, normalisation).
+    """
+    factors = layer_factors(for_decay(model), recipe.layer_decay)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inside = [f for block, f in factors.items() if is_inside(name, block)]
+            # A parameter outside all blocks belongs to no depth: it gets the lowest rate.
+            factor = inside[0] if inside else min(factors.values())
+            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((factor, decay), []).append(parameter)
+    settings = [
+        {"params": parameters, "lr": recipe.lr * factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(settings, momentum=recipe.momentum, fused=True)
+    return torch.optim.AdamW(settings, fused=True)
+
+
+def training_weights(
+    labels: Ints, weights: NDArray[np.float64], n_classes: int, how: Weighing
+) -> NDArray[np.float64]:
+    """Combine sample and class weights to a mean of 1, as scikit-learn's `balanced` does."""
+    combined = weights.astype(np.float64) if how.sample_weight else np.ones(len(labels))
+    if how.class_weight == "balanced":
+        counts = np.bincount(labels, minlength=n_classes)
+        combined = combined * (len(labels) / (n_classes * np.maximum(counts, 1)))[labels]
+    return np.asarray(combined / combined.mean())

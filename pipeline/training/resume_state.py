@@ -1,0 +1,100 @@
+"""A training run's state on disk: after each epoch, and every so often within a long one."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.nets import checkpoint
+from pipeline.stage_runtime.errors import CheckpointError
+from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.settings import rank, save_seconds
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in training a run is: before this step of this epoch."""
+
+    epoch: int
+    step: int = 0
+    loss: float = 0.0  # summed over the epoch's steps so far
+    right: int = 0  # images, likewise
+
+
+@dataclass
+class Kept:
+    """What is kept beside the network and the optimiser: JSON, and the best state."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Trail:
+    """The state of a training run in one file, replaced as a whole."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.kept = file, Kept()
+        self._saved = time.monotonic()
+        self._tensors: dict[str, Tensor] = {}
+        self._facts: dict[str, Any] = {}
+        if file.exists():
+            try:
+                arrays, self._facts = checkpoint.read(file)
+            except CheckpointError as error:
+                say(f"{error}: starting anew")
+                return
+            self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            self.kept = Kept(self._facts["kept"], checkpoint.part(self._tensors, "best."))
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Place:
+        """Bring network, optimiser and random numbers to where the last run was; gives the place.
+
+        The optimiser's tensors take their parameter's layout, which its fused kernels rely on.
+        """
+        if not self._tensors:
+            return Place(1)
+        place = Place(**self._facts["place"])
+        model.load_state_dict(checkpoint.part(self._tensors, "model."))
+        settings = optimizer.state_dict()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in checkpoint.part(self._tensors, "optimizer.").items():
+            number, _, key = name.partition(".")
+            like = parameters[int(number)]
+            same = tensor.shape == like.shape
+            state.setdefault(int(number), {})[key] = (
+                torch.empty_like(like).copy_(tensor) if same else tensor
+            )
+        optimizer.load_state_dict({**settings, "state": state})
+        if place.step:
+            torch.set_rng_state(self._tensors["random"])
+            if "random_cuda" in self._tensors:
+                torch.cuda.set_rng_state(self._tensors["random_cuda"])
+        self._tensors = {}
+        at = f", step {place.step}" if place.step else ""
+        say(f"going on at epoch {place.epoch}{at}")
+        return place
+
+    def is_due(self) -> bool:
+        """Tell whether it is time to save again."""
+        return time.monotonic() - self._saved >= save_seconds()
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, place: Place) -> None:
+        """Save where training is; of several processes, which all are there, the first does."""
+        if rank() > 0:
+            return
+        states = optimizer.state_dict()["state"].items()
+        tensors = {
+            **{f"model.{name}": t for name, t in model.state_dict().items()},
+            **{f"best.{name}": t for name, t in self.kept.best.items()},
+            **{f"optimizer.{i}.{k}": t for i, s in states for k, t in s.items() if t is not None},
+            "random": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            tensors["random_cuda"] = torch.cuda.get_rng_state()
+        arrays = {name: t.detach().contiguous().cpu().numpy() for name, t in tensors.items()}
+        checkpoint.write(self.file, arrays, {"place": asdict(place), "kept": self.kept.facts})
+        self._saved = time.monotonic()

@@ -1,0 +1,122 @@
+"""The trunk's outputs on disk, so that the frozen part runs once and not once an epoch or a run.
+
+They lie in the local cache, a file a view, in a folder named by a hash of all they depend on:
+whoever asks for the same again, in this run or a later one, reads them. What is there too long
+makes room.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.nets.device import has_room, kernels
+from pipeline.nets.network import Network, eval_batch, in_batches
+from pipeline.stage_runtime.cache_entries import hold, make_room
+from pipeline.stage_runtime.distributed import Parts, agree
+from pipeline.stage_runtime.progress import say, track
+from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.settings import cache_bytes, cache_folder, rank
+
+Rows = NDArray[np.int64]
+Compute = Callable[[Sequence[int], Rows], Sequence[Tensor]]  # (views, rows) -> (B, ...) a view
+Batch = Callable[[int, Rows], Tensor]  # (epoch from 1, rows) -> (B, ...)
+HERE = Path(__file__).parent
+CODE = (
+    *(HERE.parent / "nets").glob("*.py"),
+    *(HERE / name for name in ("cut.py", "freeze.py", "trunk_cache.py")),
+    HERE.parent / "images" / "augment.py",
+)
+
+
+def key_of(network: Network, block: str, pixels: str, **augmentation: Any) -> str:
+    """Name the trunk's outputs below a block by a hash of all that they depend on.
+
+    The images, by a hash, and how they are augmented, the network, the code and the libraries that
+    compute, the processor's kernels and the threads, of which another number rounds otherwise.
+    """
+    facts = network.facts()
+    facts.pop("classes")
+    depends = {
+        **facts,
+        "block": block,
+        "pixels": pixels,
+        "augmentation": augmentation,
+        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(CODE)],
+        "versions": [metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")],
+        "kernels": kernels(),
+        "threads": torch.get_num_threads(),
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
+    """Compute a function of (view, row) once for all rows and views, and read it from disk after.
+
+    Epochs take turns with the views. What an earlier run did is kept, also of one that was killed.
+    What doesn't fit into the cache is computed when it is asked for, with the same result.
+    """
+
+    def view_of(epoch: int) -> int:
+        return (epoch - 1) % views + 1
+
+    size = eval_batch()
+    [sample] = compute([1], np.zeros(size, np.int64))
+    needed = views * n * sample[0].numel() * sample.element_size()
+    if needed > cache_bytes():
+        say(f"{name}: {needed / 1e9:.1f} GB don't fit into the cache")
+
+        def anew(epoch: int, rows: Rows) -> Tensor:
+            # In batches of the one size, as they would be stored.
+            whole = (np.arange(i, i + size) for i in range(0, len(rows), size))
+            parts = [rows[np.minimum(part, len(rows) - 1)] for part in whole]
+            found = [compute([view_of(epoch)], part)[0] for part in parts]
+            return torch.cat(found)[: len(rows)]
+
+        return anew
+
+    # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it.
+    channels_last = sample.ndim == 4
+    folder = cache_folder() / "trunk" / key
+    outputs = Resume(folder)
+    with hold(folder, name):
+        if rank() == 0:
+            make_room(folder, needed)
+        missing = agree([v for v in range(1, views + 1) if not outputs.is_filled(str(v), n)])
+
+        def computed(rows: Rows) -> Parts:
+            found = compute(missing, rows)
+            laid_out = (z.permute(0, 2, 3, 1) if channels_last else z for z in found)
+            # NumPy knows no bfloat16: its bits as whole numbers.
+            bits = (z.view(torch.int16) if z.dtype == torch.bfloat16 else z for z in laid_out)
+            return [z.cpu().numpy() for z in bits]
+
+        def shown(first: int) -> Iterator[Parts]:
+            total = (n - first) * len(missing)
+            batches = in_batches(n, computed, first)
+            return track(batches, total, name, lambda part: len(part[0]) * len(missing))
+
+        if missing:
+            outputs.filled([str(view) for view in missing], n, shown)
+        else:
+            say(f"{name}: kept from an earlier run")
+        # To be changed in memory at most: PyTorch wants no arrays that can't be. What is mapped
+        # stays readable when another run deletes the files.
+        kept = {v: np.load(outputs.file(str(v)), mmap_mode="c") for v in range(1, views + 1)}
+    by_view = {view: torch.from_numpy(array).view(sample.dtype) for view, array in kept.items()}
+    if has_room(needed, sample.device):
+        by_view = {view: z.to(sample.device) for view, z in by_view.items()}
+
+    def read(epoch: int, rows: Rows) -> Tensor:
+        kept_there = by_view[view_of(epoch)]
+        z = kept_there[torch.from_numpy(rows).to(kept_there.device)].to(sample.device)
+        return z.permute(0, 3, 1, 2) if channels_last else z
+
+    return read
