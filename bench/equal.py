@@ -25,7 +25,7 @@ from pipeline.inference.tta import Viewing, averaged
 from pipeline.nets.backbone import head_name
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import Network, over
-from pipeline.probing.depths import LAST
+from pipeline.probing.codes import LAST
 from pipeline.stage_runtime.progress import say
 
 C = 0.1  # of the linear probe on the last codes that the default run chooses

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from pipeline.nets.backbone import pretrained
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import STAGES
+from pipeline.stage_runtime.schema import STAGES
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "timm/test_efficientnet"

@@ -39,7 +39,7 @@ from pipeline.nets.convolve import convolve, shape_of
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import resolved
 from pipeline.nets.network import EVAL_BATCH, Network, over
-from pipeline.probing.depths import LAST, SOURCE
+from pipeline.probing.codes import LAST, SOURCE
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import threads
 from pipeline.training.cut import cut_below

@@ -120,9 +120,9 @@ def run(project: Path, folder: Path, n: int, threads: int) -> Ran:
 def as_stage2() -> None:
     """Be stage 2, and note the loss of each step."""
     from pipeline import stage2
+    from pipeline.launcher.stage import main as stage
     from pipeline.stage_runtime.distributed import add_up
     from pipeline.stage_runtime.settings import rank
-    from pipeline.stage_runtime.stage import main as stage
     from pipeline.training import fit
 
     def noted(model: nn.Module, *numbers: float) -> list[float]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 
 from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.schema import STAGES
 from pipeline.stage_runtime.settings import threads
-from pipeline.stage_runtime.stage import STAGES
 
 LIST = """
 import sys

@@ -1,16 +1,96 @@
-"""The stages and commands of the pipeline: `python -m pipeline NAME ...`."""
+"""Stages and commands: `python -m pipeline NAME ...`, each with `--help`.
 
-import runpy
+The graph, which `dvc repro` runs:
+
+    prepare     list, audit, split, decode once, pack as uint8
+    extract     CNN codes at several depths of the frozen, pretrained network
+    probe       linear and SVM probes on them, by cross-validation
+    advise      what fine-tuning may bring, and what it costs
+    stage1      a new head and the top layers; the rest frozen
+    stage2      the full network at a tiny learning rate
+    evaluate    all models on the test split, once; the final model
+    report      one page of all that
+
+Commands:
+
+    predict       label new images with the final model
+    export        write the final model as ONNX
+    compare       put runs side by side: which differences are more than noise
+    sweep         run the graph for many params
+    params        what each param does, and what it may be
+    layers        the modules of a network that params can name
+    explain       which stages would run, and why
+    machine       what this machine has, whether it computes right, how fast it is
+    merge         finish a merge of branches: rebuild what the graph wrote
+    cache         find damaged files in DVC's cache
+    join          share the stages that another host runs
+    plots         write the page that `dvc plots` fills
+    dependencies  write the code that stages import into dvc.yaml
+"""
+
+import os
+import signal
 import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
-STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
+HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run the module that a name stands for."""
-    name = sys.argv.pop(1)
-    room = "" if name in STAGES else "launcher." if name == "join" else "commands."
-    runpy.run_module(f"pipeline.{room}{name}", run_name="__main__", alter_sys=True)
+    """Run the stage or command that the first argument names."""
+    _use_own_environment()
+    # Threads that wait should sleep, not spin, where another program wants the same processors. It
+    # changes no result, and has to be set before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Ctrl-C while libraries are imported ends without a traceback; what has begun says how to go
+    # on. A shell may have it ignored in the background: then it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    known = {line.split()[0]: line for line in (__doc__ or "").splitlines() if line[:4] == "    "}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "-h", "--help"):
+        from pipeline.launcher.command import one_line_errors
+
+        with one_line_errors():
+            print((__doc__ or "").rstrip())
+        return
+    if name not in known:
+        from pipeline.stage_runtime.errors import near
+
+        sys.exit(f"error: no stage or command is called {name!r}; {near(name, known)}")
+    del sys.argv[1]
+    if not (HERE / f"{name}.py").exists():
+        _show_on_terminal()
+        room = "commands" if (HERE / "commands" / f"{name}.py").exists() else "launcher"
+        import_module(f"pipeline.{room}.{name}").main()
+        return
+    from pipeline.launcher.supervise import in_a_child
+
+    in_a_child(name)  # before the stage's libraries are imported: its parent needs none
+    from pipeline.launcher.stage import main as run
+
+    _show_on_terminal()
+    run(getattr(import_module(f"pipeline.{name}"), name))
+
+
+def _show_on_terminal() -> None:
+    from pipeline.launcher.terminal import Terminal
+    from pipeline.stage_runtime.progress import show_on
+
+    show_on(Terminal())
+
+
+def _use_own_environment() -> None:
+    """Start again in the project's environment where this Python lacks the packages."""
+    own = HERE.parent / ".venv"
+    python = own / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if find_spec("pydantic") or not python.exists():
+        return
+    if Path(sys.prefix).resolve() == own.resolve():
+        sys.exit("error: packages are missing in .venv; run `make install`")
+    os.execv(python, [str(python), *sys.orig_argv[1:]])  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from pipeline.images.augment import Augment, views
 from pipeline.images.shards import SPLITS, read_facts, read_images
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import Precision, resolved
-from pipeline.probing.codes import read_codes, read_feature_facts, read_labels
-from pipeline.probing.depths import SOURCE
+from pipeline.probing.codes import SOURCE, read_codes, read_feature_facts, read_labels
 from pipeline.stage_runtime.files import write_csv, write_json, write_text
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import Key, Out, Seed, main
+from pipeline.stage_runtime.schema import Key, Out, Seed
 from pipeline.training.start import start_network, what_trains
 
 Size = Interval(ge=16, le=2048)
@@ -177,7 +176,3 @@ def durations(
         + (lengths.second_epochs + 12) * val * pace.second,
         "evaluate": test_views * (val + test) * (pace.first + pace.second),
     }
-
-
-if __name__ == "__main__":
-    main(advise)

@@ -27,7 +27,7 @@ from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.stage import Out, main
+from pipeline.stage_runtime.schema import Out
 from pipeline.statistics.reliability import sure_in_words, sure_threshold
 from pipeline.statistics.significance import accuracy_interval, difference
 from pipeline.statistics.verdict import (
@@ -269,7 +269,3 @@ def _verdict(metrics: dict[str, Any], n: int) -> list[str]:
         )
     told = helped(metrics["stage2_minus_probe"])
     return [*lines, told, f"chosen by validation: {metrics['chosen']}"]
-
-
-if __name__ == "__main__":
-    main(evaluate)

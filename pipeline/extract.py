@@ -17,14 +17,13 @@ from pipeline.nets.backbone import pretrained
 from pipeline.nets.device import device, set_up_torch
 from pipeline.nets.fuse import Precision, fold, resolved
 from pipeline.nets.network import Network, over, refuse_larger
-from pipeline.probing.codes import codes_name, write_labels
-from pipeline.probing.depths import LAST, SOURCE
+from pipeline.probing.codes import LAST, SOURCE, codes_name, write_labels
 from pipeline.stage_runtime.distributed import Parts
 from pipeline.stage_runtime.errors import ParamError
 from pipeline.stage_runtime.files import link, whole_folder, write_json
 from pipeline.stage_runtime.progress import say, track
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.stage import Key, Out, Seed, main
+from pipeline.stage_runtime.schema import Key, Out, Seed
 
 
 def extract(
@@ -115,7 +114,3 @@ def _extract(
     for name in names if n else []:
         link(resume.file(name), out / f"{name}.npy")
     return n - begun
-
-
-if __name__ == "__main__":
-    main(extract)

@@ -30,7 +30,7 @@ from pipeline.stage_runtime.errors import DataError, ParamError, near
 from pipeline.stage_runtime.files import is_formula, path_cell, shown, whole_folder, write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.stage import READS, Key, Out, Seed, main
+from pipeline.stage_runtime.schema import READS, Key, Out, Seed
 
 TORCHVISION = "torchvision/"
 
@@ -293,7 +293,3 @@ def _write_index(
                 writer.writerow(
                     (i, path_cell(item.path), item.label, split, group, item.weight, name)
                 )
-
-
-if __name__ == "__main__":
-    main(prepare)

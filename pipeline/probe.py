@@ -22,8 +22,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from pipeline.images.rows import Rows
-from pipeline.probing.codes import read_codes, read_feature_facts, read_labels
-from pipeline.probing.depths import JOIN, LAST, SOURCE
+from pipeline.probing.codes import JOIN, LAST, SOURCE, read_codes, read_feature_facts, read_labels
 from pipeline.probing.probes import (
     KINDS,
     Floats,
@@ -46,8 +45,8 @@ from pipeline.stage_runtime.errors import DataError
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say, track
 from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.schema import Key, Out, Seed
 from pipeline.stage_runtime.settings import threads
-from pipeline.stage_runtime.stage import Key, Out, Seed, main
 
 Positive = Annotated[float, Gt(0)]
 
@@ -314,7 +313,3 @@ def _grid(cells: list[Cell]) -> Iterator[tuple[str, ...]]:
     for cell in cells:
         numbers = (cell.loss, cell.accuracy, np.std(cell.accuracies))
         yield cell.kind, cell.depth, f"{cell.c:g}", *(f"{number:.6f}" for number in numbers)
-
-
-if __name__ == "__main__":
-    main(probe)

@@ -21,9 +21,10 @@ from pipeline.nets.device import set_up_torch
 from pipeline.pages import charts
 from pipeline.pages.render import evidence_picture, percent, picture, render
 from pipeline.probing.probes import read_probes
+from pipeline.scoring.answers import read_answers
 from pipeline.stage_runtime.files import Rowwise, reading, write_text
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import STAGES, Out, Params, flat, main
+from pipeline.stage_runtime.schema import STAGES, Out, Params, flat
 from pipeline.statistics.reliability import calibration_error, reliability, sure_in_words
 from pipeline.statistics.verdict import TOO_FEW, helped
 
@@ -284,7 +285,7 @@ def _galleries(
     predictions: Sequence[Row], images: Rowwise, classifier: Classifier
 ) -> list[dict[str, Any]]:
     """Choose validation images to look at: mistakes, doubts, and what it is surest of."""
-    sure, answers, right = _answers(predictions, classifier.chosen)
+    sure, answers, right = read_answers(predictions, classifier.chosen)
     graph = Graph(classifier)
 
     def shown(name: str, about: str, chosen: Sequence[int], maps: bool) -> dict[str, Any]:
@@ -326,7 +327,7 @@ def _galleries(
 def _held_out(predictions: Sequence[Row], images: Rowwise) -> dict[str, Any]:
     """Choose the mistakes that the best probe is surest of, on training images it didn't see."""
     seen = [i for i, row in enumerate(predictions) if row["probe"]]  # an SVM may take a part alone
-    sure, answers, right = _answers([predictions[i] for i in seen], "probe")
+    sure, answers, right = read_answers([predictions[i] for i in seen], "probe")
     places = [place for place in np.argsort(-sure, kind="stable") if not right[place]][:MISTAKES]
     return {
         "name": "The best probe's most confident mistakes on training images",
@@ -336,16 +337,6 @@ def _held_out(predictions: Sequence[Row], images: Rowwise) -> dict[str, Any]:
             _card(predictions[seen[p]], answers[p], images[seen[p]], None, None) for p in places
         ],
     }
-
-
-def _answers(
-    predictions: Sequence[Row], model: str
-) -> tuple[NDArray[np.float64], list[str], NDArray[np.bool_]]:
-    """Give a model's confidence, its answers, and which of them are right, an image each."""
-    sure = np.array([float(row["probability"]) for row in predictions])
-    answers = [row[model] for row in predictions]
-    right = [answer == row["label"] for answer, row in zip(answers, predictions, strict=True)]
-    return sure, answers, np.array(right, bool)
 
 
 def _card(
@@ -385,7 +376,3 @@ def _of_each_class(ranked: Sequence[int], predictions: Sequence[Row], most: int)
         turns.append((seen[label], label, int(i)))
         seen[label] += 1
     return [i for _, _, i in sorted(turns)[:most]]
-
-
-if __name__ == "__main__":
-    main(report)

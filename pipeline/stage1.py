@@ -21,7 +21,7 @@ from pipeline.nets.network import in_batches, refuse_larger, versions
 from pipeline.scoring.metrics import validation
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.stage import Key, Out, Seed, main
+from pipeline.stage_runtime.schema import Key, Out, Seed
 from pipeline.training.best_epoch import Validation, keep_best
 from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, Weighing, fit, training_weights
@@ -158,7 +158,3 @@ def _at_the_start(
         return said
     was, size = of_probe["val"]["accuracy"], of_probe["image_size"]
     return f"{said}: the probe's head at {image_size} px ({was:.4f} on the codes of {size} px)"
-
-
-if __name__ == "__main__":
-    main(stage1)

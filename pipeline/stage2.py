@@ -25,7 +25,7 @@ from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.files import write_csv
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.stage import Key, Out, Seed, main
+from pipeline.stage_runtime.schema import Key, Out, Seed
 from pipeline.training.best_epoch import Validation, keep_best, state_of, write_metrics
 from pipeline.training.fit import Recipe, Weighing, fit, training_weights
 from pipeline.training.freeze import everything, freeze_all_but, refuse_shared_statistics
@@ -199,7 +199,3 @@ def _refuse_other_score(val: Validation, meta: dict[str, Any], file: Path, n: in
             f"{file}: scores {val['accuracy']:.4f} (loss {val['loss']:.4f}) on validation, stage 1 "
             f"said {said['accuracy']:.4f} ({said['loss']:.4f}); run `dvc repro -f stage1`"
         )
-
-
-if __name__ == "__main__":
-    main(stage2)

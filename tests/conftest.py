@@ -35,7 +35,7 @@ from pipeline.stage1 import stage1
 from pipeline.stage2 import stage2
 from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.stage import Stage, arguments
+from pipeline.stage_runtime.schema import Stage, arguments
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = "photos"  # of the repositories that tests run DVC in: in Git, so that a clone has them

@@ -14,9 +14,10 @@ from conftest import ROOT
 STAGE = """
 import os, sys, time
 from pathlib import Path
-import pipeline.stage_runtime.stage
+from pipeline.launcher.supervise import in_a_child
+from pipeline.stage_runtime.schema import Out
 
-def sleeper(*, out: pipeline.stage_runtime.stage.Out, seconds: int) -> dict[str, float]:
+def sleeper(*, out: Out, seconds: int) -> dict[str, float]:
     Path("child").write_text(str(os.getpid()))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -26,7 +27,9 @@ def sleeper(*, out: pipeline.stage_runtime.stage.Out, seconds: int) -> dict[str,
     {extra}
     return {{}}
 
-pipeline.stage_runtime.stage.main(sleeper)
+in_a_child("sleeper")
+from pipeline.launcher.stage import main
+main(sleeper)
 """
 
 

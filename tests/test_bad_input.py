@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from pipeline.commands import export, predict
 from pipeline.final_model import classifier
 from pipeline.final_model import onnx as portable
+from pipeline.launcher.command import one_line_errors
 from pipeline.launcher.supervise import INTERRUPTED
 from pipeline.nets import backbone, checkpoint
 from pipeline.stage2 import _refuse_other_score
@@ -38,8 +39,7 @@ from pipeline.stage_runtime.errors import (
     WeightsError,
     near,
 )
-from pipeline.stage_runtime.stage import one_line_errors
-from pipeline.stage_runtime.stage import read_params as read_params_file
+from pipeline.stage_runtime.schema import read_params as read_params_file
 from pipeline.training.fit import DivergedError
 
 Params = dict[str, Any]

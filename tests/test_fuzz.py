@@ -31,8 +31,8 @@ from pipeline.nets.network import load
 from pipeline.probing.codes import read_feature_facts, read_labels
 from pipeline.probing.probes import read_probes
 from pipeline.stage_runtime.errors import CheckpointError, DataError, ParamError, PipelineError
-from pipeline.stage_runtime.stage import arguments
-from pipeline.stage_runtime.stage import read_params as read_params_file
+from pipeline.stage_runtime.schema import arguments
+from pipeline.stage_runtime.schema import read_params as read_params_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's about damage
 

@@ -22,8 +22,8 @@ from browser import look
 from conftest import PHOTOS, ROOT, STAGES, Run, paths, read_params, run
 from repository import change, command, commit, dvc, environment, flat, git, hashes
 
-from pipeline.stage_runtime.stage import TOP, Out, Params, path_names, stage_params
-from pipeline.stage_runtime.stage import read_params as loaded
+from pipeline.stage_runtime.schema import TOP, Out, Params, path_names, stage_params
+from pipeline.stage_runtime.schema import read_params as loaded
 
 GRAPH: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 GROUPS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
@@ -44,21 +44,23 @@ for stage in sys.argv[1:]:
 json.dump(found, sys.stdout)
 """
 
-# The code that a state belongs to, as `python -m pipeline.STAGE` finds it when it starts.
+# The code that a state belongs to, as `python -m pipeline STAGE` finds it when it starts.
 START_EACH = """
-import json, runpy, sys
+import importlib, json, sys
 from pathlib import Path
 found = {}
 for stage in sys.argv[1:]:
     for name in [name for name in sys.modules if name.split(".")[0] == "pipeline"]:
         del sys.modules[name]
-    sys.modules.pop("__mp_main__", None)  # joblib's second name of the stage before
-    import pipeline.stage_runtime.stage
+    import pipeline.launcher.stage
+    import pipeline.launcher.supervise
     from pipeline.stage_runtime.resume import own_code
     def note(_):
         found[stage] = [str(file.relative_to(Path.cwd())) for file in own_code()]
-    pipeline.stage_runtime.stage.main = note
-    runpy.run_module(f"pipeline.{stage}", run_name="__main__", alter_sys=True)
+    pipeline.launcher.stage.main = note
+    pipeline.launcher.supervise.in_a_child = lambda name: None
+    sys.argv = ["-m", stage]
+    importlib.import_module("pipeline.__main__").main()
 json.dump(found, sys.stdout)
 """
 
@@ -161,17 +163,16 @@ def test_code_deps_hold_every_module_that_importing_a_stage_loads():
     for stage, files in of_each_stage(IMPORT_EACH).items():
         loads = {str(Path(file).relative_to(ROOT)) for file in files}
         assert f"pipeline/{stage}.py" in loads
-        assert set() == loads - set(listed(stage, "deps"))
+        assert set() == loads - code(stage) - PACKAGE
 
 
 def test_a_state_belongs_to_the_code_that_its_stage_depends_on_and_the_versions():
     """So an edit of `compare` leaves a half-trained stage 2, and one of `learn/fit` doesn't."""
     found = {stage: set(files) for stage, files in of_each_stage(START_EACH).items()}
     assert set(STAGES) == set(found)
-    for stage, code in found.items():
-        deps = {file for file in listed(stage, "deps") if file.startswith("pipeline/")}
-        beside = {file for file in code if file.endswith(".html")}  # templates of other pages
-        assert code == deps | beside | {"pyproject.toml"}, stage
+    for stage, files in found.items():
+        beside = {file for file in files if file.endswith(".html")}
+        assert files == code(stage) | beside | {"pyproject.toml"}, stage
     assert "pipeline/commands/compare.py" not in found["stage2"]
     assert "pipeline/training/fit.py" in found["stage2"]
 
@@ -199,8 +200,15 @@ def test_stages_do_not_import_each_other(stage):
 
 @each_stage
 def test_params_are_those_of_the_signature(stage):
+    """A section is listed where all of it is read: so a new or misspelt key there is noticed."""
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())
     params = [entry for entry in GRAPH[stage]["params"] if isinstance(entry, str)]
-    assert sorted(param.key for param in stage_params(STAGES[stage])) == sorted(params)
+    keys = [
+        key
+        for entry in params
+        for key in (flat({entry: given[entry]}) if isinstance(given.get(entry), dict) else [entry])
+    ]
+    assert sorted(param.key for param in stage_params(STAGES[stage])) == sorted(keys)
 
 
 def test_the_sections_that_params_yaml_may_have_are_those_it_has():
@@ -227,7 +235,10 @@ def test_template_deps_are_what_the_report_renders():
         found.add(f"pipeline/pages/{name}")
         tree = environment.parse((ROOT / "pipeline/pages" / name).read_text())
         left |= {str(name) for name in jinja2.meta.find_referenced_templates(tree)}
-    assert found == {file for file in listed("report", "deps") if file.endswith(".html")}
+    assert "pipeline/pages" in listed("report", "deps")
+    assert found == {
+        f"pipeline/pages/{page.name}" for page in (ROOT / "pipeline/pages").glob("*.html")
+    }
 
 
 @each_stage

@@ -19,7 +19,7 @@ from pipeline.nets.blocks import chain, depths, is_inside, match, trace, trained
 from pipeline.nets.convolve import ACTS, Shape, convolve, shape_of
 from pipeline.nets.fuse import fold, resolved
 from pipeline.nets.network import EVAL_BATCH, Network
-from pipeline.probing.depths import LAST, SOURCE
+from pipeline.probing.codes import LAST, SOURCE
 from pipeline.stage_runtime.cache_entries import hold
 from pipeline.stage_runtime.errors import NetworkError, ParamError
 from pipeline.training.cut import Cut, cut_below

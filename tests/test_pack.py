@@ -19,7 +19,7 @@ from pipeline.images.shards import SPLITS, read_images, read_rows
 from pipeline.prepare import prepare
 from pipeline.stage_runtime.errors import DataError
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.stage import arguments
+from pipeline.stage_runtime.schema import arguments
 
 
 @pytest.fixture(autouse=True)

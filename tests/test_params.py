@@ -10,7 +10,7 @@ from repository import tool
 
 from pipeline.commands.params import FILE, allowed, check, comments, described, markdown
 from pipeline.stage_runtime.errors import ParamError
-from pipeline.stage_runtime.stage import STRICT, stage_params
+from pipeline.stage_runtime.schema import STRICT, stage_params
 
 PARAMS = described(ROOT / FILE)
 

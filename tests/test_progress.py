@@ -13,7 +13,9 @@ from pipeline.stage_runtime.progress import duration
 
 LONG = """
 import time
-from pipeline.stage_runtime.progress import say, track
+from pipeline.launcher.terminal import Terminal
+from pipeline.stage_runtime.progress import say, show_on, track
+show_on(Terminal())
 for item in track(range(20), 20, "work"):
     time.sleep(0.02)
 say("end")
@@ -64,9 +66,11 @@ def test_without_a_terminal_there_are_lines_alone():
 
 PARTS = """
 import time
+from pipeline.launcher import terminal
 from pipeline.stage_runtime import progress
-progress.LINE_SECONDS = 0.1
-parts = progress.Parts(lambda item: "ants" if item < 30 else "bees", {"ants": 30, "bees": 10})
+terminal.LINE_SECONDS = 0.1
+progress.show_on(terminal.Terminal())
+parts = progress.Breakdown(lambda item: "ants" if item < 30 else "bees", {"ants": 30, "bees": 10})
 for item in progress.track(range(40), 40, "work", parts=parts):
     time.sleep(0.02)
 """

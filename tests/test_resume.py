@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.stage_runtime import resume as states
 from pipeline.stage_runtime.cache_entries import hold
 from pipeline.stage_runtime.resume import Resume, resume_of
-from pipeline.stage_runtime.stage import arguments
+from pipeline.stage_runtime.schema import arguments
 from pipeline.training.fit import Recipe, fit
 from pipeline.training.resume_state import Kept, Place, Trail
 from pipeline.training.trunk_cache import stored

@@ -28,8 +28,8 @@ from pipeline.nets.network import load
 from pipeline.probing.probes import read_probes
 from pipeline.stage_runtime.errors import CheckpointError, DataError, ParamError
 from pipeline.stage_runtime.files import new_array, write_text
-from pipeline.stage_runtime.stage import arguments
-from pipeline.stage_runtime.stage import read_params as read_params_file
+from pipeline.stage_runtime.schema import arguments
+from pipeline.stage_runtime.schema import read_params as read_params_file
 from pipeline.training.fit import EXPLODED, DivergedError
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from pipeline.advice.prior_results import LARGE
-from pipeline.probing.depths import LAST, SOURCE
+from pipeline.probing.codes import LAST, SOURCE
 
 AT_ONCE = 256  # images whose answers are in memory
 SIMILAR = 0.2  # source_information from which data count as like the source's

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import say, track
-from pipeline.stage_runtime.stage import one_line_errors, parser_of
 
 
 class NoCacheError(PipelineError):
@@ -59,7 +59,3 @@ def main() -> None:
             say(f"damaged, and taken out: {file.parent.name}{file.name}")
         if spoilt:
             sys.exit(f"error: {len(spoilt)} damaged; `dvc pull` or `dvc repro` brings them back")
-
-
-if __name__ == "__main__":
-    main()

@@ -34,9 +34,10 @@ from numpy.typing import NDArray
 
 from pipeline.commands.repository import params_run_with
 from pipeline.commands.table import aligned
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import Loader, flat, one_line_errors, parser_of
+from pipeline.stage_runtime.schema import Loader, flat
 from pipeline.statistics.significance import accuracy_interval, difference, over_resplits
 from pipeline.statistics.verdict import interval_in_words
 
@@ -427,7 +428,3 @@ def _differences(runs: Sequence[Run], found: Sequence[Against]) -> Iterator[str]
         stale = (one for one in (base, run) if one.stale)
         yield from (f"{one.name} ran with {', '.join(one.stale[:SHOWN])}" for one in stale)
         yield from (said(one) for one in found if one.run == run.name)
-
-
-if __name__ == "__main__":
-    main()

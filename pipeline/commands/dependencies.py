@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.files import write_text
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import STAGES, one_line_errors, parser_of
+from pipeline.stage_runtime.schema import STAGES
 
 ROOT = Path(__file__).parents[2]
 GRAPH = Path("dvc.yaml")
@@ -69,15 +70,17 @@ def dependencies(stage: str) -> list[str]:
 def written(text: str) -> str:
     """Return a dvc.yaml whose stages list the code that they depend on, and else unchanged."""
     for stage in STAGES:
-        listed = "".join(f"      - {path}\n" for path in dependencies(stage))
+        paths = dependencies(stage)
         # The stage's block up to its deps, data among them, and the lines of code there.
         block = re.compile(
             rf"(^  {stage}:\n(?:(?!^  \w).*\n)*?    deps:\n(?:      - (?!pipeline/).*\n)*)"
             r"(?:      - pipeline/.*\n)*",
             re.MULTILINE,
         )
-        text, n = block.subn(lambda found: found[1] + listed, text, count=1)
-        assert n == 1, stage
+        found = block.search(text)
+        assert found, stage
+        listed = "".join(f"      - {path}\n" for path in paths)
+        text = f"{text[: found.end(1)]}{listed}{text[found.end() :]}"
     return text
 
 
@@ -111,7 +114,3 @@ def main() -> None:
         else:
             write_text(GRAPH, after)
             say("dvc.yaml is written; `dvc repro` runs the stages whose code it has anew")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.errors import ParamError, PipelineError, near
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import flat, one_line_errors, parser_of
+from pipeline.stage_runtime.schema import flat
 
 if TYPE_CHECKING:
     # Half a second to import, which `--help` need not wait for.
@@ -105,9 +106,8 @@ def _changed(dependency: "ParamsDependency") -> Iterator[str]:
     old = dependency.hash_info.value or {}
     new = dependency.read_params()
     file = "" if dependency.fs_path.endswith("params.yaml") else f"{dependency.def_path}: "
-    if not dependency.params:  # of the whole file
-        old, new = dict(flat(old)), dict(flat(new))
-    for key in dependency.params or {**old, **new}:
+    old, new = dict(flat(old)), dict(flat(new))  # of sections each key
+    for key in {**old, **new}:
         if key not in new:
             yield f"{file}{key} is missing"
         elif key not in old:
@@ -172,7 +172,3 @@ def main() -> None:
             say(f"{one.stage:<{width}}  {one.answer}{took if one.answer != 'up to date' else ''}")
             for reason in one.because:
                 say(f"{'':<{width}}    {reason}")
-
-
-if __name__ == "__main__":
-    main()

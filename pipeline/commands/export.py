@@ -20,12 +20,12 @@ from pipeline.final_model import onnx as portable
 from pipeline.final_model.classifier import Classifier, load
 from pipeline.final_model.graph import Graph
 from pipeline.images.shards import read_images
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import versions
 from pipeline.stage_runtime.errors import CheckpointError, DataError
 from pipeline.stage_runtime.files import whole_folder, write_text
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import one_line_errors, parser_of
 from pipeline.statistics.reliability import sure_in_words
 from pipeline.statistics.verdict import interval_in_words
 
@@ -215,7 +215,3 @@ def main() -> None:
         set_up_torch()
         off = export(final=FINAL, report=REPORT, prepared=PREPARED, lock=LOCK, out=out)
     say(f"{out}: model.safetensors, model.onnx (within {off:.1g} of PyTorch), README.md")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.nets.backbone import SOURCE_CLASSES, build, head_name
 from pipeline.nets.blocks import chain, depths, is_inside, trace
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import one_line_errors, parser_of, read_params
+from pipeline.stage_runtime.schema import read_params
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,3 @@ def main() -> None:
         for line in as_table(layers(model, options.size, options.all), head_name(model)):
             say(line)
         say('shell patterns work too, as in stage1.unfreeze: ["blocks.[56]", conv_head]')
-
-
-if __name__ == "__main__":
-    main()

@@ -22,12 +22,14 @@ from pipeline.advice.throughput import measured
 from pipeline.commands.table import aligned
 from pipeline.images.augment import Augment
 from pipeline.images.shards import Facts, read_facts
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.nets.backbone import Backbone, build
 from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.device import ROOM, device, has_room, kernels, no_gpu, set_up_torch
 from pipeline.nets.fuse import fold, resolved
 from pipeline.nets.network import Network
 from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.schema import read_params
 from pipeline.stage_runtime.settings import (
     cache_bytes,
     cache_folder,
@@ -37,7 +39,6 @@ from pipeline.stage_runtime.settings import (
     processes,
     threads,
 )
-from pipeline.stage_runtime.stage import one_line_errors, parser_of, read_params
 
 PREPARED = Path("data/prepared")
 # How far outputs and gradients may be off, as a share of the largest.
@@ -184,7 +185,3 @@ def speeds(params: Params, form: Format) -> list[str]:
         f"stage 1's trained part at {sizes[0]} px: {1 / pace.top:.0f} images/s",
         f"stage 2's steps at {sizes[1]} px: {1 / pace.step:.0f} images/s",
     ]
-
-
-if __name__ == "__main__":
-    main()

@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.commands.repository import RepositoryError, git
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import one_line_errors, parser_of
 
 HERE = Path()
 LOCK = "dvc.lock"
@@ -83,7 +83,3 @@ def _take(file: str) -> None:
 def _is_marked(file: Path) -> bool:
     text = file.read_text("utf-8")
     return all(mark in text for mark in MARKS)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,17 +16,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.errors import ParamError, near
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.stage import (
-    STAGES,
-    arguments,
-    flat,
-    one_line_errors,
-    parser_of,
-    read_params,
-    stage_params,
-)
+from pipeline.stage_runtime.schema import STAGES, arguments, flat, read_params, stage_params
 
 FILE = Path("params.yaml")
 PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -184,7 +177,3 @@ def main() -> None:
 
 def _is_in(param: Described, key: str) -> bool:
     return param.key == key or param.key.startswith(f"{key}.")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,10 +6,10 @@ dvc config --local plots.html_template ../.venv/plots.html
 
 from pathlib import Path
 
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.pages.charts import script
 from pipeline.pages.render import render
 from pipeline.stage_runtime.files import write_text
-from pipeline.stage_runtime.stage import one_line_errors, parser_of
 
 TEMPLATE = Path(__file__).parent / "pages" / "plots.html"
 
@@ -21,7 +21,3 @@ def main() -> None:
     options = parser.parse_args()
     with one_line_errors():
         write_text(options.page, render(TEMPLATE, script=script()))
-
-
-if __name__ == "__main__":
-    main()

@@ -33,13 +33,13 @@ from pipeline.dataset.formats import SUFFIXES, suffix, what_else
 from pipeline.final_model import classifier
 from pipeline.final_model import onnx as portable
 from pipeline.images.shards import Pixels
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import eval_batch
 from pipeline.pages.render import picture, render
 from pipeline.stage_runtime.errors import DataError
 from pipeline.stage_runtime.files import path_cell, shown, text_cell, walk, write_text
 from pipeline.stage_runtime.settings import threads
-from pipeline.stage_runtime.stage import one_line_errors, parser_of
 
 TEMPLATE = Path(__file__).parent / "pages" / "predictions.html"
 NOT_SURE = "not sure"
@@ -257,7 +257,3 @@ def page(answers: Sequence[Answer]) -> str:
         for answer in answers
     ]
     return render(TEMPLATE, counts=counts, cards=cards)
-
-
-if __name__ == "__main__":
-    main()

@@ -31,11 +31,12 @@ import yaml
 from filelock import FileLock, Timeout
 
 from pipeline.commands.repository import RepositoryError, git
+from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.launcher.supervise import end_with
 from pipeline.stage_runtime.errors import ParamError, PipelineError, near, said_by
 from pipeline.stage_runtime.progress import bar, duration, say
+from pipeline.stage_runtime.schema import Loader, flat
 from pipeline.stage_runtime.settings import cache_folder, threads
-from pipeline.stage_runtime.stage import Loader, flat, one_line_errors, parser_of
 
 LONGEST_NAME = 60
 LINKS = "reflink,hardlink,symlink,copy"  # from DVC's cache, the cheapest that the disk knows
@@ -294,7 +295,3 @@ def _ended(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> Iterator[tuple[P
         except BaseException:
             sweep.stop()
             raise
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ from pipeline.images.shards import SHARD, Facts, encoded, shard_files, shard_wri
 from pipeline.images.tones import BRIGHTEST, DARKEST, PLAIN, Seen, Tones
 from pipeline.stage_runtime.errors import DataError
 from pipeline.stage_runtime.files import hash_of, link, whole_folder
-from pipeline.stage_runtime.progress import Parts, say, track
+from pipeline.stage_runtime.progress import Breakdown, say, track
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.settings import threads
 
@@ -154,7 +154,7 @@ def pack(
                 yield from _write_shard(folder, found, part, facts, unreadable)
 
     sizes = Counter(item.label for part in missing.values() for item in found.items[part])
-    by_class = Parts[Item](lambda item: item.label, sizes)
+    by_class = Breakdown[Item](lambda item: item.label, sizes)
     for _ in track(made(), left, "decode", parts=by_class) if left else ():
         pass  # it is done when all have gone by
     noted: dict[str, list[NDArray[Any]]] = {name: [] for name in NOTED}

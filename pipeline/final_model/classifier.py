@@ -12,7 +12,7 @@ from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import Viewing, averaged, logits
 from pipeline.nets import checkpoint
 from pipeline.nets.network import Network, from_checkpoint, over
-from pipeline.probing.depths import JOIN
+from pipeline.probing.codes import JOIN
 from pipeline.probing.probes import Probe
 from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.files import Rowwise

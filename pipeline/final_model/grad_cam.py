@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.final_model.graph import Graph
 from pipeline.nets.blocks import last_maps
-from pipeline.probing.depths import LAST, SOURCE
+from pipeline.probing.codes import LAST, SOURCE
 
 UPRIGHT = (0,)  # no flips or turns
 

@@ -18,7 +18,7 @@ from pipeline.images.augment import dihedral, views
 from pipeline.images.tones import PLAIN, Tones
 from pipeline.inference.taps import Taps
 from pipeline.nets.backbone import build
-from pipeline.probing.depths import JOIN
+from pipeline.probing.codes import JOIN
 from pipeline.probing.probes import SHARPNESS, Probe
 
 

@@ -12,7 +12,7 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.stage_runtime.stage import Key
+from pipeline.stage_runtime.schema import Key
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
 # How many kinds of `dihedral` each allows: flips, then flips with quarter turns.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.nets.backbone import head_name
-from pipeline.probing.depths import LAST, SOURCE
+from pipeline.probing.codes import LAST, SOURCE
 
 Pooling = Literal["average", "max", "both"]
 

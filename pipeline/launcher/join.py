@@ -10,10 +10,10 @@ for stages until it is ended (Ctrl-C).
 import os
 import time
 
-from pipeline.launcher.launch import LOST, offered, take_part
+from pipeline.launcher.command import one_line_errors, parser_of
+from pipeline.launcher.launch import LOST, SHARED, offered, take_part
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import meeting_point
-from pipeline.stage_runtime.stage import SHARED, one_line_errors, parser_of
 
 LOOK = 0.5  # seconds between two looks
 
@@ -42,7 +42,3 @@ def main() -> None:
             if code != LOST:
                 done = work.run
                 say(f"{stage}: " + ("done" if code == 0 else "given up here"))
-
-
-if __name__ == "__main__":
-    main()

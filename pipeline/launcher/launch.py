@@ -26,6 +26,8 @@ from pipeline.stage_runtime.errors import SettingError, TeamError, said_by
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import hosts, launcher, meeting_point, processes, threads
 
+# Stages that several processes may share, where they are wanted.
+SHARED = ("extract", "stage1", "stage2", "evaluate")
 LOST = TeamError.exit_code
 OFFER = "pipeline/offer"  # a key in the store of the host that runs DVC
 REACH_SECONDS = 5  # to reach that store, and for hosts to come once enough are there

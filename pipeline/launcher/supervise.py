@@ -1,31 +1,35 @@
 """A stage by itself: one at a time, none left behind, and someone there to say how it ended.
 
-The work is done in a child process. Its parent passes signals on, tells what killed it, and ends it
-when DVC is gone: a killed `dvc repro` leaves its stage running, which would later overwrite the
-outputs of the next. Linux alone can do this (prctl, /proc).
+The work is done in a child process. Its parent, the supervisor, passes signals on, tells what
+killed it, and ends it when DVC is gone: a killed `dvc repro` leaves its stage running, which would
+later overwrite the outputs of the next.
 """
 
 import ctypes
 import os
-import select
 import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
 from filelock import FileLock, Timeout
 
 from pipeline.stage_runtime.errors import RECOVER, PipelineError
 
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ASKED = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 INTERRUPTED = "interrupted; the same command goes on where it was"
 PATIENCE = 5.0  # seconds until who was asked to end is made to
 LOOK = 0.5  # seconds between looks at whether DVC is still there
 PR_SET_PDEATHSIG = 1
+SUPERVISOR = "PIPELINE_SUPERVISOR"  # in a child's environment: its parent's process id
 LAUNCHED = "PIPELINE_LAUNCHED"  # in the environment of processes that share a stage
 STARTED_BY = ("DVC_STAGE", LAUNCHED)  # in the environment of what ends with who started it
 
@@ -55,22 +59,36 @@ def alone(name: str, patience: float = 10.0) -> Iterator[None]:
 
 
 def in_a_child(name: str) -> None:
-    """Go on in a child process; the caller itself stays to watch, and ends as the child does."""
-    sys.stdout.flush()
-    parent = os.getpid()
-    child = os.fork()
-    if child:
-        os._exit(_watch(name, child))
-    end_with(parent)
+    """Go on in a child process, which runs the same command; the caller itself ends as it does."""
+    supervisor = int(os.environ.get(SUPERVISOR, "0"))
+    if supervisor and not psutil.pid_exists(supervisor):  # gone before its child began
+        sys.exit(1)
+    if supervisor != os.getppid():
+        sys.stdout.flush()
+        sys.exit(_watched(name))
+    end_with(supervisor)
+
+
+def be_interruptible() -> None:
+    """Raise KeyboardInterrupt at the first signal to end."""
     for number in ASKED:
         signal.signal(number, _interrupt)
 
 
 def end_with(parent: int) -> None:
     """Have this process killed when its parent dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (AttributeError, OSError, TypeError):  # another system than Linux
+        threading.Thread(target=_end_after, args=[parent], daemon=True).start()
     if os.getppid() != parent:  # gone before that was set
         os._exit(1)
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent and psutil.pid_exists(parent):
+        time.sleep(LOOK)
+    os._exit(1)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -79,84 +97,64 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(name: str, child: int) -> int:
-    """Wait for a child, passing signals on; gives the exit code to end with."""
+def _watched(name: str) -> int:
+    """Run this command in a child, passing signals on; gives the exit code to end with."""
     line = _line_to_dvc()
-    signals = _signals()
-    asked_at = None
+    asked: list[float] = []  # when
+
+    def passed_on(number: int, frame: FrameType | None) -> None:
+        asked.append(time.monotonic())
+        with suppress(ValueError):  # Windows sends no SIGINT to one process
+            child.send_signal(number)
+
+    words = [sys.executable, *sys.orig_argv[1:]]
+    child = subprocess.Popen(words, env={**os.environ, SUPERVISOR: str(os.getpid())})  # noqa: S603
+    for number in ASKED:
+        signal.signal(number, passed_on)
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
+        try:
+            code = child.wait(LOOK)
             break
-        for number in signals(LOOK):
-            if number in ASKED:
-                os.kill(child, number)
-                asked_at = asked_at or time.monotonic()
-        if asked_at is not None and time.monotonic() - asked_at > PATIENCE:
-            os.kill(child, signal.SIGKILL)
-        if any(_parent_of(pid) != above for pid, above in pairwise(line)):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        except subprocess.TimeoutExpired:
+            pass
+        if asked and time.monotonic() - asked[0] > PATIENCE:
+            child.kill()
+        if not all(map(psutil.Process.is_running, line)):
+            child.kill()
+            child.wait()
             return 1
-    code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return code
-    if asked_at is not None:
+    if asked:
         print(INTERRUPTED, file=sys.stderr)
         return 1
     print(f"error: {name} was ended by {_said(-code)}; {RECOVER}", file=sys.stderr)
     return 128 - code
 
 
-def _signals() -> Callable[[float], bytes]:
-    """Catch signals from now on; gives a function that waits for the next ones, at most so long.
-
-    By a pipe, as the system may hand them to any thread, such as those that NumPy starts.
-    """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing)
-    for number in (*ASKED, signal.SIGCHLD):
-        signal.signal(number, lambda number, frame: None)
-
-    def wait(seconds: float) -> bytes:
-        ready, _, _ = select.select([reading], [], [], seconds)
-        return os.read(reading, 4096) if ready else b""
-
-    return wait
-
-
 def _said(number: int) -> str:
     known = {
-        signal.SIGKILL: "SIGKILL, as the system does when memory runs out: have fewer programs "
-        "open, or smaller images or batches",
-        signal.SIGBUS: "SIGBUS: a disk is full or was taken away",
+        "SIGKILL": "SIGKILL, as the system does when memory runs out: have fewer programs open, or "
+        "smaller images or batches",
+        "SIGBUS": "SIGBUS: a disk is full or was taken away",
     }
-    return known.get(signal.Signals(number), signal.Signals(number).name)
+    name = signal.Signals(number).name
+    return known.get(name, name)
 
 
-def _line_to_dvc() -> list[int]:
+def _line_to_dvc() -> list[psutil.Process]:
     """List our process, its parent, ... up to DVC's; ours alone where nobody started it so."""
-    line = [os.getpid()]
+    line = [psutil.Process()]
     if any(name in os.environ for name in STARTED_BY):
-        while line[-1] > 1 and _was_started(line[-1]):
-            line.append(_parent_of(line[-1]))
+        with suppress(psutil.Error):
+            while (parent := line[-1].parent()) and _was_started(line[-1]):
+                line.append(parent)
     return line
 
 
-def _was_started(pid: int) -> bool:
+def _was_started(process: psutil.Process) -> bool:
     try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
+        environment = process.environ()
+    except psutil.Error:  # of somebody else
         return False
-    marks = tuple(f"{name}=".encode() for name in STARTED_BY)
-    return any(value.startswith(marks) for value in environment.split(b"\0"))
-
-
-def _parent_of(pid: int) -> int:
-    """Give a process's parent, 0 if it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[1])  # behind the name, which may hold anything
+    return any(name in environment for name in STARTED_BY)

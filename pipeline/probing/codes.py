@@ -9,8 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.images.rows import Rows
-from pipeline.probing.depths import JOIN
 from pipeline.stage_runtime.files import reading
+
+LAST = "last"  # the head's input, from which stage 1's head starts
+SOURCE = "source"  # the head's output: the logits of the classes that the weights were made for
+JOIN = "+"  # between depths whose codes stand side by side; no module's name holds it
 
 
 def codes_name(split: str, depth: str) -> str:

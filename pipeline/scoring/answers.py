@@ -31,3 +31,13 @@ def answer_lines(
         said = (classes[answers[m][i]] if answered[m][i] else "" for m in scores)
         sure = (f"{p[i]:.6f}", f"{raw[i]:.6f}") if answered[chosen][i] else ("", "")
         yield rows.ids[i], rows.paths[i], classes[label], *said, *sure
+
+
+def read_answers(
+    predictions: Sequence[Mapping[str, str]], model: str
+) -> tuple[NDArray[np.float64], list[str], NDArray[np.bool_]]:
+    """Give a model's confidence, its answers, and which of them are right, an image each."""
+    sure = np.array([float(row["probability"]) for row in predictions])
+    answers = [row[model] for row in predictions]
+    right = [answer == row["label"] for answer, row in zip(answers, predictions, strict=True)]
+    return sure, answers, np.array(right, bool)

@@ -265,12 +265,13 @@ def _processor() -> str:
 def own_code() -> list[Path]:
     """List the code that this process has loaded of the project, and what names the versions.
 
-    The templates beside a module are code, too.
+    What starts or shows a stage can't change its result. Templates beside a module are code, too.
     """
     loaded = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
     files = {Path(file) for file in loaded if file.startswith(f"{CODE}{os.sep}")}
-    packages = {file.parent for file in files if file.name == "__init__.py"}
-    templates = {template for package in packages for template in package.glob("*.html")}
+    files -= {CODE / "__init__.py", CODE / "__main__.py"}
+    files = {file for file in files if file.parent.name not in ("launcher", "commands")}
+    templates = {t for folder in {f.parent for f in files} for t in folder.glob("*.html")}
     versions = CODE.parent / "pyproject.toml"
     return sorted(files | templates) + ([versions] if versions.exists() else [])
 

@@ -17,8 +17,8 @@ from pipeline.nets.blocks import for_decay, is_inside
 from pipeline.stage_runtime.distributed import add_up, own_part
 from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import bar
+from pipeline.stage_runtime.schema import Key
 from pipeline.stage_runtime.settings import rank
-from pipeline.stage_runtime.stage import Key
 from pipeline.training.resume_state import Place, Trail
 from pipeline.training.schedule import Schedule, layer_factors, rate
 

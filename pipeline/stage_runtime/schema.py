@@ -7,18 +7,9 @@ fields so. There are no defaults: params.yaml is the only place that holds a val
 type `Resume` is how far an earlier run got, one of type `Params` all of params.yaml.
 """
 
-import argparse
-import inspect
-import io
-import os
 import re
 import reprlib
-import signal
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -27,14 +18,8 @@ import yaml
 from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.launcher.launch import adopt_slurm, is_shared, launch
-from pipeline.launcher.supervise import INTERRUPTED, LAUNCHED, alone, in_a_child
-from pipeline.stage_runtime.distributed import agree, together
-from pipeline.stage_runtime.errors import RECOVER, ParamError, PipelineError, is_out_of_memory, near
-from pipeline.stage_runtime.files import write_json
-from pipeline.stage_runtime.progress import duration, say
-from pipeline.stage_runtime.resume import Resume, resume_of
-from pipeline.stage_runtime.settings import cache_folder, rank, team_size
+from pipeline.stage_runtime.errors import ParamError, near
+from pipeline.stage_runtime.resume import Resume
 
 Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
 Params = Annotated[dict[str, Any], "all"]  # of params.yaml, for who shows them
@@ -52,7 +37,6 @@ class Key:
     foreign: bool = False  # in a section that another stage reads and checks as a whole
 
 
-SHARED = ("extract", "stage1", "stage2", "evaluate")  # by several processes, where they are wanted
 STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 # What params.yaml consists of: single values, and a section a stage or subject.
 TOP = (
@@ -131,7 +115,7 @@ def path_names(stage: Stage) -> list[str]:
     return [name for name, hint in get_type_hints(stage).items() if hint is Path]
 
 
-def _sources(stage: Stage, params: dict[str, Any]) -> list[Path]:
+def sources(stage: Stage, params: dict[str, Any]) -> list[Path]:
     """List where a stage's params point to, for it to read."""
     hints = get_type_hints(stage, include_extras=True)
     return [Path(params[n]) for n, h in hints.items() if READS in getattr(h, "__metadata__", ())]
@@ -229,115 +213,3 @@ def _look_up(key: str, params: dict[str, Any]) -> Any:
             raise ParamError(f"params.yaml: {key} is missing")
         value = value[part]
     return value
-
-
-def main(stage: Stage) -> None:
-    """Run a stage from the command line; a user's error ends it with one line and exit code 1.
-
-    What the stage returns is written to its `--timing` file, with the seconds it took in all.
-    Set PIPELINE_DEBUG=1 to see the traceback of an error.
-    """
-    about = f"{inspect.getdoc(stage)}\n\n`dvc repro {stage.__name__}` runs it, as dvc.yaml says."
-    parser = parser_of(stage.__name__, about)
-    parser.add_argument(
-        "--params", type=Path, default=Path("params.yaml"), help="(default: %(default)s)"
-    )
-    parser.add_argument("--timing", type=Path, required=True, help="written: how long it took")
-    hints = get_type_hints(stage, include_extras=True)
-    for name in path_names(stage):
-        what = "written" if hints[name] == Out else "read"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, help=what)
-    options = vars(parser.parse_args())
-    params, timing = options.pop("params"), options.pop("timing")
-    with one_line_errors(INTERRUPTED, RECOVER):
-        adopt_slurm()
-        in_a_child(stage.__name__)
-        chosen = arguments(stage, read_params(params))
-        launched = LAUNCHED in os.environ  # by a process of ours, which sees to the next two
-        one_at_a_time = not launched and rank() == 0
-        spread_out = not launched and team_size() == 1 and stage.__name__ in SHARED and is_shared()
-        with alone(stage.__name__) if one_at_a_time else nullcontext():
-            if spread_out:
-                sys.exit(launch(stage.__name__, sys.argv[1:]))
-            with together() if team_size() > 1 else nullcontext():
-                _run(stage, options, chosen, timing)
-
-
-def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path) -> None:
-    """Run a stage, or put its outputs back that another run finished."""
-    name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
-    inputs = [path for n, path in paths.items() if hints[n] is Path]
-    with resume_of(name, {**paths, **params}, inputs, _sources(stage, params)) as resume:
-        if agree(rank() == 0 and resume.put_back()):
-            say(f"{name} was finished, but not recorded: its outputs are back")
-        else:
-            _compute(stage, paths, params, timing, resume)
-
-
-def _compute(
-    stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path, resume: Resume
-) -> None:
-    """Run a stage from where it was, and keep what it wrote until DVC has recorded it."""
-    started, start = time.time(), time.perf_counter()
-    name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
-    resumes = {n: resume for n, hint in hints.items() if hint is Resume}
-    if rank() > 0:  # does its part; what it would write, the first one writes
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            outs = {n: Path(scratch, n) for n in paths if hints[n] == Out}
-            stage(**{**paths, **outs}, **params, **resumes)
-        return
-    rates = {"seconds": 0.0, **stage(**paths, **params, **resumes)}
-    rates["seconds"] = time.perf_counter() - start
-    write_json(timing, {name: {k: round(v, 3) for k, v in rates.items()}})
-    resume.keep([paths[n] for n in paths if hints[n] == Out], timing, started)
-    say(f"{name} took {duration(rates['seconds'])}")
-
-
-def parser_of(command: str, about: str) -> argparse.ArgumentParser:
-    """Make a command's parser, whose help is what its module says of itself."""
-    summary, _, rest = about.partition("\n\n")
-    return argparse.ArgumentParser(
-        prog=f"python -m pipeline {command}",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _write_any_name() -> None:
-    """Let a terminal of any encoding show any file's name: its own bytes, or else escaped."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            unicode = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if unicode else "backslashreplace")
-
-
-@contextmanager
-def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iterator[None]:
-    """Print a user's error as one line and exit with 1; with PIPELINE_DEBUG=1 let it through."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the package set it for its imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    _write_any_name()
-    try:
-        try:
-            yield
-        finally:  # also before an exit: later the interpreter would complain of a broken pipe
-            sys.stdout.flush()
-    except BrokenPipeError:  # who reads, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        sys.exit(interrupted)
-    except Exception as error:
-        if os.environ.get("PIPELINE_DEBUG"):
-            raise
-        ways = f"; {recover}" if recover else ""
-        if isinstance(error, PipelineError):
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
-        if is_out_of_memory(error):
-            sys.exit(f"error: out of memory; use smaller images or batches{ways}")
-        if not isinstance(error, OSError):
-            raise  # no user's error, but ours
-        place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {place}{error.strerror or error}{ways}")
