@@ -33,17 +33,18 @@ main(sleeper)
 """
 
 
-@pytest.fixture
-def start(tmp_path, monkeypatch):
+@pytest.fixture(params=["Linux", "elsewhere"])
+def start(request, tmp_path, monkeypatch):
     """Start the stage in a folder of its own; what is left of it at the end is ended."""
-    started = []
+    started, elsewhere = [], request.param == "elsewhere"
 
     def begin(seconds: int = 60, extra: str = "", **env: str) -> "subprocess.Popen[str]":
         (tmp_path / "sleeper.py").write_text(STAGE.format(extra=extra))
         (tmp_path / "params.yaml").write_text(f"sleeper: {{seconds: {seconds}}}")
         (tmp_path / "child").unlink(missing_ok=True)
         words = [sys.executable, "sleeper.py", "--out", "out", "--timing", "timing.json"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+        here = str(ROOT / "tests" / "elsewhere") if elsewhere else ""
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{here}", **env}
         started.append(
             subprocess.Popen(
                 words, cwd=tmp_path, env=env, text=True, stderr=subprocess.PIPE, stdout=-1

@@ -193,6 +193,29 @@ def test_the_probes_threads_find_loaded_what_they_fit_with():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+EFFECTS = """
+import importlib, os, signal, sys
+from pathlib import Path
+import PIL.Image, torch
+def world():
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    return dict(os.environ), handlers, PIL.Image.MAX_IMAGE_PIXELS, torch.get_num_threads()
+before = world()
+for file in sorted(Path("pipeline").rglob("*.py")):
+    importlib.import_module(".".join(file.with_suffix("").parts))
+sys.exit(before != world())
+"""
+
+
+def test_an_import_changes_nothing_but_what_is_imported():
+    assert subprocess.run([sys.executable, "-c", EFFECTS], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_top_of_the_package_is_the_graph():
+    top = {file.stem for file in (ROOT / "pipeline").glob("*.py")}
+    assert {*STAGES, "__main__", "__init__"} == top
+
+
 @each_stage
 def test_stages_do_not_import_each_other(stage):
     assert {f"pipeline/{stage}.py"} == closure(stage) & {f"pipeline/{name}.py" for name in STAGES}

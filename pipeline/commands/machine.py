@@ -25,7 +25,7 @@ from pipeline.images.shards import Facts, read_facts
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.nets.backbone import Backbone, build
 from pipeline.nets.blocks import match, trained_with
-from pipeline.nets.device import ROOM, device, has_room, kernels, no_gpu, set_up_torch
+from pipeline.nets.device import ROOM, device, has_room, kernels, memory_of, no_gpu, set_up_torch
 from pipeline.nets.fuse import fold, resolved
 from pipeline.nets.network import Network
 from pipeline.stage_runtime.progress import say
@@ -37,6 +37,7 @@ from pipeline.stage_runtime.settings import (
     hosts,
     launcher,
     processes,
+    processors,
     threads,
 )
 
@@ -72,9 +73,9 @@ def main() -> None:
 def found(params: Params) -> list[tuple[str, str, str]]:
     """Say which device and number format are used: what, which, why."""
     where = device()
-    if where.type == "cuda":
-        free, total = (n / 1e9 for n in torch.cuda.mem_get_info(where))
-        n = torch.cuda.device_count()
+    if where.type != "cpu":
+        free, total = (n / 1e9 for n in memory_of(where))
+        n = torch.accelerator.device_count()
         why = f"{free:.1f} of {total:.1f} GB free; {n} here; PIPELINE_DEVICE=cpu leaves it alone"
     else:
         why = "as PIPELINE_DEVICE says" if device_asked() == "cpu" else no_gpu()
@@ -83,15 +84,15 @@ def found(params: Params) -> list[tuple[str, str, str]]:
         reason = f"as params.yaml says (precision: {asked})"
     else:
         has = "multiplies" if resolved("auto") == "bf16" else "has nothing for"
-        reason = f"precision: auto, and this {'GPU' if where.type == 'cuda' else 'processor'} "
+        reason = f"precision: auto, and this {'processor' if where.type == 'cpu' else 'GPU'} "
         reason += f"{has} bfloat16"
-    name = kernels() if where.type == "cuda" else f"processor, {kernels()}"
+    name = kernels() if where.type != "cpu" else f"processor, {kernels()}"
     return [("device", name, why), ("number format", resolved(asked), reason)]
 
 
 def work() -> list[tuple[str, str, str]]:
     """Say how many threads, processes and hosts share the work."""
-    here = len(os.sched_getaffinity(0))
+    here = processors()
     of = f"{here} of {os.cpu_count()} processors may be used here; PIPELINE_THREADS says another"
     lines = [("threads", str(threads()), of)]
     if launcher():

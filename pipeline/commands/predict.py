@@ -25,11 +25,10 @@ from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.commands.table import aligned
 from pipeline.dataset.decode import CLIPPED, Decoded, decoded
-from pipeline.dataset.formats import SUFFIXES, suffix, what_else
+from pipeline.dataset.formats import SUFFIXES, opened, suffix, what_else
 from pipeline.final_model import classifier
 from pipeline.final_model import onnx as portable
 from pipeline.images.shards import Pixels
@@ -150,7 +149,7 @@ def listed(names: Sequence[str], scratch: Path) -> list[Path]:
 
 def _from_stdin(content: bytes, scratch: Path) -> list[Path]:
     try:
-        Image.open(io.BytesIO(content)).close()
+        opened(io.BytesIO(content)).close()
     except Exception:  # no image: paths
         lines = content.decode(errors="surrogateescape").splitlines()
         return listed([line for line in lines if line not in ("", STDIN)], scratch)

@@ -14,7 +14,6 @@ import itertools
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +21,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.commands.repository import RepositoryError, git
 from pipeline.launcher.command import one_line_errors, parser_of
-from pipeline.launcher.supervise import end_with
+from pipeline.launcher.supervise import dying_with_us, interrupt
 from pipeline.stage_runtime.errors import ParamError, PipelineError, near, said_by
 from pipeline.stage_runtime.progress import bar, duration, say
 from pipeline.stage_runtime.schema import Loader, flat
@@ -169,7 +167,7 @@ class Sweep:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,  # a Ctrl-C is passed on, once
-                preexec_fn=partial(end_with, os.getpid()),  # noqa: PLW1509, no thread of ours locks
+                preexec_fn=dying_with_us(),  # noqa: PLW1509, no thread of ours locks
             )
             self.running[one.name] = process
             code = process.wait()
@@ -200,7 +198,7 @@ class Sweep:
         """End all runs; what they have done is kept."""
         self.stopped.set()
         for process in list(self.running.values()):
-            os.killpg(process.pid, signal.SIGINT)
+            interrupt(process)
 
 
 def _dvc(folder: Path, *words: str) -> str:

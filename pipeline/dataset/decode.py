@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.dataset.formats import known
+from pipeline.dataset.formats import known, opened
 from pipeline.images import tones as toned
 from pipeline.images.shards import Fit, Pixels
 from pipeline.images.tones import LEVELS, PLAIN, Seen, Tones
@@ -15,7 +15,6 @@ from pipeline.stage_runtime.errors import DataError
 
 # A picture may claim any size in its header; Pillow warns from here on and refuses only later.
 MOST_PIXELS = 89_478_485
-Image.MAX_IMAGE_PIXELS = None  # its own check: ours replaces it, in one line
 
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 CLEAR_MODES = frozenset({"LA", "PA", "RGBA", "La", "RGBa"})
@@ -104,7 +103,7 @@ def _fitted(image: Image.Image, square: tuple[int, int], fit: Fit) -> Image.Imag
 
 def _opened(file: Path) -> Image.Image:
     try:
-        image = Image.open(file, formats=known())
+        image = opened(file, known())
     except Exception as error:
         raise DataError(f"{file}: can't be read as an image ({_said(error)})") from None
     width, height = image.size

@@ -4,6 +4,7 @@ import os
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
@@ -59,20 +60,29 @@ def known() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+def opened(file: Path | IO[bytes], kinds: list[str] | tuple[str, ...] | None = None) -> Image.Image:
+    """Open an image of one of these formats, by its content; of any that Pillow reads if none.
+
+    Pillow's own limit on pixels, which warns first and raises later, is off: `decode` has one.
+    """
+    Image.MAX_IMAGE_PIXELS = None
+    return Image.open(file, formats=kinds)
+
+
 def what_else(file: Path) -> str:
     """Say what a file is that isn't called like a picture; empty where it is one all the same."""
     if file.suffix.lower() in RAW:
         return f"a camera's raw picture; {CONVERT}"
     try:
-        with file.open("rb") as opened:
-            start = opened.read(1024)
+        with file.open("rb") as content:
+            start = content.read(1024)
     except OSError as error:
         return f"can't be read ({error.strerror})"
     if not start:
         return "empty"
     try:
         # Not TGA: it has no mark to know it by.
-        Image.open(file, formats=[name for name in known() if name != "TGA"]).close()
+        opened(file, [name for name in known() if name != "TGA"]).close()
     except Exception:
         text = b"<svg" if b"<svg" in start else start
         for magic, at, name in KINDS:

@@ -43,7 +43,7 @@ def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iter
             sys.stdout.flush()
     except BrokenPipeError:  # who reads, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + 13)  # as one that SIGPIPE ends, on systems that have it
     except KeyboardInterrupt:
         sys.exit(interrupted)
     except Exception as error:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import count
 
-from pipeline.launcher.supervise import LAUNCHED, end_with
+from pipeline.launcher.supervise import LAUNCHED, dying_with_us
 from pipeline.stage_runtime.distributed import address_towards
 from pipeline.stage_runtime.errors import SettingError, TeamError, said_by
 from pipeline.stage_runtime.progress import say
@@ -151,11 +151,10 @@ def take_part(work: Work, meet: tuple[str, int], leads: bool) -> int:
 
 def _by_command(stage: str, arguments: Sequence[str]) -> int:
     words = [*shlex.split(launcher()), sys.executable, "-m", "pipeline", stage, *arguments]
-    own = os.getpid()
     env = {**os.environ, LAUNCHED: "1"}
     try:
         # This process has no other threads yet.
-        process = subprocess.Popen(words, env=env, preexec_fn=lambda: end_with(own))  # noqa: S603, PLW1509
+        process = subprocess.Popen(words, env=env, preexec_fn=dying_with_us())  # noqa: S603, PLW1509
     except OSError as error:
         raise SettingError(f"PIPELINE_LAUNCHER = {launcher()!r}: {error.strerror}") from None
     return 1 if process.wait() else 0

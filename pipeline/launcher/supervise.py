@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -83,6 +84,22 @@ def end_with(parent: int) -> None:
         threading.Thread(target=_end_after, args=[parent], daemon=True).start()
     if os.getppid() != parent:  # gone before that was set
         os._exit(1)
+
+
+def dying_with_us() -> Callable[[], None] | None:
+    """Return what a new process, of any program, calls first so that it ends with this one.
+
+    None where the system knows no way: there only what we wrote, and watches us, ends with us.
+    """
+    return partial(end_with, os.getpid()) if sys.platform == "linux" else None
+
+
+def interrupt(process: "subprocess.Popen[str]") -> None:
+    """Ask a process that leads a session, and all it started there, to end."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
 
 
 def _end_after(parent: int) -> None:

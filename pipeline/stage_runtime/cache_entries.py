@@ -126,7 +126,8 @@ def _size(folder: Path) -> int:
     for here, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                size += Path(here, name).lstat().st_blocks * 512
+                stat = Path(here, name).lstat()
+                size += stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
     return size
 
 

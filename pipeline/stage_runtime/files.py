@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pipeline.stage_runtime.errors import DataError, PipelineError, said_by
+
+BLOCK = 2**20  # bytes that are written at once
 
 
 class Rowwise(Protocol):
@@ -116,14 +118,24 @@ def new_array(file: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[A
     Raises OSError naming the file if there is no room.
     """
     try:
-        array: NDArray[Any] = np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape)
+        array = np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape)
         with file.open("rb+") as opened:
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+            _take_room(opened, array.offset, file.stat().st_size)
     except OSError as error:
         with suppress(OSError):
             file.unlink(missing_ok=True)
         raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
     return array
+
+
+def _take_room(file: BinaryIO, begin: int, end: int) -> None:
+    """Give a file of zeros from `begin` on all its blocks. Raises OSError if the disk is full."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, end)
+        return
+    file.seek(begin)  # macOS, Windows
+    for place in range(begin, end, BLOCK):
+        file.write(bytes(min(BLOCK, end - place)))
 
 
 @dataclass

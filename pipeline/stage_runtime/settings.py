@@ -19,8 +19,15 @@ def threads() -> int:
 
     Processes on one machine that share a stage share its processors.
     """
-    all_here = _whole("PIPELINE_THREADS", 0) or len(os.sched_getaffinity(0))
+    all_here = _whole("PIPELINE_THREADS", 0) or processors()
     return max(1, all_here // _whole("LOCAL_WORLD_SIZE", 1, least=1))
+
+
+def processors() -> int:
+    """Count the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: fewer in a container, or a job of Slurm's
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def processes() -> int:
@@ -77,10 +84,10 @@ def local_rank() -> int:
 
 
 def device_asked() -> str:
-    """Give the device that is asked for by PIPELINE_DEVICE: cpu, cuda, or none."""
+    """Return the device that PIPELINE_DEVICE asks for: cpu, cuda, mps, or empty for none."""
     said = os.environ.get("PIPELINE_DEVICE", "")
-    if said not in ("", "cpu", "cuda"):
-        raise SettingError(f"PIPELINE_DEVICE = {said!r}: expected cpu or cuda")
+    if said not in ("", "cpu", "cuda", "mps"):
+        raise SettingError(f"PIPELINE_DEVICE = {said!r}: expected cpu, cuda or mps")
     return said
 
 

@@ -1,6 +1,7 @@
 """A training run's state on disk: after each epoch, and every so often within a long one."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,9 @@ class Trail:
         optimizer.load_state_dict({**settings, "state": state})
         if place.step:
             torch.set_rng_state(self._tensors["random"])
-            if "random_cuda" in self._tensors:
-                torch.cuda.set_rng_state(self._tensors["random_cuda"])
+            for kind, library in _of_devices():
+                if f"random_{kind}" in self._tensors:
+                    library.set_rng_state(self._tensors[f"random_{kind}"])
         self._tensors = {}
         at = f", step {place.step}" if place.step else ""
         say(f"going on at epoch {place.epoch}{at}")
@@ -93,8 +95,16 @@ class Trail:
             **{f"optimizer.{i}.{k}": t for i, s in states for k, t in s.items() if t is not None},
             "random": torch.get_rng_state(),
         }
-        if torch.cuda.is_available():
-            tensors["random_cuda"] = torch.cuda.get_rng_state()
+        for kind, library in _of_devices():
+            tensors[f"random_{kind}"] = library.get_rng_state()
         arrays = {name: t.detach().contiguous().cpu().numpy() for name, t in tensors.items()}
         checkpoint.write(self.file, arrays, {"place": asdict(place), "kept": self.kept.facts})
         self._saved = time.monotonic()
+
+
+def _of_devices() -> Iterator[tuple[str, Any]]:
+    """List the libraries of the GPUs here, which have random states of their own."""
+    if torch.cuda.is_available():
+        yield "cuda", torch.cuda
+    if torch.backends.mps.is_available():
+        yield "mps", torch.mps
