@@ -21,10 +21,10 @@ from sklearn.preprocessing import StandardScaler
 from bench.ratios import BATCH, PREPARED, WHOLE, network, unfolded
 from pipeline.images.shards import SPLITS, read_images, read_rows
 from pipeline.inference.taps import Taps
-from pipeline.inference.tta import Viewing, averaged
+from pipeline.inference.tta import TTA, averaged
 from pipeline.nets.backbone import head_name
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.network import Network, over
+from pipeline.nets.network import Network, run_in_batches
 from pipeline.probing.codes import LAST
 from pipeline.stage_runtime.progress import say
 
@@ -60,7 +60,7 @@ def main() -> None:
 def our_codes(ours: Network, images: NDArray[np.uint8]) -> Codes:
     """Compute the last codes (N, D) as extract does, of each image as it is."""
     with Taps(ours.model, [LAST], "average") as taps:
-        parts = over(images, ours, averaged(ours, taps, Viewing("none", 1)))
+        parts = run_in_batches(images, ours, averaged(ours, taps, TTA("none", 1)))
         return np.concatenate([part[0] for part in parts])
 
 

@@ -32,13 +32,13 @@ from bench.peers import loaders
 from pipeline.images.augment import Augment, augment
 from pipeline.images.shards import read_facts, read_images, read_rows
 from pipeline.inference.taps import Taps
-from pipeline.inference.tta import Viewing, averaged
-from pipeline.nets.backbone import again, set_head
+from pipeline.inference.tta import TTA, averaged
+from pipeline.nets.backbone import rebuild, set_head
 from pipeline.nets.blocks import depths
 from pipeline.nets.convolve import convolve, shape_of
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import resolved
-from pipeline.nets.network import EVAL_BATCH, Network, over
+from pipeline.nets.network import EVAL_BATCH, Network, run_in_batches
 from pipeline.probing.codes import LAST, SOURCE
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import threads
@@ -46,7 +46,7 @@ from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, fit
 from pipeline.training.freeze import everything, freeze_all_but
 from pipeline.training.start import start_network, what_trains
-from pipeline.training.trunk_cache import key_of, stored
+from pipeline.training.trunk_cache import cached_outputs, key_of
 
 Ints = NDArray[np.int64]
 Images = NDArray[np.uint8]
@@ -189,7 +189,7 @@ def forwards(images: Images, bare: Bare, times: int) -> dict[str, float]:
     x = plain.normalise(torch.tensor(images[:BATCH]))
     passes, extracted = 0.0, 0.0
     with Taps(tapped.model, [*depths(tapped.model), LAST, SOURCE], "both") as taps:
-        run = averaged(tapped, taps, Viewing("none", 1))
+        run = averaged(tapped, taps, TTA("none", 1))
         # In turns of some batches, so that both have the same share of what else the machine does;
         # the first two turns only warm up.
         parts = [images[start : start + TURN] for start in range(0, len(images), TURN)]
@@ -199,7 +199,7 @@ def forwards(images: Images, bare: Bare, times: int) -> dict[str, float]:
                 for _ in range(-(-len(part) // EVAL_BATCH)):
                     plain.model(x)
             middle = time.perf_counter()
-            for _ in over(part, tapped, run):
+            for _ in run_in_batches(part, tapped, run):
                 pass
             if number >= len(parts[:2]):
                 passes += middle - start
@@ -241,7 +241,7 @@ def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
         os.environ["PIPELINE_CACHE"] = folder  # an empty one: nothing is paid already
         start = time.perf_counter()
         key = key_of(ours, cut.name, read_images(PREPARED, "train").key)
-        batch = stored(trunk_of, len(images), VIEWS, key, "trunk")
+        batch = cached_outputs(trunk_of, len(images), VIEWS, key, "trunk")
         for _ in fit(ours.model, cut.top, batch, labels, ones, recipe(), 0):
             pass
         whole = time.perf_counter() - start
@@ -311,7 +311,7 @@ def network(size: int) -> Network:
 
 def unfolded() -> nn.Module:
     """Build the same network as PyTorch runs it by itself."""
-    model = again(network(WHOLE).backbone)
+    model = rebuild(network(WHOLE).backbone)
     set_head(model, len(read_facts(PREPARED).classes))
     return model.eval()
 

@@ -121,12 +121,12 @@ def as_stage2() -> None:
     """Be stage 2, and note the loss of each step."""
     from pipeline import stage2
     from pipeline.launcher.stage import main as stage
-    from pipeline.stage_runtime.distributed import add_up
+    from pipeline.stage_runtime.distributed import all_reduce_gradients
     from pipeline.stage_runtime.settings import rank
     from pipeline.training import fit
 
     def noted(model: nn.Module, *numbers: float) -> list[float]:
-        found = add_up(model, *numbers)
+        found = all_reduce_gradients(model, *numbers)
         if rank() == 0:
             with Path(os.environ[LOSSES]).open("a") as file:
                 file.write(f"{found[0]!r}\n")

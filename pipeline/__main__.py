@@ -57,18 +57,18 @@ def main() -> None:
             print((__doc__ or "").rstrip())
         return
     if name not in known:
-        from pipeline.stage_runtime.errors import near
+        from pipeline.stage_runtime.errors import suggest
 
-        sys.exit(f"error: no stage or command is called {name!r}; {near(name, known)}")
+        sys.exit(f"error: no stage or command is called {name!r}; {suggest(name, known)}")
     del sys.argv[1]
     if not (HERE / f"{name}.py").exists():
         _show_on_terminal()
         room = "commands" if (HERE / "commands" / f"{name}.py").exists() else "launcher"
         import_module(f"pipeline.{room}.{name}").main()
         return
-    from pipeline.launcher.supervise import in_a_child
+    from pipeline.launcher.supervise import supervised
 
-    in_a_child(name)  # before the stage's libraries are imported: its parent needs none
+    supervised(name)  # before the stage's libraries are imported: its parent needs none
     from pipeline.launcher.stage import main as run
 
     _show_on_terminal()

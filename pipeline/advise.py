@@ -15,8 +15,8 @@ import torch
 from annotated_types import Ge, Interval
 
 from pipeline.advice.prior_results import LARGE, OURS, PUBLISHED, Expected, expected_gain
-from pipeline.advice.throughput import Pace, measured
-from pipeline.advice.transferability import Evidence, case_of, evidence, profile
+from pipeline.advice.throughput import Throughput, measure
+from pipeline.advice.transferability import Transferability, case_of, profile, transferability
 from pipeline.images.augment import Augment, views
 from pipeline.images.shards import SPLITS, read_facts, read_images
 from pipeline.nets.device import set_up_torch
@@ -92,7 +92,9 @@ def advise(
         rows = np.unique(np.linspace(0, len(train.labels) - 1, MOST).astype(int))
         advice, text = _advice(
             list(facts["classes"]),
-            evidence(train.labels, rows, read_codes(features, "train", SOURCE)[rows], by_depth),
+            transferability(
+                train.labels, rows, read_codes(features, "train", SOURCE)[rows], by_depth
+            ),
             json.loads(scores.read_text(encoding="utf-8"))["probe"],
         )
     write_json(out / "advice.json", {"advice": advice})
@@ -101,7 +103,7 @@ def advise(
 
     packed = read_facts(prepared)
     network, _ = start_network(probe, packed, lengths.first_size, "probe", resolved(precision))
-    pace = measured(
+    pace = measure(
         network,
         what_trains(network, lengths.unfreeze),
         read_images(prepared, "train"),
@@ -117,7 +119,7 @@ def advise(
 
 
 def _advice(
-    classes: list[str], found: Evidence, by_cross_validation: dict[str, float]
+    classes: list[str], found: Transferability, by_cross_validation: dict[str, float]
 ) -> tuple[dict[str, object], str]:
     """Give what advice.json holds, and the same in words."""
     linear, winner = (
@@ -137,7 +139,7 @@ def _advice(
     return advice, paragraph(case, found, winner, expected)
 
 
-def paragraph(case: int, found: Evidence, winner: float, expected: Expected) -> str:
+def paragraph(case: int, found: Transferability, winner: float, expected: Expected) -> str:
     """Say it in words."""
     size = "large" if found.images >= LARGE else "small"
     like = "unlike" if case > 2 else "like"
@@ -163,7 +165,7 @@ def paragraph(case: int, found: Evidence, winner: float, expected: Expected) -> 
 
 
 def durations(
-    pace: Pace, lengths: Lengths, test_views: int, train: int, val: int, test: int
+    pace: Throughput, lengths: Lengths, test_views: int, train: int, val: int, test: int
 ) -> dict[str, float]:
     """Tell how many seconds stage 1, stage 2 and evaluate will compute, from their lengths."""
     passes = lengths.first_views or lengths.first_epochs

@@ -14,10 +14,10 @@ from pipeline.final_model.classifier import Classifier, Scores
 from pipeline.images.augment import Flips
 from pipeline.images.rows import Rows
 from pipeline.images.shards import Images, read_facts, read_images, read_rows
-from pipeline.inference.tta import Viewing, logits_from
-from pipeline.nets.backbone import again
+from pipeline.inference.tta import TTA, logits_from
+from pipeline.nets.backbone import rebuild
 from pipeline.nets.device import device, set_up_torch
-from pipeline.nets.fuse import fold
+from pipeline.nets.fuse import fuse
 from pipeline.nets.network import Network, facts_of, load, refuse_other_classes, versions
 from pipeline.probing.codes import read_codes
 from pipeline.probing.probes import Probe, read_probes
@@ -32,7 +32,7 @@ from pipeline.statistics.reliability import sure_in_words, sure_threshold
 from pipeline.statistics.significance import accuracy_interval, difference
 from pipeline.statistics.verdict import (
     confusion,
-    helped,
+    fine_tuning_verdict,
     interval_in_words,
     model_scores,
     simplest_of_the_best,
@@ -49,7 +49,7 @@ class Model:
     name: str
     network: Network | None  # None: that of the codes, built only for the final model
     probe: Probe | None
-    viewing: Viewing
+    tta: TTA
     val: Scores
     test: Scores
     training: dict[str, Any]  # of its checkpoint's metadata, what training came to
@@ -84,9 +84,9 @@ def evaluate(
     val, test = read_rows(prepared, "val"), read_rows(prepared, "test")
     classes = read_facts(prepared).classes
     winner, linear, of_codes = read_probes(probe)
-    viewing = Viewing(**of_codes["viewing"])
+    tta = TTA(**of_codes["viewing"])
     models = [
-        *_probes(prepared, features, {"probe": winner, "probe_linear": linear}, viewing),
+        *_probes(prepared, features, {"probe": winner, "probe_linear": linear}, tta),
         *_networks(prepared, {"stage1": stage1, "stage2": stage2}, views, resume),
     ]
     right = {m.name: m.val.argmax(1) == val.labels for m in models}
@@ -100,7 +100,7 @@ def evaluate(
         chosen.network or _trunk(of_codes),
         chosen.probe,
         of_codes["pooling"],
-        chosen.viewing,
+        chosen.tta,
         temperature,
         sure.above,
         chosen.name,
@@ -128,16 +128,14 @@ def evaluate(
     return {}
 
 
-def _probes(
-    prepared: Path, features: Path, probes: dict[str, Probe], viewing: Viewing
-) -> Iterator[Model]:
-    """Score the probes on codes that are averaged over `viewing`."""
+def _probes(prepared: Path, features: Path, probes: dict[str, Probe], tta: TTA) -> Iterator[Model]:
+    """Score the probes on codes that are averaged over the views of `tta`."""
     for name, probe in probes.items():
 
         def score(split: str, images: Images, probe: Probe = probe) -> Scores:
             return probe.scores(read_codes(features, split, probe.depth))
 
-        yield Model(name, None, probe, viewing, *_on_both(prepared, score), {})
+        yield Model(name, None, probe, tta, *_on_both(prepared, score), {})
 
 
 def _networks(
@@ -146,7 +144,7 @@ def _networks(
     """Score stages 1 and 2, averaged over the flips that stage 1 trained with."""
     classes = read_facts(prepared).classes
     loaded = {name: load(file) for name, file in files.items()}
-    viewing = Viewing(_flips(files["stage1"], loaded["stage1"][1]), views)
+    tta = TTA(_flips(files["stage1"], loaded["stage1"][1]), views)
     for name, (network, meta) in loaded.items():
         refuse_other_classes(name, files[name], network.classes, classes)
 
@@ -154,13 +152,13 @@ def _networks(
             split: str, images: Images, name: str = name, network: Network = network
         ) -> Scores:
             def scored(first: int) -> Iterator[Sequence[Scores]]:
-                return logits_from(network, images, viewing, first)
+                return logits_from(network, images, tta, first)
 
             (scores,) = resume.filled([f"{name}-{split}"], len(images), scored)
             return scores
 
         training = {key: meta.get(key) for key in ("epoch", "train_accuracy")}
-        yield Model(name, network, None, viewing, *_on_both(prepared, score), training)
+        yield Model(name, network, None, tta, *_on_both(prepared, score), training)
 
 
 def _on_both(prepared: Path, score: Callable[[str, Images], Scores]) -> tuple[Scores, Scores]:
@@ -173,7 +171,7 @@ def _on_both(prepared: Path, score: Callable[[str, Images], Scores]) -> tuple[Sc
 def _trunk(meta: dict[str, Any]) -> Network:
     """Build the network whose codes the probes took."""
     facts = facts_of(meta)
-    model = fold(again(facts["backbone"]).eval(), facts["precision"])
+    model = fuse(rebuild(facts["backbone"]).eval(), facts["precision"])
     return Network(model, **facts).on(device())
 
 
@@ -267,5 +265,5 @@ def _verdict(metrics: dict[str, Any], n: int) -> list[str]:
             f"({interval_in_words(m['accuracy_low'], m['accuracy_high'])})   "
             f"{m['balanced_accuracy']:.4f}    {auroc}"
         )
-    told = helped(metrics["stage2_minus_probe"])
+    told = fine_tuning_verdict(metrics["stage2_minus_probe"])
     return [*lines, told, f"chosen by validation: {metrics['chosen']}"]

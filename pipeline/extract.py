@@ -11,14 +11,14 @@ from annotated_types import Interval
 from pipeline.images.augment import Flips
 from pipeline.images.shards import SPLITS, Images, read_facts, read_images, read_rows
 from pipeline.inference.taps import Pooling, Taps
-from pipeline.inference.tta import Run, Viewing, averaged
+from pipeline.inference.tta import TTA, Run, averaged
 from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.device import device, set_up_torch
-from pipeline.nets.fuse import Precision, fold, resolved
-from pipeline.nets.network import Network, over, refuse_larger
+from pipeline.nets.fuse import Precision, fuse, resolved
+from pipeline.nets.network import Network, refuse_larger, run_in_batches
 from pipeline.probing.codes import LAST, SOURCE, codes_name, write_labels
-from pipeline.stage_runtime.distributed import Parts
+from pipeline.stage_runtime.distributed import Arrays
 from pipeline.stage_runtime.errors import ParamError
 from pipeline.stage_runtime.files import link, whole_folder, write_json
 from pipeline.stage_runtime.progress import say, track
@@ -65,7 +65,7 @@ def extract(
         if len(shapes.get(depth, ())) != 4:
             raise ParamError(f"extract.depths: {depth} gives no feature maps; choose a block")
     network = Network(
-        fold(model.eval().requires_grad_(False), resolved(precision)),
+        fuse(model.eval().requires_grad_(False), resolved(precision)),
         backbone,
         packed.classes,
         image_size,
@@ -80,12 +80,12 @@ def extract(
         for split in SPLITS:
             images = read_images(prepared, split)
             start = time.perf_counter()
-            run = averaged(network, taps, Viewing(flips, views))
+            run = averaged(network, taps, TTA(flips, views))
             n_images += _extract(network, run, taps.depths, images, split, resume, folder)
             seconds += time.perf_counter() - start
         of_codes = {"depths": taps.depths, "pooling": pooling}
-        viewing = {"viewing": asdict(Viewing(flips, views))}
-        write_json(folder / "facts.json", {**network.facts(), **of_codes, **viewing})
+        tta = {"viewing": asdict(TTA(flips, views))}
+        write_json(folder / "facts.json", {**network.facts(), **of_codes, **tta})
         labelled = {split: read_rows(prepared, split) for split in ("train", "val")}
         write_labels(folder / "labels.csv", labelled)
     return {"images_per_second": n_images / seconds} if n_images else {}
@@ -104,10 +104,10 @@ def _extract(
     names = [codes_name(split, depth) for depth in depths]
     n, begun = len(images), 0
 
-    def codes(first: int) -> Iterable[Parts]:
+    def codes(first: int) -> Iterable[Arrays]:
         nonlocal begun
         begun = first
-        outputs = over(images, network, run, first)
+        outputs = run_in_batches(images, network, run, first)
         return track(outputs, n - first, f"codes {split}", width=lambda part: len(part[0]))
 
     resume.filled(names, n, codes)

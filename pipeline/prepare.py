@@ -18,15 +18,15 @@ from pipeline.dataset import audit, sources
 from pipeline.dataset.audit_summary import summary
 from pipeline.dataset.fetch import images_at
 from pipeline.dataset.layout import Item
-from pipeline.dataset.near_duplicates import clusters_alike
+from pipeline.dataset.near_duplicates import clusters
 from pipeline.dataset.pack import Survey, pack, survey
 from pipeline.dataset.sources import Source
-from pipeline.dataset.split import draw, numbered, together
+from pipeline.dataset.split import draw, linked_groups, numbered
 from pipeline.dataset.table import is_table
 from pipeline.dataset.torchvision_sets import published
 from pipeline.images.shards import SPLITS, Facts, Fit, Images, Storage
 from pipeline.images.tones import AUTO, Background, Tones, background_of, given_range, range_of
-from pipeline.stage_runtime.errors import DataError, ParamError, near
+from pipeline.stage_runtime.errors import DataError, ParamError, suggest
 from pipeline.stage_runtime.files import is_formula, path_cell, shown, whole_folder, write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
@@ -88,7 +88,7 @@ def prepare(
         ids = np.flatnonzero(packed.read)
         items = [found.items[i] for i in ids]
         facts = replace(facts, pixels=packed.pixels)
-        alike = clusters_alike(Images(folder, facts, ids), packed.hashes[ids])
+        alike = clusters(Images(folder, facts, ids), packed.hashes[ids])
         digests = packed.digests[ids]
         copies = np.unique(digests.view("V32")[:, 0], return_inverse=True)[1]
         number = {name: i for i, name in enumerate(classes)}
@@ -141,7 +141,7 @@ def _source(
         "csv": lambda: sources.csv(images_at(path, url, sha256), table, columns),
     }
     if name not in known:
-        hint = near(name, [*known, f"{TORCHVISION}CIFAR10"])
+        hint = suggest(name, [*known, f"{TORCHVISION}CIFAR10"])
         raise ParamError(f"params.yaml: prepare.source = {name!r}: {hint}")
     return known[name]()
 
@@ -219,9 +219,9 @@ def _ties(
     An image without a group of its own is in that of its near duplicates.
     """
     if split_by == "image":
-        return together(copies)
+        return linked_groups(copies)
     groups = numbered(item.group for item in items)
-    return together(copies, groups, np.where(groups < 0, alike, -1))
+    return linked_groups(copies, groups, np.where(groups < 0, alike, -1))
 
 
 def _splits(

@@ -24,9 +24,9 @@ from pipeline.probing.probes import read_probes
 from pipeline.scoring.answers import read_answers
 from pipeline.stage_runtime.files import Rowwise, reading, write_text
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.schema import STAGES, Out, Params, flat
+from pipeline.stage_runtime.schema import STAGES, AllParams, Out, flat
 from pipeline.statistics.reliability import calibration_error, reliability, sure_in_words
-from pipeline.statistics.verdict import TOO_FEW, helped
+from pipeline.statistics.verdict import TOO_FEW, fine_tuning_verdict
 
 TEMPLATE = Path(__file__).parent / "pages" / "report.html"
 MISTAKES, UNSURE, SURE = 12, 12, 8  # pictures
@@ -55,7 +55,7 @@ def report(
     evaluated: Path,
     final: Path,
     out: Out,
-    params: Params,
+    params: AllParams,
 ) -> dict[str, float]:
     """Lay out verdict, comparison, curves, mistakes, audit and params as one page.
 
@@ -80,7 +80,7 @@ def report(
         names=NAMES,
         chosen=chosen,
         winner=winner,
-        verdict=helped(metrics["stage2_minus_probe"]) if predictions else "",
+        verdict=fine_tuning_verdict(metrics["stage2_minus_probe"]) if predictions else "",
         most_frequent=_most_frequent(predictions),
         images=len(predictions),
         comparison=_comparison(metrics["test"]),

@@ -15,20 +15,20 @@ from torch import Tensor
 from pipeline.images.augment import Augment, augment
 from pipeline.images.shards import read_facts, read_images, read_rows
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.device_images import Feed
+from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.fuse import Precision, resolved
 from pipeline.nets.network import in_batches, refuse_larger, versions
 from pipeline.scoring.metrics import validation
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import Key, Out, Seed
-from pipeline.training.best_epoch import Validation, keep_best
+from pipeline.training.best_epoch import Validation, best_epoch
 from pipeline.training.cut import cut_below
-from pipeline.training.fit import Recipe, Weighing, fit, training_weights
+from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import freeze_all_but, refuse_shared_statistics
-from pipeline.training.resume_state import Trail
+from pipeline.training.resume_state import ResumeState
 from pipeline.training.start import start_network, what_trains
-from pipeline.training.trunk_cache import Batch, key_of, stored
+from pipeline.training.trunk_cache import Batch, cached_outputs, key_of
 
 
 def stage1(
@@ -44,7 +44,7 @@ def stage1(
     patience: Annotated[int, Ge(0)],
     recipe: Recipe,
     how: Augment,
-    weighing: Weighing,
+    weighing: SampleWeights,
     precision: Annotated[Precision, Key("precision")],
     seed: Seed,
     resume: Resume,
@@ -75,7 +75,7 @@ def stage1(
 
     rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
     images, val_images = read_images(prepared, "train"), read_images(prepared, "val")
-    feed, val_feed = Feed(images, network.device), Feed(val_images, network.device)
+    feed, val_feed = DeviceImages(images, network.device), DeviceImages(val_images, network.device)
 
     @torch.no_grad()
     def trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
@@ -99,9 +99,9 @@ def stage1(
         key = key_of(
             network, cut.name, images.key, how=asdict(how), seed=seed, ids=rows.ids.tolist()
         )
-        batch = stored(trunk_of, len(images), views, key, "trunk train")
+        batch = cached_outputs(trunk_of, len(images), views, key, "trunk train")
     key = key_of(network, cut.name, val_images.key)
-    val_batch = stored(val_trunk_of, len(val_images), 1, key, "trunk val")
+    val_batch = cached_outputs(val_trunk_of, len(val_images), 1, key, "trunk val")
     trunk_seconds = time.perf_counter() - start
 
     def validate() -> Validation:
@@ -113,7 +113,7 @@ def stage1(
             scores = np.concatenate([part for (part,) in parts])
         return validation(scores, val_rows.labels)
 
-    trail = Trail(resume.folder / "trail.safetensors")
+    resume_state = ResumeState(resume.folder / "training.safetensors")
     epochs_run = fit(
         network.model,
         cut.top,
@@ -122,12 +122,12 @@ def stage1(
         training_weights(rows.labels, rows.weights, len(packed.classes), weighing),
         recipe,
         seed,
-        trail,
+        resume_state,
     )
     before = validate()
     say(f"epoch   0  {_at_the_start(before, of_probe, image_size, head_init)}")
-    best = keep_best(
-        *("stage1", out, network.model, epochs_run, validate, [before], patience, trail),
+    best = best_epoch(
+        *("stage1", out, network.model, epochs_run, validate, [before], patience, resume_state),
         start_counts=True,  # a head from the probe may be the best there is
     )
     if best.epoch == 0:

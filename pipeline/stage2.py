@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
 from pipeline.images.shards import read_facts, read_images, read_rows
-from pipeline.inference.tta import Viewing, logits
+from pipeline.inference.tta import TTA, logits
 from pipeline.nets import checkpoint
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.device_images import Feed
+from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.fuse import Precision, resolved
 from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
 from pipeline.scoring.metrics import validation
@@ -26,10 +26,10 @@ from pipeline.stage_runtime.files import write_csv
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import Key, Out, Seed
-from pipeline.training.best_epoch import Validation, keep_best, state_of, write_metrics
-from pipeline.training.fit import Recipe, Weighing, fit, training_weights
+from pipeline.training.best_epoch import Validation, best_epoch, state_of, write_metrics
+from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import everything, freeze_all_but, refuse_shared_statistics
-from pipeline.training.resume_state import Trail
+from pipeline.training.resume_state import ResumeState
 
 State = dict[str, Tensor]
 # What another processor or number format may change of a checkpoint's score on the same images: so
@@ -48,7 +48,7 @@ def stage2(
     patience: Annotated[int, Ge(0)],
     recipe: Recipe,
     how: Augment,
-    weighing: Weighing,
+    weighing: SampleWeights,
     precision: Annotated[Precision, Key("precision")],
     seed: Seed,
     resume: Resume,
@@ -75,7 +75,7 @@ def stage2(
     _refuse_other_contents(meta, network, val_images.key_with(val_rows.labels), stage1)
 
     def validate() -> Validation:
-        return validation(logits(network, val_images, Viewing("none", 1)), val_rows.labels)
+        return validation(logits(network, val_images, TTA("none", 1)), val_rows.labels)
 
     before = [validate()]
     _refuse_other_score(before[0], meta, stage1, len(val_images))
@@ -87,7 +87,7 @@ def stage2(
         say(f"from {sizes}, before any step: {100 * gain:+.1f} points on validation")
     say(f"epoch   0  val loss {before[-1]['loss']:.4f} acc {before[-1]['accuracy']:.4f}")
 
-    feed = Feed(images, network.device)
+    feed = DeviceImages(images, network.device)
     start_state = state_of(network.model)
     freeze_all_but(network.model, everything(network.model), batchnorm)
 
@@ -95,7 +95,7 @@ def stage2(
         return network.normalise(augment(feed(chosen), rows.ids[chosen], epoch, seed, how))
 
     start = time.perf_counter()
-    trail = Trail(resume.folder / "trail.safetensors")
+    resume_state = ResumeState(resume.folder / "training.safetensors")
     epochs_run = fit(
         network.model,
         network.model,
@@ -104,9 +104,11 @@ def stage2(
         training_weights(rows.labels, rows.weights, len(packed.classes), weighing),
         recipe,
         seed,
-        trail,
+        resume_state,
     )
-    best = keep_best("stage2", out, network.model, epochs_run, validate, before, patience, trail)
+    best = best_epoch(
+        "stage2", out, network.model, epochs_run, validate, before, patience, resume_state
+    )
     seconds = time.perf_counter() - start
 
     curve = [(1.0, best.val)]

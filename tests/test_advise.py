@@ -10,15 +10,15 @@ from conftest import paths, read_params, run
 from scipy.stats import t
 
 from pipeline.advice import prior_results as known
-from pipeline.advice.prior_results import LARGE, OURS, PUBLISHED, Known, expected_gain
-from pipeline.advice.throughput import Pace
+from pipeline.advice.prior_results import LARGE, OURS, PUBLISHED, PriorResult, expected_gain
+from pipeline.advice.throughput import Throughput
 from pipeline.advice.transferability import (
-    Evidence,
+    Transferability,
     case_of,
-    evidence,
     profile,
     source_confidence,
     source_information,
+    transferability,
 )
 from pipeline.advise import Lengths, _advice, durations, paragraph
 
@@ -35,18 +35,20 @@ def share(log_odds):
 
 
 def test_a_gain_is_a_difference_of_log_odds():
-    assert Known("a", 100, 0.8, 0.9).gain == pytest.approx(math.log(9 / 4))
+    assert PriorResult("a", 100, 0.8, 0.9).gain == pytest.approx(math.log(9 / 4))
 
 
 def test_sets_that_all_gained_alike_leave_no_doubt():
-    alike = [Known("", n, p, share(odds(p) + 0.5)) for n, p in ((100, 0.6), (900, 0.8), (70, 0.9))]
+    alike = [
+        PriorResult("", n, p, share(odds(p) + 0.5)) for n, p in ((100, 0.6), (900, 0.8), (70, 0.9))
+    ]
     found = expected_gain(300, 0.7, 0.75, alike)
     expected = share(odds(0.7) + 0.5) - 0.75
     assert [found.low, found.gain, found.high] == pytest.approx([expected] * 3)
 
 
 def test_two_sets_of_one_size_give_students_prediction_interval():
-    pair = [Known("", 500, 0.7, share(odds(0.7) + gain)) for gain in (0.2, 0.6)]
+    pair = [PriorResult("", 500, 0.7, share(odds(0.7) + gain)) for gain in (0.2, 0.6)]
     found = expected_gain(500, 0.8, 0.8, pair)
     deviation = math.sqrt((0.2**2 + 0.2**2) / 1)
     reach = t.ppf(0.9, 1) * deviation * math.sqrt(1 + 1 / 2)
@@ -57,7 +59,7 @@ def test_two_sets_of_one_size_give_students_prediction_interval():
 
 
 def test_sets_of_like_size_speak_louder():
-    small, large = Known("", 300, 0.8, 0.8), Known("", 60_000, 0.8, 0.9)
+    small, large = PriorResult("", 300, 0.8, 0.8), PriorResult("", 60_000, 0.8, 0.9)
     gains = [expected_gain(n, 0.8, 0.8, [small, large]).gain for n in (300, 4_000, 60_000)]
     assert 0 <= gains[0] < 0.005 < gains[1] < 0.09 < gains[2] <= 0.1
 
@@ -117,7 +119,7 @@ def test_the_profile_is_the_accuracy_of_each_depths_cell_of_the_lowest_loss(tmp_
 
 def test_early_is_the_best_of_what_comes_before_the_last_codes():
     by_depth = {"a": 0.5, "b": 0.7, "c": 0.6, "last": 0.8, "source": 0.99}
-    found = evidence(np.array([0, 0, 2]), np.array([0, 2]), np.zeros((2, 4)), by_depth)
+    found = transferability(np.array([0, 0, 2]), np.array([0, 2]), np.zeros((2, 4)), by_depth)
     assert (0.7, 0.8) == (found.early, found.late)
     assert (3, 3, 1) == (found.images, found.classes, found.smallest_class)
 
@@ -132,18 +134,18 @@ def test_early_is_the_best_of_what_comes_before_the_last_codes():
     ],
 )
 def test_case_goes_by_size_and_by_what_the_sources_classes_tell(images, information, case):
-    assert case_of(Evidence(images, 2, 50, 0.8, 0.8, 0.5, information)) == case
+    assert case_of(Transferability(images, 2, 50, 0.8, 0.8, 0.5, information)) == case
 
 
 # The advice
 
 
 def test_a_set_is_no_evidence_for_itself(monkeypatch):
-    found = Evidence(500, 2, 50, 0.6, 0.8, 0.5, 0.1)
+    found = Transferability(500, 2, 50, 0.6, 0.8, 0.5, 0.1)
     accuracies = {"cv_accuracy": 0.8, "linear_cv_accuracy": 0.8}
     of_others, _ = _advice(["x", "y"], found, accuracies)
     monkeypatch.setattr(
-        "pipeline.advise.OURS", (*OURS, Known("", 500, 0.1, 0.9, classes=("x", "y")))
+        "pipeline.advise.OURS", (*OURS, PriorResult("", 500, 0.1, 0.9, classes=("x", "y")))
     )
     assert _advice(["x", "y"], found, accuracies)[0] == of_others
     assert _advice(["x", "z"], found, accuracies)[0] != of_others
@@ -159,14 +161,14 @@ def test_a_set_is_no_evidence_for_itself(monkeypatch):
 )
 def test_the_words_follow_the_interval(low, high, said):
     expected = known.Expected((low + high) / 2, low, high, 4.0)
-    text = paragraph(3, Evidence(500, 2, 50, 0.9, 0.8, 0.5, 0.1), 0.85, expected)
+    text = paragraph(3, Transferability(500, 2, 50, 0.9, 0.8, 0.5, 0.1), 0.85, expected)
     assert said in text
     assert text.startswith("Case 3: small, unlike")
 
 
 def test_durations_count_every_pass():
     lengths = Lengths([], 64, 8, 10, 32, 96, 3, 4)
-    pace = Pace(trunk=2.0, top=5.0, step=11.0, first=3.0, second=7.0)
+    pace = Throughput(trunk=2.0, top=5.0, step=11.0, first=3.0, second=7.0)
     assert durations(pace, lengths, 4, train=100, val=10, test=20) == {
         "stage1": (8 * 100 + 10) * 2 + 10 * (100 * 5 + 10 * 1),
         "stage2": 3 * 100 * 11 + (3 + 12) * 10 * 7,

@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.final_model import classifier
 from pipeline.images.shards import read_images, read_rows
-from pipeline.inference.tta import Viewing
+from pipeline.inference.tta import TTA
 from pipeline.nets.backbone import pretrained
 from pipeline.nets.network import load
 from pipeline.probing.codes import read_codes
@@ -78,7 +78,7 @@ def test_an_earlier_runs_network_starts_another(finished, tmp_path, stage):
     images = read_images(tmp_path / "prepared", "test")
     for depth in ("last", "source"):
         found = read_codes(tmp_path / "features", "test", depth)
-        expected = classifier.codes(network, depth, "both", images, Viewing("horizontal", 1))
+        expected = classifier.codes(network, depth, "both", images, TTA("horizontal", 1))
         assert np.array_equal(found, expected)
     assert found.shape[1] == network.n_outputs
     final = classifier.load(tmp_path / "models" / "final" / "model.safetensors")

@@ -37,7 +37,7 @@ from pipeline.stage_runtime.errors import (
     ParamError,
     PipelineError,
     WeightsError,
-    near,
+    suggest,
 )
 from pipeline.stage_runtime.schema import read_params as read_params_file
 from pipeline.training.fit import DivergedError
@@ -468,7 +468,7 @@ def test_weights_that_the_last_step_spoilt_are_not_kept(finished, tmp_path):
 
 
 def test_known_words_are_listed_only_up_to_twelve():
-    assert near("x", [f"word{i}" for i in range(13)]).endswith("word11, ...")
+    assert suggest("x", [f"word{i}" for i in range(13)]).endswith("word11, ...")
 
 
 # The backbone and its weights

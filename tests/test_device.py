@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SMALL, read_params, run, write_photos
 from second_device import DEVICE, second_device
-from test_team import models_of, rows_of
+from test_distributed import models_of, rows_of
 from torch.optim import optimizer as optimizers
 from trained import FAR, assert_losses_alike, assert_trained_alike, start_of_stage1
 
@@ -150,7 +150,7 @@ def test_a_gpu_repeats_to_the_bit(on_the_processor, tmp_path, monkeypatch):
 @needs_a_gpu
 def test_a_gpu_keeps_images_that_fit():
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
-    batches = feed.Feed(images, torch.device("cuda"))
+    batches = feed.DeviceImages(images, torch.device("cuda"))
     rows = np.array([39, 0, 7, 7])
     assert batches(rows).is_cuda
     assert torch.equal(batches(rows).cpu(), torch.from_numpy(images[rows]))

@@ -15,12 +15,12 @@ from pipeline.commands.predict import load, predict
 from pipeline.final_model import classifier
 from pipeline.final_model import onnx as portable
 from pipeline.final_model.classifier import Classifier
-from pipeline.final_model.graph import Graph, Machine
+from pipeline.final_model.graph import Graph, SvmHead
 from pipeline.final_model.onnx import Portable
 from pipeline.images.shards import read_images, read_rows
-from pipeline.inference.tta import Viewing
+from pipeline.inference.tta import TTA
 from pipeline.nets.backbone import pretrained
-from pipeline.nets.fuse import fold
+from pipeline.nets.fuse import fuse
 from pipeline.nets.network import Network
 from pipeline.probing.probes import (
     Scaler,
@@ -49,8 +49,8 @@ def drawn_classifier(probe, classes, channels, size):
     model, backbone = pretrained(TINY, "none", "", 0)
     names = [f"class {i}" for i in range(classes)]
     facts = (backbone, names, size, 64, "crop", channels, "fp32")
-    network = Network(fold(model.eval().requires_grad_(False), "fp32"), *facts)
-    return Classifier(network, probe, "both", Viewing("dihedral", 8), 1.7, 0.6, "probe")
+    network = Network(fuse(model.eval().requires_grad_(False), "fp32"), *facts)
+    return Classifier(network, probe, "both", TTA("dihedral", 8), 1.7, 0.6, "probe")
 
 
 def pixels(channels, n=33):
@@ -64,7 +64,7 @@ def pixels(channels, n=33):
 def test_a_probes_scores_in_pytorch_are_those_in_numpy(kind, classes, l2):
     seen, codes = np.random.default_rng(1).normal(size=(2, 90, 12)).astype(np.float32)
     probe = fitted_probe(kind, classes, seen, l2)
-    found = Machine(probe)(torch.from_numpy(codes)).numpy()
+    found = SvmHead(probe)(torch.from_numpy(codes)).numpy()
     np.testing.assert_allclose(found, probe.scores(codes), rtol=1e-5, atol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_a_probes_scores_in_pytorch_are_those_in_numpy(kind, classes, l2):
 )
 def test_onnx_of_a_probe_answers_as_the_classifier_does(tmp_path, channels, size, kind, classes):
     depth, network = "blocks.2+blocks.3", drawn_classifier(None, classes, channels, size).network
-    seen = classifier.codes(network, depth, "both", pixels(channels), Viewing("dihedral", 8))
+    seen = classifier.codes(network, depth, "both", pixels(channels), TTA("dihedral", 8))
     model = drawn_classifier(
         fitted_probe(kind, classes, seen, depth=depth), classes, channels, size
     )

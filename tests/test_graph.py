@@ -22,7 +22,7 @@ from browser import look
 from conftest import PHOTOS, ROOT, STAGES, Run, paths, read_params, run
 from repository import change, command, commit, dvc, environment, flat, git, hashes
 
-from pipeline.stage_runtime.schema import TOP, Out, Params, path_names, stage_params
+from pipeline.stage_runtime.schema import TOP, AllParams, Out, path_names, stage_params
 from pipeline.stage_runtime.schema import read_params as loaded
 
 GRAPH: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -245,7 +245,7 @@ def test_every_key_of_params_yaml_is_read_by_a_stage_and_the_other_way_round():
 
 @each_stage
 def test_a_stage_that_is_given_all_params_depends_on_all_of_them(stage):
-    given = Params in get_type_hints(STAGES[stage], include_extras=True).values()
+    given = AllParams in get_type_hints(STAGES[stage], include_extras=True).values()
     assert given == ("params.yaml" in listed(stage, "params"))
     assert listed(stage, "params").get("params.yaml") is None  # no keys: all
 

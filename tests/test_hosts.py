@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from repository import change, dvc, environment
-from test_team import alone, models_of, rows_of, start_of, wait_for_a_trail, with_processes
+from test_distributed import (
+    alone,
+    models_of,
+    rows_of,
+    start_of,
+    wait_for_training_state,
+    with_processes,
+)
 from torch.distributed import TCPStore
 from trained import assert_losses_alike, assert_trained_alike
 
@@ -24,13 +31,13 @@ from pipeline.stage_runtime.settings import (
     cache_bytes,
     device_asked,
     hosts,
-    may_shrink,
+    is_elastic,
     meeting_point,
     processes,
     rank,
     save_seconds,
-    team_size,
     threads,
+    world_size,
 )
 
 __all__ = ["alone"]  # the fixture
@@ -104,7 +111,7 @@ def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_pat
 
     other = start(network["other"], folder, "pipeline", "join")
     running = start(network["leader"], folder, "dvc", "repro", PIPELINE_HOSTS="1:2")
-    wait_for_a_trail(folder)
+    wait_for_training_state(folder)
     assert running.poll() is None
     if loss == "killed":
         for pid in pids(network["other"]):
@@ -135,7 +142,7 @@ def test_a_host_that_comes_later_takes_part_from_the_next_stage_on(alone, networ
     folder = shutil.copytree(alone, tmp_path / "repo")
     change(folder, "stage2.epochs", 600)
     running = start(network["leader"], folder, "dvc", "repro", "evaluate", PIPELINE_HOSTS="1:2")
-    wait_for_a_trail(folder)
+    wait_for_training_state(folder)
     other = start(network["other"], folder, "pipeline", "join")
     said, _ = running.communicate(timeout=240)
     assert running.returncode == 0, said
@@ -197,7 +204,7 @@ def test_who_joins_takes_part_in_stages_alone(tmp_path):
 def test_hosts_are_a_number_or_a_range(said, found, monkeypatch):
     monkeypatch.setenv("PIPELINE_HOSTS", said)
     assert hosts() == found
-    assert may_shrink() == (found == (1, 4))
+    assert is_elastic() == (found == (1, 4))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +278,7 @@ STEP = {
 def test_a_task_of_srun_knows_its_place(monkeypatch):
     monkeypatch.setattr(os, "environ", {**STEP})
     launch.adopt_slurm()
-    assert (rank(), team_size(), threads()) == (3, 5, 4)
+    assert (rank(), world_size(), threads()) == (3, 5, 4)
     assert os.environ["LOCAL_RANK"] == "1"
     assert os.environ["MASTER_ADDR"] == "node07"
     assert 1024 < int(os.environ["MASTER_PORT"]) < 32768  # below where systems take any from
@@ -281,7 +288,7 @@ def test_a_batch_script_is_one_process(monkeypatch):
     job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     monkeypatch.setattr(os, "environ", job)
     launch.adopt_slurm()
-    assert team_size() == 1
+    assert world_size() == 1
 
 
 SRUN = """

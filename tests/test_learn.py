@@ -26,7 +26,7 @@ from pipeline.probing.probes import (
 )
 from pipeline.scoring.metrics import balanced_accuracy, cross_entropy, fit_temperature
 from pipeline.statistics.verdict import model_scores, simplest_of_the_best
-from pipeline.training.fit import DivergedError, Recipe, Weighing, fit, training_weights
+from pipeline.training.fit import DivergedError, Recipe, SampleWeights, fit, training_weights
 from pipeline.training.schedule import rate
 
 
@@ -229,9 +229,12 @@ def test_flips_are_those_allowed(flips, axes):
 def test_class_weights_are_scikit_learns_balanced_ones():
     y = np.array([0, 0, 0, 1, 2, 2])
     expected = compute_sample_weight("balanced", y)
-    found = training_weights(y, np.array([9.0] + [1.0] * 5), 3, Weighing(False, "balanced"))
+    found = training_weights(y, np.array([9.0] + [1.0] * 5), 3, SampleWeights(False, "balanced"))
     np.testing.assert_allclose(found, expected / expected.mean())
-    assert training_weights(y, np.array([2.0] * 6), 3, Weighing(True, "none")).tolist() == [1.0] * 6
+    assert (
+        training_weights(y, np.array([2.0] * 6), 3, SampleWeights(True, "none")).tolist()
+        == [1.0] * 6
+    )
 
 
 def test_a_loss_that_is_no_number_stops_with_epoch_and_rate():

@@ -9,7 +9,7 @@ from conftest import FORMATS, ROOT
 from repository import tool
 
 from pipeline.commands import machine
-from pipeline.nets.fuse import fold
+from pipeline.nets.fuse import fuse
 
 
 def test_it_says_what_is_used_and_why(repo):
@@ -41,7 +41,7 @@ def test_a_network_that_computes_wrongly_is_noticed(form, monkeypatch, capsys):
     assert machine.told_right(params, form)
 
     def wrong(model: torch.nn.Module, precision: str) -> torch.nn.Module:
-        folded = fold(model, precision)
+        folded = fuse(model, precision)
         folded.classifier.register_forward_hook(lambda module, given, output: 2 * output)
         return folded
 

@@ -17,7 +17,7 @@ from pipeline.inference.taps import Taps, pool
 from pipeline.nets.backbone import build, head_name, pretrained
 from pipeline.nets.blocks import chain, depths, is_inside, match, trace, trained_with
 from pipeline.nets.convolve import ACTS, Shape, convolve, shape_of
-from pipeline.nets.fuse import fold, resolved
+from pipeline.nets.fuse import fuse, resolved
 from pipeline.nets.network import EVAL_BATCH, Network
 from pipeline.probing.codes import LAST, SOURCE
 from pipeline.stage_runtime.cache_entries import hold
@@ -25,7 +25,7 @@ from pipeline.stage_runtime.errors import NetworkError, ParamError
 from pipeline.training.cut import Cut, cut_below
 from pipeline.training.fit import Recipe, fit, make_optimizer
 from pipeline.training.freeze import everything, freeze_all_but
-from pipeline.training.trunk_cache import key_of, stored
+from pipeline.training.trunk_cache import cached_outputs, key_of
 
 LITE0 = "timm/tf_efficientnet_lite0"
 NETWORKS = [
@@ -64,7 +64,7 @@ def assert_folds_alike(name, size):
     model, x = drawn(name), images(size=size)
     with torch.no_grad():
         expected = model(x)
-        actual = fold(copy.deepcopy(model), "fp32")(x)
+        actual = fuse(copy.deepcopy(model), "fp32")(x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -120,7 +120,7 @@ def test_convolutions_padded_in_any_way_fold_to_the_same_outputs(how, groups, pr
     x = images()
     with torch.no_grad():
         expected = model(x)
-        actual = fold(copy.deepcopy(model), precision)(x)
+        actual = fuse(copy.deepcopy(model), precision)(x)
     tolerance = 1e-5 if precision == "fp32" else 0.02
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
@@ -131,7 +131,7 @@ def test_folded_bf16_network_agrees_to_its_precision(name):
     model, x = drawn(name), images()
     with torch.no_grad():
         expected = model(x)
-        actual = fold(copy.deepcopy(model), "bf16")(x)
+        actual = fuse(copy.deepcopy(model), "bf16")(x)
     assert actual.dtype == torch.float32
     assert nn.functional.cosine_similarity(actual, expected).min() > 0.99
 
@@ -139,7 +139,7 @@ def test_folded_bf16_network_agrees_to_its_precision(name):
 @pytest.mark.parametrize("name", ["timm/test_efficientnet", "torchvision/resnet18"])
 def test_folding_keeps_the_gradients_of_weights_scales_and_shifts(name):
     plain, x = drawn(name).double(), images().double()
-    folded = fold(copy.deepcopy(plain).float(), "fp32")
+    folded = fuse(copy.deepcopy(plain).float(), "fp32")
     target = torch.arange(8) % 3
     nn.functional.cross_entropy(plain(x), target).backward()
     nn.functional.cross_entropy(folded(x.float()), target).backward()
@@ -153,14 +153,14 @@ def test_folding_keeps_the_gradients_of_weights_scales_and_shifts(name):
 
 def test_a_batchnorm_in_train_mode_is_not_folded_away():
     plain, x = drawn("torchvision/resnet18").train(), images()
-    folded = fold(copy.deepcopy(plain).eval(), "fp32").train()
+    folded = fuse(copy.deepcopy(plain).eval(), "fp32").train()
     torch.testing.assert_close(folded(x), plain(x), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(folded.bn1.running_mean, plain.bn1.running_mean)
 
 
 def test_a_folded_network_answers_by_its_weights_after_a_step_of_a_fused_optimiser():
     plain, x = drawn("torchvision/resnet18"), images()
-    folded = fold(copy.deepcopy(plain), "fp32")
+    folded = fuse(copy.deepcopy(plain), "fp32")
     freeze_all_but(folded, ["layer4", "fc"], "frozen")
     with torch.no_grad():
         folded(x)  # keeps what is folded, where that is kept
@@ -200,7 +200,7 @@ def test_a_folded_network_answers_by_tensors_that_replace_others_of_their_versio
     torch.manual_seed(0)
     pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *pooled).eval()
-    folded, x = fold(copy.deepcopy(plain.requires_grad_(False)), "fp32"), images()
+    folded, x = fuse(copy.deepcopy(plain.requires_grad_(False)), "fp32"), images()
     for factor in (1.0, 1.1, 1.2):
         state = {k: t * factor for k, t in plain.state_dict().items() if t.is_floating_point()}
         for model in (plain, folded):
@@ -219,13 +219,13 @@ def test_a_number_format_that_the_processor_refuses_is_named_and_not_the_network
         return convolve(x, *more)
 
     monkeypatch.setattr("pipeline.nets.fuse.convolve", refusing)
-    model = fold(drawn(LITE0), "bf16")
+    model = fuse(drawn(LITE0), "bf16")
     line = re.escape(f"params.yaml: precision: bf16 fails on this machine ({REFUSED}); set precisi")
     with pytest.raises(ParamError, match=line):
         trace(model)
     with pytest.raises(ParamError, match=line):
         model(images())  # with gradients
-    assert trace(fold(drawn(LITE0), "fp32"))
+    assert trace(fuse(drawn(LITE0), "fp32"))
 
 
 class Failing(nn.Module):
@@ -351,7 +351,7 @@ def test_depths_are_blocks_of_convolutions_from_early_to_late():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_trunk_and_top_give_the_whole_network_to_the_bit(name):
-    model = fold(drawn(name), resolved("auto"))
+    model = fuse(drawn(name), resolved("auto"))
     x = images()
     with torch.no_grad():
         expected = model(x)
@@ -394,7 +394,7 @@ def test_patterns_select_modules_and_not_those_inside_them():
 @pytest.mark.parametrize("batchnorm", ["frozen", "train"])
 def test_training_changes_the_trained_tensors_and_no_other_bit(batchnorm):
     torch.manual_seed(0)
-    model = fold(drawn("torchvision/resnet18"), "fp32")
+    model = fuse(drawn("torchvision/resnet18"), "fp32")
     trained = trained_with(model, ["layer4"])
     trainable = freeze_all_but(model, trained, batchnorm)
     cut = cut_below(model, trained)
@@ -551,7 +551,7 @@ def test_pixels_are_normalised_by_the_weights_mean_and_deviation(precision, chan
     model, backbone = pretrained(LITE0, "none", "", 0)
     backbone = replace(backbone, mean=mean, std=std)
     facts = (backbone, ["a"], 32, 32, "squash", channels, precision)
-    network = Network(fold(model.eval(), precision), *facts)
+    network = Network(fuse(model.eval(), precision), *facts)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, channels), np.uint8)
     packed = torch.from_numpy(pixels if channels == 3 else pixels[..., 0])
     found = network.normalise(packed)
@@ -570,7 +570,7 @@ def test_pixels_are_normalised_by_the_weights_mean_and_deviation(precision, chan
 @pytest.mark.parametrize("channels", [1, 3])
 def test_flips_and_turns_may_come_before_shrinking_or_after(channels):
     model, backbone = pretrained(TINY, "none", "", 0)
-    network = Network(fold(model, "fp32"), backbone, ["a"], 32, 50, "squash", channels, "fp32")
+    network = Network(fuse(model, "fp32"), backbone, ["a"], 32, 50, "squash", channels, "fp32")
     shape = (2, 50, 50) if channels == 1 else (2, 50, 50, 3)
     pixels = torch.randint(
         256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -585,7 +585,7 @@ def test_flips_and_turns_may_come_before_shrinking_or_after(channels):
 
 def test_an_image_gives_the_same_bits_at_any_place_of_a_batch():
     model, _ = pretrained(LITE0, "imagenet", "", 0)
-    model = fold(model.eval(), resolved("auto"))
+    model = fuse(model.eval(), resolved("auto"))
     x, order = images(EVAL_BATCH), torch.randperm(EVAL_BATCH)
     with torch.no_grad():
         assert torch.equal(model(x)[order], model(x[order]))
@@ -604,11 +604,11 @@ def numbered(asked):
 
 def test_stored_outputs_are_the_computed_ones_in_every_epoch(tmp_path, monkeypatch):
     compute = numbered([])
-    kept = stored(compute, 45, 2, "key", "test")
+    kept = cached_outputs(compute, 45, 2, "key", "test")
     assert len(list((tmp_path / "cache" / "trunk" / "key").glob("*.npy"))) == 2
     monkeypatch.setenv("PIPELINE_CACHE_GB", "0")
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "none"))
-    anew = stored(compute, 45, 2, "key", "test")
+    anew = cached_outputs(compute, 45, 2, "key", "test")
     rows = np.array([44, 0, 31, 32])
     for epoch, view in ((1, 1), (2, 2), (3, 1)):
         assert torch.equal(kept(epoch, rows), compute([view], rows)[0])
@@ -618,13 +618,13 @@ def test_stored_outputs_are_the_computed_ones_in_every_epoch(tmp_path, monkeypat
 
 def test_a_later_run_computes_only_the_views_that_are_not_there(tmp_path):
     asked = []
-    stored(numbered([]), 45, 2, "key", "test")
+    cached_outputs(numbered([]), 45, 2, "key", "test")
     (tmp_path / "cache" / "trunk" / "key" / "2.npy").write_bytes(b"cut off")
-    kept = stored(numbered(asked), 45, 3, "key", "test")
+    kept = cached_outputs(numbered(asked), 45, 3, "key", "test")
     assert asked[1:] == [2, 3, 2, 3]  # the first is a look at the shape
     assert kept(3, np.array([7])).unique().item() == 73
     asked.clear()
-    stored(numbered(asked), 45, 3, "other", "test")
+    cached_outputs(numbered(asked), 45, 3, "other", "test")
     assert asked[1:] == [1, 2, 3, 1, 2, 3]
 
 
@@ -633,19 +633,19 @@ def test_the_cache_keeps_to_its_size_by_what_was_used_last(tmp_path, monkeypatch
     monkeypatch.setenv("PIPELINE_CACHE_GB", str(1.5 * on_disk / 1e9))
     folder = tmp_path / "cache" / "trunk"
     for name, used in (("running", 0), ("old", 1), ("new", 2)):
-        stored(numbered([]), 45, 1, name, "test")
+        cached_outputs(numbered([]), 45, 1, name, "test")
         os.utime(folder / name, (used, used))
     with hold(folder / "running", "test"):
         os.utime(folder / "running", (0, 0))
-        stored(numbered([]), 45, 1, "third", "test")
+        cached_outputs(numbered([]), 45, 1, "third", "test")
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"running", "new", "third"}
 
 
 def test_outputs_stay_readable_when_another_run_deletes_the_files(tmp_path, monkeypatch):
     compute = numbered([])
-    kept = stored(compute, 45, 1, "key", "test")
+    kept = cached_outputs(compute, 45, 1, "key", "test")
     monkeypatch.setenv("PIPELINE_CACHE_GB", "0.000006")
-    stored(compute, 45, 1, "other", "test")
+    cached_outputs(compute, 45, 1, "other", "test")
     assert not (tmp_path / "cache" / "trunk" / "key").exists()
     rows = np.arange(45)
     assert torch.equal(kept(1, rows), compute([1], rows)[0])
@@ -653,7 +653,7 @@ def test_outputs_stay_readable_when_another_run_deletes_the_files(tmp_path, monk
 
 def test_the_key_tells_apart_whatever_changes_the_trunks_outputs():
     model, backbone = pretrained(TINY, "none", "", 0)
-    network = Network(fold(model, "fp32"), backbone, ["a"], 64, 64, "squash", 3, "fp32")
+    network = Network(fuse(model, "fp32"), backbone, ["a"], 64, 64, "squash", 3, "fp32")
     pixels = "hash"
     keys = {key_of(network, "blocks.1", pixels, seed=0)}
     keys |= {key_of(network, "blocks.1", pixels, seed=1)}

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from pipeline.dataset.audit_summary import summary
 from pipeline.dataset.decode import decode, decoded, header
-from pipeline.dataset.split import draw, numbered, together
+from pipeline.dataset.split import draw, linked_groups, numbered
 from pipeline.images.shards import SPLITS, read_images
 from pipeline.images.tones import Tones
 from pipeline.stage_runtime.errors import DataError
@@ -762,7 +762,7 @@ def test_one_group_cannot_be_drawn_from():
 
 def test_ties_chain_and_empty_names_tie_nothing():
     names = (["a", "a", "b", "c", "d", "e"], ["", "x", "x", "", "", "y"])
-    numbers = together(*map(numbered, names)).tolist()
+    numbers = linked_groups(*map(numbered, names)).tolist()
     assert numbers[0] == numbers[1] == numbers[2]
     assert len(set(numbers)) == 4
 

@@ -199,7 +199,7 @@ def final_of(finished: Path, name: str) -> classifier.Classifier:
     """Make a final model of a stage's network."""
     found = classifier.load(paths(finished)["report"]["final"])
     network, _ = load(paths(finished)[name]["out"] / "model.safetensors")
-    return classifier.Classifier(network, None, "average", found.viewing, 1.0, 0.0, name)
+    return classifier.Classifier(network, None, "average", found.tta, 1.0, 0.0, name)
 
 
 def test_where_a_linear_head_follows_averages_the_maps_are_its_weights_on_the_features(

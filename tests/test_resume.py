@@ -17,11 +17,11 @@ from torch import nn
 
 from pipeline.stage_runtime import resume as states
 from pipeline.stage_runtime.cache_entries import hold
-from pipeline.stage_runtime.resume import Resume, resume_of
+from pipeline.stage_runtime.resume import Resume, held_resume
 from pipeline.stage_runtime.schema import arguments
 from pipeline.training.fit import Recipe, fit
-from pipeline.training.resume_state import Kept, Place, Trail
-from pipeline.training.trunk_cache import stored
+from pipeline.training.resume_state import Kept, Position, ResumeState
+from pipeline.training.trunk_cache import cached_outputs
 
 RESUMING = [name for name, stage in STAGES.items() if "resume" in signature(stage).parameters]
 RESUMING.remove("prepare")  # by shards: test_pack.py
@@ -71,7 +71,7 @@ def test_a_stage_killed_after_a_save_ends_with_the_same_bytes(
     ways = ways_of(finished, name, tmp_path)
     with monkeypatch.context() as patch:
         if name in ("stage1", "stage2"):
-            kill_at(patch, Trail, "save", time)
+            kill_at(patch, ResumeState, "save", time)
         elif name == "probe":
             kill_at(patch, Resume, "remember", time)
         else:
@@ -138,9 +138,9 @@ def test_a_killed_pass_through_the_trunk_goes_on(time, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         kill_at(patch, Resume, "_record", time)
         with pytest.raises(Killed):
-            stored(compute, 90, 2, "key", "trunk")
+            cached_outputs(compute, 90, 2, "key", "trunk")
     asked.clear()
-    batch = stored(compute, 90, 2, "key", "trunk")
+    batch = cached_outputs(compute, 90, 2, "key", "trunk")
     assert [0, *range(32 * time, 90, 32)] == asked  # the first is a look at the shape
     rows = np.array([89, 0, 33])
     assert torch.equal(batch(2, rows), compute([2], rows)[0])
@@ -185,10 +185,12 @@ def test_training_killed_within_an_epoch_goes_on_to_the_same_bits(
     images = images.to(memory_format=torch.channels_last)
     labels = np.arange(16) % 2
 
-    def train(network, trail):
+    def train(network, resume_state):
         how = recipe(optimizer=optimizer)
         weights = np.ones(16)
-        epochs = fit(network, network, lambda _, r: images[r], labels, weights, how, 0, trail)
+        epochs = fit(
+            network, network, lambda _, r: images[r], labels, weights, how, 0, resume_state
+        )
         return [(e.epoch, e.lr, e.loss, e.accuracy) for e in epochs]
 
     undisturbed = small_network()
@@ -197,27 +199,27 @@ def test_training_killed_within_an_epoch_goes_on_to_the_same_bits(
     # BatchNorm takes away what a bias before it adds: its gradient is zero.
     weights = {name: p for name, p in undisturbed.named_parameters() if p.ndim > 1}
     assert not any(torch.equal(p, start[name]) for name, p in weights.items())
-    file = tmp_path / "trail.safetensors"
+    file = tmp_path / "training.safetensors"
     with monkeypatch.context() as patch:
-        kill_at(patch, Trail, "save", kill)
+        kill_at(patch, ResumeState, "save", kill)
         with pytest.raises(Killed):
-            train(small_network(), Trail(file))
+            train(small_network(), ResumeState(file))
     resumed = small_network()
-    found = train(resumed, Trail(file))
+    found = train(resumed, ResumeState(file))
     assert found == expected[kill // 4 :]
     state = resumed.state_dict()
     assert all(torch.equal(t, state[name]) for name, t in undisturbed.state_dict().items())
 
 
-def test_a_damaged_trail_is_said_and_training_starts_anew(tmp_path, capsys):
-    file = tmp_path / "trail.safetensors"
+def test_a_damaged_resume_state_is_said_and_training_starts_anew(tmp_path, capsys):
+    file = tmp_path / "training.safetensors"
     network = small_network()
-    trail = Trail(file)
-    trail.kept = Kept({"rows": [1]}, network.state_dict())
-    trail.save(network, torch.optim.SGD(network.parameters()), Place(2))
-    assert Trail(file).kept.facts == {"rows": [1]}
+    resume_state = ResumeState(file)
+    resume_state.kept = Kept({"rows": [1]}, network.state_dict())
+    resume_state.save(network, torch.optim.SGD(network.parameters()), Position(2))
+    assert ResumeState(file).kept.facts == {"rows": [1]}
     file.write_bytes(file.read_bytes()[:-100])
-    assert Trail(file).kept.facts == {}
+    assert ResumeState(file).kept.facts == {}
     assert "damaged" in capsys.readouterr().out
 
 
@@ -240,7 +242,7 @@ def state() -> Path:
 
 def opened(stage: str, arguments: dict[str, Any], *paths: list[Path]) -> Path:
     """Hold a state for a moment, as a run that is killed at once does."""
-    with resume_of(stage, arguments, *paths) as resume:
+    with held_resume(stage, arguments, *paths) as resume:
         return resume.folder
 
 
@@ -249,7 +251,7 @@ def finish(stage: str, arguments: dict[str, Any]) -> Path:
     Path("out").mkdir(exist_ok=True)
     Path("out/model").write_text("model")
     Path("timing.json").write_text(f"{stage}, {arguments}")
-    with resume_of(stage, arguments, []) as resume:
+    with held_resume(stage, arguments, []) as resume:
         resume.keep([Path("out")], Path("timing.json"), 0)
         return resume.folder
 
@@ -331,13 +333,13 @@ def record(*finished: Path) -> None:
 def test_no_run_deletes_a_state_that_another_goes_on_with(project):
     """Three at once, and three that were killed; each has another param."""
     with ExitStack() as alive:
-        held = [alive.enter_context(resume_of("stage", {"lr": i}, [])).folder for i in range(3)]
+        held = [alive.enter_context(held_resume("stage", {"lr": i}, [])).folder for i in range(3)]
         killed = [opened("stage", {"lr": i}, []) for i in range(3, 6)]
         for i, folder in enumerate([*held, *killed]):
-            (folder / "trail").write_text("how far it got")
+            (folder / "state").write_text("how far it got")
             os.utime(folder, (i + 1, i + 1))
         opened("stage", {"lr": 6}, [])
-        assert all((folder / "trail").exists() for folder in (*held, *killed))
+        assert all((folder / "state").exists() for folder in (*held, *killed))
 
 
 def test_a_finished_state_goes_when_it_is_recorded_here_or_after_a_day(project):
@@ -345,7 +347,7 @@ def test_a_finished_state_goes_when_it_is_recorded_here_or_after_a_day(project):
     other = finish("other", {})
     record(finished[0], other)
     os.utime(finished[1] / "kept.json", (time.time() - 25 * 3600,) * 2)
-    with resume_of("stage", {"lr": 2}, []) as resume:
+    with held_resume("stage", {"lr": 2}, []) as resume:
         assert resume.put_back()
     # Who waits for the other stage's may still take it.
     assert [f.exists() for f in (*finished, other)] == [False, False, True, True, True]
@@ -364,7 +366,7 @@ def test_a_finished_state_that_a_run_holds_stays(project):
 def test_states_that_no_run_holds_fit_into_the_cache(project, monkeypatch):
     folders = [opened("stage", {"lr": i}, []) for i in range(4)]
     for i, folder in enumerate(folders):
-        (folder / "trail").write_bytes(bytes(100_000))
+        (folder / "state").write_bytes(bytes(100_000))
         os.utime(folder, (i + 1, i + 1))
     monkeypatch.setenv("PIPELINE_CACHE_GB", "0.00025")
     with hold(folders[1], "another run"):
@@ -381,7 +383,7 @@ def test_who_asks_for_what_another_run_computes_waits_and_takes_it(project, capf
     first = os.fork()
     if not first:
         try:
-            with resume_of("stage", {}, []) as resume:
+            with held_resume("stage", {}, []) as resume:
                 Path("started").touch()
                 time.sleep(1)
                 Path("out").mkdir()
@@ -395,7 +397,7 @@ def test_who_asks_for_what_another_run_computes_waits_and_takes_it(project, capf
     elsewhere = project.parent / "elsewhere"
     elsewhere.mkdir()
     os.chdir(elsewhere)
-    with resume_of("stage", {}, []) as resume:
+    with held_resume("stage", {}, []) as resume:
         assert resume.put_back()
     assert os.waitpid(first, 0)[1] == 0
     assert (elsewhere / "out" / "model").read_text() == "of the first"
@@ -423,7 +425,7 @@ def test_a_damaged_state_starts_anew(damage, project):
         if damage == "a value":
             [file] = (folder / "values").iterdir()
         file.write_text('{"x"')
-    with resume_of("stage", {}, []) as resume:
+    with held_resume("stage", {}, []) as resume:
         assert not resume.put_back()
         assert resume.remember("x", lambda: 2) == (1 if damage == "progress.json" else 2)
         (array,) = resume.filled(["x"], 2, lambda first: [[np.full(2, 7.0)]])

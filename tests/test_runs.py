@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.advice.prior_results import Known
+from pipeline.advice.prior_results import PriorResult
 from pipeline.dataset.sources import elpv, folder
 from pipeline.nets.torchvision_import import torchvision
 
@@ -136,16 +136,16 @@ def test_the_table_expects_nothing_from_the_runs_own_data(tmp_path, monkeypatch,
     seeds, known = script("seeds"), script("known")
     for module in (seeds, known):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results.csv")
-    alike = [Known(name, 100, 0.8, 0.9) for name in ("x", "y")]
+    alike = [PriorResult(name, 100, 0.8, 0.9) for name in ("x", "y")]
     monkeypatch.setattr(known, "PUBLISHED", alike)
-    monkeypatch.setattr(known, "OURS", [Known("two-few", 100, 0.8, 0.1)])
+    monkeypatch.setattr(known, "OURS", [PriorResult("two-few", 100, 0.8, 0.1)])
     for name, seed, gain in (("one", 0, 0.05), ("two", 0, 0.09), ("two", 2, 0.11)):
         seeds.keep(line(name, seed, gain))
-    monkeypatch.setattr(known, "OURS", [Known("two-few", 100, 0.8, 0.9)])
+    monkeypatch.setattr(known, "OURS", [PriorResult("two-few", 100, 0.8, 0.9)])
     known.main()
     said = capsys.readouterr().out
     assert "| one | 1 | 1 | 100 | 0.800 | 0.850 | +10.0 (+10.0 to +10.0) | +5.0 (-5.0 to" in said
-    monkeypatch.setattr(known, "OURS", [Known("two-few", 100, 0.8, 0.1)])
+    monkeypatch.setattr(known, "OURS", [PriorResult("two-few", 100, 0.8, 0.1)])
     known.main()
     said = capsys.readouterr().out
     assert "| two | 2 | 1 | 101 | 0.800 | 0.900 | +10.0 (+10.0 to +10.0) | +10.0 ± 1.4 | " in said

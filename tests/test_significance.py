@@ -14,7 +14,7 @@ from pipeline.statistics.significance import (
     least_accuracy,
     over_resplits,
 )
-from pipeline.statistics.verdict import TOO_FEW, helped, interval_in_words
+from pipeline.statistics.verdict import TOO_FEW, fine_tuning_verdict, interval_in_words
 from runs import simulate
 
 
@@ -87,8 +87,8 @@ def test_one_group_and_one_more_right_says_nothing():
     b[0] = False
     found = difference(a, b, np.zeros(100, int))
     assert found == {"accuracy": 0.01, "low": None, "high": None, "p_value": None}
-    assert TOO_FEW in helped(found)
-    assert "helped" not in helped(found)
+    assert TOO_FEW in fine_tuning_verdict(found)
+    assert "helped" not in fine_tuning_verdict(found)
 
 
 @pytest.mark.parametrize("size", [10, 30, 1000])
@@ -100,7 +100,7 @@ def test_three_groups_that_gain_alike_are_no_proof(size):
     found = difference(a, b, groups)
     assert found["accuracy"] == pytest.approx(0.1)
     assert found["low"] < 0 < found["high"]
-    assert "no sure difference" in helped(found)
+    assert "no sure difference" in fine_tuning_verdict(found)
 
 
 def test_all_right_in_several_groups_is_no_certainty():
@@ -127,8 +127,10 @@ def test_what_is_said_of_missing_intervals_is_words():
     assert interval_in_words(None, None) == TOO_FEW
     assert interval_in_words(0.5, 0.75) == "0.500 to 0.750"
     found = {"accuracy": 0.02, "low": 0.01, "high": 0.03, "p_value": 0.001}
-    assert helped(found).startswith("fine-tuning helped: stage 2 minus probe +2.0 points")
-    assert helped({**found, "low": -0.3, "high": -0.1}).startswith("fine-tuning hurt")
+    assert fine_tuning_verdict(found).startswith(
+        "fine-tuning helped: stage 2 minus probe +2.0 points"
+    )
+    assert fine_tuning_verdict({**found, "low": -0.3, "high": -0.1}).startswith("fine-tuning hurt")
 
 
 def test_re_splits_are_tested_as_nadeau_and_bengio_do():

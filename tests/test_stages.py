@@ -14,9 +14,9 @@ from sklearn.svm import SVC
 from pipeline.evaluate import _trunk
 from pipeline.final_model import classifier
 from pipeline.images.shards import read_images
-from pipeline.inference.tta import Viewing, logits
+from pipeline.inference.tta import TTA, logits
 from pipeline.nets import checkpoint
-from pipeline.nets.backbone import Backbone, again, backbone_of, head_name
+from pipeline.nets.backbone import Backbone, backbone_of, head_name, rebuild
 from pipeline.nets.network import load
 from pipeline.probe import Cell, best_cell
 from pipeline.probing.codes import read_codes
@@ -84,7 +84,7 @@ def test_stage_1_moves_what_it_unfreezes_and_stage_2_everything(finished, tmp_pa
     run(folder, read_params(stage1=random_head), "stage1")
     first, meta = checkpoint.read(where(folder)["stage1"])
     assert meta["epoch"] > 0
-    drawn = again(backbone_of(meta)).state_dict()
+    drawn = rebuild(backbone_of(meta)).state_dict()
     unfrozen = [k for k in first if k.startswith(("blocks.4", "classifier"))]
     frozen = [k for k in first if k not in unfrozen]
     assert frozen
@@ -105,7 +105,7 @@ def test_from_scratch_stage_1_trains_everything_and_the_statistics(finished, tmp
     run(folder, params, "extract", "probe", "stage1", "stage2")
     assert float(history(folder, "stage1")[0]["val_loss"]) == pytest.approx(np.log(2), abs=0.2)
     backbone = Backbone(TINY, "none", "", (), (), params["seed"])
-    drawn = again(backbone).state_dict()
+    drawn = rebuild(backbone).state_dict()
     found, meta = checkpoint.read(where(folder)["stage1"])
     assert meta["backbone"]["weights"] == "none"
     still = [k for k, t in drawn.items() if not k.startswith("classifier")]
@@ -128,11 +128,11 @@ def test_stage_2_trains_every_parameter_at_its_default_rate(finished, tmp_path):
 def test_a_reloaded_checkpoint_predicts_the_same_to_the_bit(finished, tmp_path):
     network, _ = load(where(finished)["stage2"])
     images = read_images(paths(finished)["prepare"]["out"], "test")
-    viewing = Viewing("none", 1)
-    expected = logits(network, images, viewing)
+    tta = TTA("none", 1)
+    expected = logits(network, images, tta)
     network.save(tmp_path / "again.safetensors", **{"val": 1})
-    again = load(tmp_path / "again.safetensors")[0]
-    assert np.array_equal(logits(again, images, viewing), expected)
+    rebuild = load(tmp_path / "again.safetensors")[0]
+    assert np.array_equal(logits(rebuild, images, tta), expected)
 
 
 def test_two_saves_give_the_same_bytes(finished, tmp_path):
@@ -370,7 +370,7 @@ def test_the_final_model_makes_the_codes_that_extract_made(finished, tmp_path, p
     network = _trunk(read_probes(where(folder)["probe"])[2])
     assert final.pooling == pooling
     for name in (depth, "last", "source"):
-        found = classifier.codes(network, name, pooling, images, Viewing("horizontal", 2))
+        found = classifier.codes(network, name, pooling, images, TTA("horizontal", 2))
         assert np.array_equal(found, read_codes(folder / "features", "test", name))
     with (folder / "models" / "probe" / "grid.csv").open() as lines:
         assert depth in {row["depth"] for row in csv.DictReader(lines)}

@@ -12,7 +12,7 @@ from scipy.stats import t
 
 
 @dataclass(frozen=True)
-class Known:
+class PriorResult:
     """One data set: a linear classifier on the last codes against the fine-tuned network."""
 
     name: str
@@ -32,18 +32,18 @@ class Known:
 # 2006.07733), which repeats Chen et al. 2020 (SimCLR, arXiv 2002.05709). Mean average precision for
 # VOC2007, mean accuracy a class for Aircraft, Pets, Caltech-101 and Flowers.
 PUBLISHED = (
-    Known("Food-101", 75_750, 0.723, 0.883, 0.869),
-    Known("CIFAR-10", 50_000, 0.936, 0.975, 0.959),
-    Known("CIFAR-100", 50_000, 0.783, 0.864, 0.802),
-    Known("Birdsnap", 47_386, 0.537, 0.758, 0.761),
-    Known("SUN397", 19_850, 0.619, 0.643, 0.536),
-    Known("Cars", 8_144, 0.667, 0.921, 0.914),
-    Known("Aircraft", 6_667, 0.610, 0.860, 0.859),
-    Known("VOC2007", 5_011, 0.828, 0.850, 0.673),
-    Known("DTD", 3_760, 0.749, 0.746, 0.648),
-    Known("Pets", 3_680, 0.915, 0.921, 0.815),
-    Known("Caltech-101", 3_060, 0.945, 0.933, 0.726),
-    Known("Flowers", 2_040, 0.947, 0.976, 0.920),
+    PriorResult("Food-101", 75_750, 0.723, 0.883, 0.869),
+    PriorResult("CIFAR-10", 50_000, 0.936, 0.975, 0.959),
+    PriorResult("CIFAR-100", 50_000, 0.783, 0.864, 0.802),
+    PriorResult("Birdsnap", 47_386, 0.537, 0.758, 0.761),
+    PriorResult("SUN397", 19_850, 0.619, 0.643, 0.536),
+    PriorResult("Cars", 8_144, 0.667, 0.921, 0.914),
+    PriorResult("Aircraft", 6_667, 0.610, 0.860, 0.859),
+    PriorResult("VOC2007", 5_011, 0.828, 0.850, 0.673),
+    PriorResult("DTD", 3_760, 0.749, 0.746, 0.648),
+    PriorResult("Pets", 3_680, 0.915, 0.921, 0.815),
+    PriorResult("Caltech-101", 3_060, 0.945, 0.933, 0.726),
+    PriorResult("Flowers", 2_040, 0.947, 0.976, 0.920),
 )
 # This pipeline's own runs with EfficientNet-Lite0, by runs/seeds.py and runs/known.py.
 CELLS = ("defective", "functional")
@@ -57,14 +57,14 @@ EMOJI = (
     *("Smileys & Emotion", "Symbols", "Travel & Places"),
 )
 OURS = (
-    Known("digits", 1_146, 0.944, 0.971, classes=DIGITS),
-    Known("digits-few", 230, 0.832, 0.855, classes=DIGITS),
-    Known("elpv-few", 468, 0.729, 0.817, classes=CELLS),
-    Known("elpv-group", 1_670, 0.814, 0.852, classes=CELLS),  # five seeds
-    Known("emoji-few", 648, 0.692, 0.650, classes=EMOJI),
-    Known("fashion", 5_100, 0.863, 0.912, classes=CLOTHES),
-    Known("hymenoptera", 207, 0.961, 0.957, classes=("ants", "bees")),  # five seeds
-    Known("mnist", 5_100, 0.915, 0.979, classes=DIGITS),
+    PriorResult("digits", 1_146, 0.944, 0.971, classes=DIGITS),
+    PriorResult("digits-few", 230, 0.832, 0.855, classes=DIGITS),
+    PriorResult("elpv-few", 468, 0.729, 0.817, classes=CELLS),
+    PriorResult("elpv-group", 1_670, 0.814, 0.852, classes=CELLS),  # five seeds
+    PriorResult("emoji-few", 648, 0.692, 0.650, classes=EMOJI),
+    PriorResult("fashion", 5_100, 0.863, 0.912, classes=CLOTHES),
+    PriorResult("hymenoptera", 207, 0.961, 0.957, classes=("ants", "bees")),  # five seeds
+    PriorResult("mnist", 5_100, 0.915, 0.979, classes=DIGITS),
 )
 
 # Sets of fewer images gained little (median of the four smallest: 0.03), larger ones much (0.99).
@@ -85,7 +85,7 @@ class Expected:
 
 
 def expected_gain(
-    images: int, linear: float, winner: float, known: Sequence[Known], share: float = 0.8
+    images: int, linear: float, winner: float, known: Sequence[PriorResult], share: float = 0.8
 ) -> Expected:
     """Tell what stage 2 may score above the winning probe, from sets of like size.
 

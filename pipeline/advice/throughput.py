@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
 from pipeline.nets.device import finish
-from pipeline.nets.device_images import Feed
+from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.network import Network, eval_batch
 from pipeline.stage_runtime.files import Rowwise
 from pipeline.training.cut import cut_below
@@ -23,7 +23,7 @@ BATCHES = 4  # timed, after some that aren't
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """Seconds an image."""
 
     trunk: float  # stage 1's frozen part, forward
@@ -33,14 +33,14 @@ class Pace:
     second: float  # forward alone at stage 2's size
 
 
-def measured(
+def measure(
     network: Network,
     trained: list[str],
     images: Rowwise,
     sizes: tuple[int, int],
     batch_size: int,
     how: Augment,
-) -> Pace:
+) -> Throughput:
     """Time a few batches of packed images (N, H, W[, 3]) as both stages would run them.
 
     `sizes` are the image sizes of stages 1 and 2. The network is of no more use afterwards.
@@ -50,7 +50,7 @@ def measured(
         rows = rows % len(images)
         return network.normalise(augment(feed(rows), rows, epoch, 0, how))
 
-    feed = Feed(images, network.device)
+    feed = DeviceImages(images, network.device)
     some = np.arange(eval_batch())
     network.take(sizes[0])
     network.model.eval()
@@ -71,7 +71,7 @@ def measured(
         second = _seconds(lambda: network.model(normalised(1, some))) / len(some)
     freeze_all_but(network.model, everything(network.model), statistics)
     step = _training(network, network.model, normalised, batch_size)
-    return Pace(trunk, top, step, first, second)
+    return Throughput(trunk, top, step, first, second)
 
 
 def _seconds(run: Callable[[], object]) -> float:

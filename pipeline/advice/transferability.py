@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Transferability:
     """What the case is told by."""
 
     images: int  # of training
@@ -84,14 +84,16 @@ def profile(grid: Path, depths: Sequence[str]) -> dict[str, float]:
     return {depth: best[depth][1] for depth in depths if depth in best}
 
 
-def evidence(labels: Ints, rows: Ints, logits: Codes, by_depth: dict[str, float]) -> Evidence:
+def transferability(
+    labels: Ints, rows: Ints, logits: Codes, by_depth: dict[str, float]
+) -> Transferability:
     """Gather what the case is told by.
 
     From all labels (N,), the source's logits (R, S) of the images at `rows` (R,), and the profile.
     """
     counts = np.bincount(labels)
     of_blocks = [a for depth, a in by_depth.items() if depth not in (LAST, SOURCE)]
-    return Evidence(
+    return Transferability(
         images=len(labels),
         classes=len(counts),
         smallest_class=int(counts[counts > 0].min()),
@@ -102,7 +104,7 @@ def evidence(labels: Ints, rows: Ints, logits: Codes, by_depth: dict[str, float]
     )
 
 
-def case_of(found: Evidence) -> int:
+def case_of(found: Transferability) -> int:
     """Number the case: 1 small, 2 large and similar; 3 small, 4 large and different.
 
     Similar is where the source's classes tell much of what the labels say. Of the evidence here

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.launcher.command import one_line_errors, parser_of
-from pipeline.stage_runtime.errors import ParamError, PipelineError, near
+from pipeline.stage_runtime.errors import ParamError, PipelineError, suggest
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import flat
 
@@ -161,7 +161,7 @@ def main() -> None:
         known = [one.stage for one in found]
         for name in options.stages:
             if name not in known:
-                raise ParamError(f"no stage is called {name!r}; {near(name, known)}")
+                raise ParamError(f"no stage is called {name!r}; {suggest(name, known)}")
         shown = [one for one in found if not options.stages or one.stage in options.stages]
         if options.json:
             print(json.dumps([asdict(one) for one in shown], indent=2, ensure_ascii=False))

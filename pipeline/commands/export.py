@@ -148,7 +148,7 @@ def card(
         f"# {network.backbone.name}, {len(network.classes)} classes",
         "",
         f"The model of {classifier.chosen}: {what}, averaged over "
-        f"{classifier.viewing.most} views at most (flips: {classifier.viewing.flips}), its "
+        f"{classifier.tta.most} views at most (flips: {classifier.tta.flips}), its "
         "probabilities calibrated on validation images.",
         "",
         "| label | class |",

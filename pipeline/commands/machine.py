@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from pipeline.advice.throughput import measured
+from pipeline.advice.throughput import measure
 from pipeline.commands.table import aligned
 from pipeline.images.augment import Augment
 from pipeline.images.shards import Facts, read_facts
@@ -26,7 +26,7 @@ from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.nets.backbone import Backbone, build
 from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.device import ROOM, device, has_room, kernels, memory_of, no_gpu, set_up_torch
-from pipeline.nets.fuse import fold, resolved
+from pipeline.nets.fuse import fuse, resolved
 from pipeline.nets.network import Network
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import read_params
@@ -150,7 +150,7 @@ def told_right(params: Params, form: Format) -> bool:
     """Compare outputs and gradients of the network with plain PyTorch's in float64; say it."""
     torch.manual_seed(0)
     plain = build(params["backbone"]["name"], 10).eval()
-    ours = fold(copy.deepcopy(plain), form).to(device())
+    ours = fuse(copy.deepcopy(plain), form).to(device())
     x = torch.randn(4, 3, 64, 64)
     expected = gradients(plain.double(), x.double())
     off = 0.0
@@ -174,13 +174,13 @@ def speeds(params: Params, form: Format) -> list[str]:
     """Time forward passes and training steps on random images."""
     name, size = params["backbone"]["name"], params["prepare"]["size"]
     sizes = params["stage1"]["image_size"], params["stage2"]["image_size"]
-    model = fold(build(name, 10), form)
+    model = fuse(build(name, 10), form)
     backbone = Backbone(name, "none", "", (0.5,) * 3, (0.5,) * 3, 0)
     network = Network(model, backbone, ["a"] * 10, size, size, "squash", 3, form).on(device())
     trained = trained_with(model, match(model, params["stage1"]["unfreeze"], "stage1.unfreeze"))
     pixels = np.random.default_rng(0).integers(0, 256, (64, size, size, 3)).astype(np.uint8)
     how = Augment(params["flips"], params["augment"]["crop"], params["augment"]["light"])
-    pace = measured(network, trained, pixels, sizes, params["stage2"]["batch_size"], how)
+    pace = measure(network, trained, pixels, sizes, params["stage2"]["batch_size"], how)
     return [
         f"forward at {sizes[0]} px: {1 / pace.first:.0f} images/s",
         f"stage 1's trained part at {sizes[0]} px: {1 / pace.top:.0f} images/s",

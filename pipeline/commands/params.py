@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from pipeline.launcher.command import one_line_errors, parser_of
-from pipeline.stage_runtime.errors import ParamError, near
+from pipeline.stage_runtime.errors import ParamError, suggest
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import STAGES, arguments, flat, read_params, stage_params
 
@@ -163,7 +163,7 @@ def main() -> None:
         for key in options.keys:
             if not any(_is_in(one, key) for one in params):
                 raise ParamError(
-                    f"no param is called {key!r}; {near(key, (p.key for p in params))}"
+                    f"no param is called {key!r}; {suggest(key, (p.key for p in params))}"
                 )
         shown = [p for p in params if not options.keys or any(_is_in(p, k) for k in options.keys)]
         if options.markdown:

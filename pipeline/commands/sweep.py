@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from pipeline.commands.repository import RepositoryError, git
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.launcher.supervise import dying_with_us, interrupt
-from pipeline.stage_runtime.errors import ParamError, PipelineError, near, said_by
+from pipeline.stage_runtime.errors import ParamError, PipelineError, one_line, suggest
 from pipeline.stage_runtime.progress import bar, duration, say
 from pipeline.stage_runtime.schema import Loader, flat
 from pipeline.stage_runtime.settings import cache_folder, threads
@@ -64,7 +64,7 @@ def planned(settings: Sequence[str], known: Sequence[str], to: str = "") -> list
         if not equals or not values:
             raise ParamError(f"-S {setting}: expected KEY=VALUE, or KEY=VALUE,VALUE,...")
         if key not in known:
-            raise ParamError(f"-S {setting}: no {key!r} in params.yaml; {near(key, known)}")
+            raise ParamError(f"-S {setting}: no {key!r} in params.yaml; {suggest(key, known)}")
         choices.append([f"{key}={value}" for value in _values(values)])
     runs = [Planned(_name(chosen, to), chosen) for chosen in itertools.product(*choices)]
     twice = {run.name for run in runs if sum(other.name == run.name for other in runs) > 1}
@@ -279,7 +279,7 @@ def _ended(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> Iterator[tuple[P
         try:
             return sweep.run(run, project)
         except (RepositoryError, OSError) as error:
-            return said_by(error, 200)
+            return one_line(error, 200)
         finally:
             free.put(project)
 

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 import requests
 
 from pipeline.stage_runtime.cache_entries import hold
-from pipeline.stage_runtime.errors import DataError, said_by
+from pipeline.stage_runtime.errors import DataError, one_line
 from pipeline.stage_runtime.files import hash_of
 from pipeline.stage_runtime.progress import track
 from pipeline.stage_runtime.settings import cache_folder
@@ -90,7 +90,7 @@ def unpacked(archive: Path) -> Path:
                     f"{archive}: is damaged, or no zip or tar archive; fetch or archive it anew"
                 ) from None
             except (OSError, RuntimeError) as error:
-                raise DataError(f"{archive}: can't be unpacked ({said_by(error)})") from None
+                raise DataError(f"{archive}: can't be unpacked ({one_line(error)})") from None
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
     inside = [p for p in target.iterdir() if p.name != "__MACOSX" and not p.name.startswith(".")]
@@ -122,7 +122,7 @@ def _download(url: str, part: Path) -> None:
                 for chunk in track(chunks, total, "fetch, bytes", width=len):
                     out.write(chunk)
     except requests.RequestException as error:
-        reason = said_by(error, 120)
+        reason = one_line(error, 120)
         raise DataError(f"{url}: can't be fetched ({reason}); run again to go on") from None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.images.shards import SPLITS
-from pipeline.stage_runtime.errors import DataError, ParamError, near
+from pipeline.stage_runtime.errors import DataError, ParamError, suggest
 
 # The words that people call their splits by.
 WORDS = {
@@ -173,7 +173,7 @@ def _find_splits(
         if missing := sorted(set(given) - set(top)):
             raise ParamError(
                 f"params.yaml: prepare.splits: no folder {missing[0]!r} in {path}; "
-                f"{near(missing[0], top)}"
+                f"{suggest(missing[0], top)}"
             )
         if others := sorted(set(top) - set(given)):
             raise DataError(f"{path}: prepare.splits doesn't name {others[0]}; name it, or move it")

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.fft import dctn
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from pipeline.dataset.split import components
 from pipeline.stage_runtime.files import Rowwise
 
 SIDE = 32  # pixels a side of the thumbnails that are compared
@@ -24,15 +23,14 @@ Hashes = NDArray[np.uint64]
 Places = NDArray[np.int64]
 
 
-def clusters_alike(images: Rowwise, hashes: Hashes) -> NDArray[np.int64]:
+def clusters(images: Rowwise, hashes: Hashes) -> NDArray[np.int64]:
     """Number the cluster of near duplicates of each image (N, H, W[, 3]); -1 for one on its own.
 
     Two are in one cluster if a chain of near duplicates links them. The hashes are (N,).
     """
-    pairs, n = near_duplicates(images, hashes), len(images)
-    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
-    clusters = connected_components(graph, directed=False)[1]
-    return np.where(np.bincount(clusters, minlength=1)[clusters] > 1, clusters, -1)
+    pairs = near_duplicates(images, hashes)
+    numbers = components(pairs[:, 0], pairs[:, 1], len(images))
+    return np.where(np.bincount(numbers, minlength=1)[numbers] > 1, numbers, -1)
 
 
 def near_duplicates(images: Rowwise, hashes: Hashes) -> Pairs:

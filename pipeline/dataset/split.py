@@ -63,7 +63,7 @@ def _stratified(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArra
     return chosen
 
 
-def together(*ties: NDArray[np.int64]) -> NDArray[np.int64]:
+def linked_groups(*ties: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number the images so that two get the same number if any chain of ties links them.
 
     Each tie gives every image a number, (N,): equal ones tie, negative ones tie to nothing.
@@ -74,8 +74,13 @@ def together(*ties: NDArray[np.int64]) -> NDArray[np.int64]:
     for tie in ties:
         _, first, of = np.unique(tie, return_index=True, return_inverse=True)
         edges.append((images, np.where(tie >= 0, first[of], images)))
-    rows, columns = (np.concatenate(side) for side in zip(*edges, strict=True))
-    graph = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(n, n))
+    ones, others = (np.concatenate(side) for side in zip(*edges, strict=True))
+    return components(ones, others, n)
+
+
+def components(ones: NDArray[np.int64], others: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """Number the connected component of each of n images, (n,), from linked pairs, (P,) each."""
+    graph = coo_array((np.ones(len(ones), bool), (ones, others)), shape=(n, n))
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
 
 

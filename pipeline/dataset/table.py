@@ -13,7 +13,7 @@ from pipeline.dataset.fetch import is_within
 from pipeline.dataset.formats import SUFFIXES, suffix
 from pipeline.dataset.layout import AUTO, Item, split_of
 from pipeline.images.shards import SPLITS
-from pipeline.stage_runtime.errors import DataError, ParamError, near, said_by
+from pipeline.stage_runtime.errors import DataError, ParamError, one_line, suggest
 from pipeline.stage_runtime.files import files_below
 
 TABLES = (".csv", ".tsv", ".tab")
@@ -66,7 +66,9 @@ def items_of(folder: Path, table: str = "", called: str = AUTO) -> tuple[list[It
     try:
         rows = list(_rows(text, separator))
     except csv.Error as error:
-        raise DataError(f"{file}: can't be read as CSV ({said_by(error)}); write it anew") from None
+        raise DataError(
+            f"{file}: can't be read as CSV ({one_line(error)}); write it anew"
+        ) from None
     if not rows:
         raise DataError(f"{file}: is empty; expected the columns path and label")
     (_, header), *lines = rows
@@ -197,7 +199,7 @@ def _columns(
         if given and theirs not in names:
             raise ParamError(
                 f"params.yaml: prepare.columns: no column {given[name]!r} in {file}; "
-                f"{near(given[name], [h for h in header if h.strip()])}"
+                f"{suggest(given[name], [h for h in header if h.strip()])}"
             )
     found = {name: names.index(theirs) for name, theirs in wanted.items() if theirs in names}
     if missing := [name for name in NEEDED if name not in found]:
@@ -265,7 +267,7 @@ def _item(
     said = row.get("split", "")
     split = split_of(said)
     if said and not split:
-        raise DataError(f"{where}: split {said!r}; {near(said.lower(), SPLITS)}")
+        raise DataError(f"{where}: split {said!r}; {suggest(said.lower(), SPLITS)}")
     given = row.get("weight") or "1"
     try:
         weight = float(given if separator == "," else given.replace(",", "."))

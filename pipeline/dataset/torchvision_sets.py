@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.dataset.fetch import sources_folder
 from pipeline.nets import torchvision_import as vision
 from pipeline.stage_runtime.cache_entries import hold
-from pipeline.stage_runtime.errors import DataError, ParamError, near, said_by
+from pipeline.stage_runtime.errors import DataError, ParamError, one_line, suggest
 from pipeline.stage_runtime.progress import track
 
 Splits = dict[str, dict[str, Any]]  # our split ("" for none) to the arguments of theirs
@@ -59,7 +59,7 @@ def published(name: str, path: Path) -> Path:
     """
     if name not in SETS:
         known = [f"torchvision/{known}" for known in SETS]
-        hint = near(f"torchvision/{name}", known)
+        hint = suggest(f"torchvision/{name}", known)
         raise ParamError(f"params.yaml: prepare.source = 'torchvision/{name}': {hint}")
     target = sources_folder() / f"torchvision-{name}"
     with hold(target.parent, name):
@@ -85,7 +85,7 @@ def _opened(name: str, arguments: dict[str, Any], path: Path) -> Any:
     try:
         return make(root=str(root), download=True, **arguments)
     except Exception as error:  # each set fetches in its own way
-        said = said_by(error, 120)
+        said = one_line(error, 120)
         raise DataError(
             f"prepare.source: torchvision/{name}: can't be fetched ({said}); "
             f"put its files into {path} as torchvision.datasets.{name} lays them out"

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from pipeline.inference.taps import Pooling, Taps
-from pipeline.inference.tta import Viewing, averaged, logits
+from pipeline.inference.tta import TTA, averaged, logits
 from pipeline.nets import checkpoint
-from pipeline.nets.network import Network, from_checkpoint, over
+from pipeline.nets.network import Network, from_checkpoint, run_in_batches
 from pipeline.probing.codes import JOIN
 from pipeline.probing.probes import Probe
 from pipeline.stage_runtime.errors import CheckpointError
@@ -21,12 +21,12 @@ Scores = NDArray[np.float64]
 
 
 def codes(
-    network: Network, depth: str, pooling: Pooling, images: Rowwise, viewing: Viewing
+    network: Network, depth: str, pooling: Pooling, images: Rowwise, tta: TTA
 ) -> NDArray[np.float32]:
     """Compute codes (N, D) of packed images, averaged over views as extract does."""
     network.model.eval()
     with Taps(network.model, depth.split(JOIN), pooling) as taps:
-        parts = over(images, network, averaged(network, taps, viewing))
+        parts = run_in_batches(images, network, averaged(network, taps, tta))
         return np.concatenate([np.concatenate(part, axis=1) for part in parts])
 
 
@@ -37,7 +37,7 @@ class Classifier:
     network: Network
     probe: Probe | None  # on the network's codes; None: the network's own head
     pooling: Pooling  # of those codes
-    viewing: Viewing
+    tta: TTA
     temperature: float  # softmax(scores / temperature) is calibrated on validation
     sure_above: float | None  # below this probability it is "not sure"; None: none was promised
     chosen: str  # the stage it comes from
@@ -47,9 +47,9 @@ class Classifier:
     def probabilities(self, images: Rowwise) -> Scores:
         """Give calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
         if self.probe is None:
-            scores = logits(self.network, images, self.viewing)
+            scores = logits(self.network, images, self.tta)
         else:
-            found = codes(self.network, self.probe.depth, self.pooling, images, self.viewing)
+            found = codes(self.network, self.probe.depth, self.pooling, images, self.tta)
             scores = self.probe.scores(found)
         return np.asarray(softmax(scores / self.temperature, axis=1))
 
@@ -64,7 +64,7 @@ class Classifier:
             "n_outputs": self.network.n_outputs,
             "probe": self.probe and self.probe.facts(),
             "pooling": self.pooling,
-            "viewing": asdict(self.viewing),
+            "viewing": asdict(self.tta),
             "temperature": self.temperature,
             "sure_above": self.sure_above,
             "sure_accuracy": self.sure_accuracy,
@@ -84,15 +84,17 @@ def load(file: Path) -> Classifier:
     if "sure_above" not in meta:
         raise CheckpointError(f"{file}: no final model; take models/final/model.safetensors")
 
-    network_part, probe_part = (checkpoint.part(tensors, f"{p}.") for p in ("network", "probe"))
-    with checkpoint.sound(file):
+    network_part, probe_part = (
+        checkpoint.strip_prefix(tensors, f"{p}.") for p in ("network", "probe")
+    )
+    with checkpoint.checked_metadata(file):
         network = from_checkpoint(network_part, meta, file, n_outputs=meta["n_outputs"])
         probe = Probe(**meta["probe"], arrays=probe_part) if meta["probe"] else None
         return Classifier(
             network,
             probe,
             meta["pooling"],
-            Viewing(**meta["viewing"]),
+            TTA(**meta["viewing"]),
             meta["temperature"],
             meta["sure_above"],
             meta["chosen"],

@@ -52,13 +52,13 @@ class Graph(nn.Module):
         self.inputs = Inputs(
             trained.classes, trained.packed_size, trained.fit, trained.channels, trained.tones
         )
-        self.kinds = views(classifier.viewing.flips, classifier.viewing.most)
+        self.kinds = views(classifier.tta.flips, classifier.tta.most)
         self.temperature = classifier.temperature
         self.taps: Taps | None = None
-        self.machine: Machine | None = None
+        self.machine: SvmHead | None = None
         if classifier.probe is not None:
             self.taps = Taps(self.model, classifier.probe.depth.split(JOIN), classifier.pooling)
-            self.machine = Machine(classifier.probe)
+            self.machine = SvmHead(classifier.probe)
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Graph(nn.Module):
         return self.machine(mean) if self.machine else mean
 
 
-class Machine:
+class SvmHead:
     """A probe's scores in PyTorch: `Probe.scores`, in double precision as there."""
 
     def __init__(self, probe: Probe) -> None:

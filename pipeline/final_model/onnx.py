@@ -13,7 +13,7 @@ from pipeline.final_model.classifier import Classifier
 from pipeline.final_model.graph import Graph, Inputs
 from pipeline.images.tones import of_facts
 from pipeline.nets.network import EVAL_BATCH
-from pipeline.stage_runtime.errors import CheckpointError, said_by
+from pipeline.stage_runtime.errors import CheckpointError, one_line
 
 KEY = "pipeline"  # of the graph's metadata
 
@@ -48,7 +48,7 @@ class Portable:
         try:
             self.session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         except Exception as error:  # of its own kinds, for a missing and for a damaged file
-            said = said_by(error, 120)
+            said = one_line(error, 120)
             raise CheckpointError(f"{file}: can't be read as ONNX ({said})") from None
         found = self.session.get_modelmeta().custom_metadata_map.get(KEY)
         if found is None:

@@ -9,26 +9,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Flips, dihedral, views
-from pipeline.nets.network import Network, over
+from pipeline.nets.network import Network, run_in_batches
 from pipeline.stage_runtime.files import Rowwise
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class Viewing:
+class TTA:
     """Which flips and turns of an image are averaged."""
 
     flips: Flips
     most: int
 
 
-def averaged(network: Network, compute: Run, viewing: Viewing) -> Run:
+def averaged(network: Network, compute: Run, tta: TTA) -> Run:
     """Make a function of packed pixels (B, H, W[, 3]) that averages outputs over the views.
 
     `compute` maps normalised images (B, 3, h, w) to one or several tensors (B, ...).
     """
-    kinds = views(viewing.flips, viewing.most)
+    kinds = views(tta.flips, tta.most)
 
     def run(pixels: Tensor) -> Sequence[Tensor]:
         x = network.normalise(pixels)
@@ -38,16 +38,16 @@ def averaged(network: Network, compute: Run, viewing: Viewing) -> Run:
     return run
 
 
-def logits(network: Network, images: Rowwise, viewing: Viewing) -> NDArray[np.float64]:
+def logits(network: Network, images: Rowwise, tta: TTA) -> NDArray[np.float64]:
     """Compute a network's logits (N, C) of packed images (N, H, W[, 3]), averaged over views."""
-    return np.concatenate([part[0] for part in logits_from(network, images, viewing)])
+    return np.concatenate([part[0] for part in logits_from(network, images, tta)])
 
 
 def logits_from(
-    network: Network, images: Rowwise, viewing: Viewing, first: int = 0
+    network: Network, images: Rowwise, tta: TTA, first: int = 0
 ) -> Iterator[Sequence[NDArray[np.float64]]]:
     """Compute them a batch at a time, from the `first` image on."""
     network.model.eval()
-    run = averaged(network, lambda x: [network.model(x)], viewing)
-    for part in over(images, network, run, first):
+    run = averaged(network, lambda x: [network.model(x)], tta)
+    for part in run_in_batches(images, network, run, first):
         yield [part[0].astype(np.float64)]

@@ -22,13 +22,13 @@ from itertools import count
 
 from pipeline.launcher.supervise import LAUNCHED, dying_with_us
 from pipeline.stage_runtime.distributed import address_towards
-from pipeline.stage_runtime.errors import SettingError, TeamError, said_by
+from pipeline.stage_runtime.errors import ProcessGroupError, SettingError, one_line
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import hosts, launcher, meeting_point, processes, threads
 
 # Stages that several processes may share, where they are wanted.
 SHARED = ("extract", "stage1", "stage2", "evaluate")
-LOST = TeamError.exit_code
+LOST = ProcessGroupError.exit_code
 OFFER = "pipeline/offer"  # a key in the store of the host that runs DVC
 REACH_SECONDS = 5  # to reach that store, and for hosts to come once enough are there
 
@@ -70,7 +70,7 @@ def launch(stage: str, arguments: Sequence[str]) -> int:
     try:
         store = TCPStore(*meet, is_master=True, multi_tenant=True, timeout=limit)
     except RuntimeError as error:
-        said = said_by(error, 120)
+        said = one_line(error, 120)
         raise SettingError(
             f"PIPELINE_MEET = {meet[0]}:{meet[1]}: can't listen there ({said}); it has to be an "
             "address of this host, and a port that is free"

@@ -11,12 +11,12 @@ from typing import Any, get_type_hints
 
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.launcher.launch import SHARED, adopt_slurm, is_shared, launch
-from pipeline.launcher.supervise import INTERRUPTED, LAUNCHED, alone, be_interruptible
-from pipeline.stage_runtime.distributed import agree, together
+from pipeline.launcher.supervise import INTERRUPTED, LAUNCHED, be_interruptible, stage_lock
+from pipeline.stage_runtime.distributed import broadcast, process_group
 from pipeline.stage_runtime.errors import RECOVER
 from pipeline.stage_runtime.files import write_json
 from pipeline.stage_runtime.progress import duration, say
-from pipeline.stage_runtime.resume import Resume, resume_of
+from pipeline.stage_runtime.resume import Resume, held_resume
 from pipeline.stage_runtime.schema import (
     Out,
     Stage,
@@ -25,7 +25,7 @@ from pipeline.stage_runtime.schema import (
     read_params,
     sources,
 )
-from pipeline.stage_runtime.settings import cache_folder, rank, team_size
+from pipeline.stage_runtime.settings import cache_folder, rank, world_size
 
 
 def main(stage: Stage) -> None:
@@ -52,11 +52,11 @@ def main(stage: Stage) -> None:
         chosen = arguments(stage, read_params(params))
         launched = LAUNCHED in os.environ  # by a process of ours, which sees to the next two
         one_at_a_time = not launched and rank() == 0
-        spread_out = not launched and team_size() == 1 and stage.__name__ in SHARED and is_shared()
-        with alone(stage.__name__) if one_at_a_time else nullcontext():
+        spread_out = not launched and world_size() == 1 and stage.__name__ in SHARED and is_shared()
+        with stage_lock(stage.__name__) if one_at_a_time else nullcontext():
             if spread_out:
                 sys.exit(launch(stage.__name__, sys.argv[1:]))
-            with together() if team_size() > 1 else nullcontext():
+            with process_group() if world_size() > 1 else nullcontext():
                 _run(stage, options, chosen, timing)
 
 
@@ -64,8 +64,8 @@ def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: P
     """Run a stage, or put its outputs back that another run finished."""
     name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
     inputs = [path for n, path in paths.items() if hints[n] is Path]
-    with resume_of(name, {**paths, **params}, inputs, sources(stage, params)) as resume:
-        if agree(rank() == 0 and resume.put_back()):
+    with held_resume(name, {**paths, **params}, inputs, sources(stage, params)) as resume:
+        if broadcast(rank() == 0 and resume.put_back()):
             say(f"{name} was finished, but not recorded: its outputs are back")
         else:
             _compute(stage, paths, params, timing, resume)

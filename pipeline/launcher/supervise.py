@@ -40,7 +40,7 @@ class BusyError(PipelineError):
 
 
 @contextmanager
-def alone(name: str, patience: float = 10.0) -> Iterator[None]:
+def stage_lock(name: str, patience: float = 10.0) -> Iterator[None]:
     """Hold the lock of a stage in this project, which the system takes back when we end.
 
     Waits a while for one that is just being ended. Raises BusyError naming the other process.
@@ -59,7 +59,7 @@ def alone(name: str, patience: float = 10.0) -> Iterator[None]:
         yield
 
 
-def in_a_child(name: str) -> None:
+def supervised(name: str) -> None:
     """Go on in a child process, which runs the same command; the caller itself ends as it does."""
     supervisor = int(os.environ.get(SUPERVISOR, "0"))
     if supervisor and not psutil.pid_exists(supervisor):  # gone before its child began

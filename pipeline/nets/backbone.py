@@ -15,7 +15,13 @@ from torch import nn
 from pipeline.nets import checkpoint
 from pipeline.nets import weights as weight_files
 from pipeline.nets.torchvision_import import timm, torchvision
-from pipeline.stage_runtime.errors import CheckpointError, ParamError, WeightsError, near, said_by
+from pipeline.stage_runtime.errors import (
+    CheckpointError,
+    ParamError,
+    WeightsError,
+    one_line,
+    suggest,
+)
 from pipeline.stage_runtime.files import hash_of
 
 zoo = torchvision.models
@@ -75,7 +81,7 @@ def set_head(model: nn.Module, n_classes: int) -> None:
 def _made(name: str, model_name: str, known: list[str], make: Callable[[], nn.Module]) -> nn.Module:
     if model_name not in known:
         library = name.partition("/")[0]
-        hint = near(name, [f"{library}/{k}" for k in known])
+        hint = suggest(name, [f"{library}/{k}" for k in known])
         raise ParamError(f"backbone.name = {name!r}: no such network; {hint}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of initialisations that change in future versions
@@ -150,7 +156,7 @@ def pretrained(
     return model, Backbone(name, weights, digest, *mean_std, seed)
 
 
-def again(backbone: Backbone) -> nn.Module:
+def rebuild(backbone: Backbone) -> nn.Module:
     """Build the pretrained network that an artifact was made with once more."""
     model, _ = pretrained(backbone.name, backbone.weights, backbone.sha256, backbone.seed)
     return model
@@ -203,7 +209,7 @@ def _enum(name: str, weights: str) -> Any:
     # V1 by default: the codes of later recipes are not always better ones (vision issue 8382).
     wanted = "IMAGENET1K_V1" if weights == "imagenet" else weights
     if wanted not in choices.__members__:
-        hint = near(wanted, ["imagenet", "none", *choices.__members__])
+        hint = suggest(wanted, ["imagenet", "none", *choices.__members__])
         raise ParamError(f"backbone.weights = {weights!r}: not of {name}; {hint}")
     return choices[wanted]
 
@@ -217,7 +223,7 @@ def _downloaded(enum: Any) -> Path:
             torch.hub.download_url_to_file(enum.url, str(file), hash_prefix=prefix)
         except (URLError, OSError, RuntimeError) as error:
             raise WeightsError(
-                f"{enum}: can't be fetched ({said_by(error)}); put {enum.url} at {file}"
+                f"{enum}: can't be fetched ({one_line(error)}); put {enum.url} at {file}"
             ) from None
     return file
 

@@ -15,8 +15,8 @@ from pipeline.stage_runtime.errors import (
     ParamError,
     PipelineError,
     is_out_of_memory,
-    near,
-    said_by,
+    one_line,
+    suggest,
 )
 
 TRACE_SIZE = 96  # pixels; enough for five halvings
@@ -83,7 +83,7 @@ def _run(model: nn.Module, size: int) -> None:
 
 def _named(model: nn.Module, size: int, error: Exception) -> PipelineError:
     """Return an error that names the cause: the size, if the network runs at another one."""
-    name, said = type(model).__name__, said_by(error)
+    name, said = type(model).__name__, one_line(error)
     for other in USUAL_SIZES:
         if other == size:
             continue
@@ -117,7 +117,7 @@ def chain(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def for_decay(model: nn.Module) -> list[list[str]]:
+def layer_groups(model: nn.Module) -> list[list[str]]:
     """Group the chain for layer decay, from the stem to the head.
 
     Only what has parameters counts. What has no convolution or linear layer of its own, such as a
@@ -191,7 +191,7 @@ def match(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
     for pattern in patterns:
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
-            raise ParamError(f"{key}: no module is called {pattern!r}; {near(pattern, names)}")
+            raise ParamError(f"{key}: no module is called {pattern!r}; {suggest(pattern, names)}")
         found += hits
     kept = set(found)
     return [n for n in names if n in kept and not any(is_inside(n, k) for k in kept if k != n)]

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pipeline.stage_runtime.errors import CheckpointError, said_by
+from pipeline.stage_runtime.errors import CheckpointError, one_line
 from pipeline.stage_runtime.files import write_bytes
 
 KEY = "pipeline"
@@ -62,18 +62,18 @@ def digest(tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:
     return found.hexdigest()
 
 
-def part(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+def strip_prefix(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
     """Take the tensors whose name begins with a prefix, without it."""
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 @contextmanager
-def sound(file: Path) -> Iterator[None]:
+def checked_metadata(file: Path) -> Iterator[None]:
     """Turn what contradictions in a checkpoint's metadata may raise into a CheckpointError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        said = said_by(error, 120)
+        said = one_line(error, 120)
         raise CheckpointError(
             f"{file}: its metadata don't fit together ({type(error).__name__}: {said}); "
             "run `dvc checkout --force`, or choose another"

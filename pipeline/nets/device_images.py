@@ -11,7 +11,7 @@ from pipeline.stage_runtime.files import Rowwise
 PART = 1024  # images sent to the GPU at once
 
 
-class Feed:
+class DeviceImages:
     """Gives rows of packed images (N, H, W[, 3]) as uint8 tensors on a device.
 
     A GPU with room for all of them gets them once, and keeps them.

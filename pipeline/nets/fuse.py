@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.nets.blocks import TRACE_SIZE
 from pipeline.nets.convolve import ACTS, Act, convolve, shape_of
 from pipeline.nets.device import device, device_of
-from pipeline.stage_runtime.errors import ParamError, is_out_of_memory, said_by
+from pipeline.stage_runtime.errors import ParamError, is_out_of_memory, one_line
 
 Precision = Literal["auto", "fp32", "bf16"]
 NUMBER_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,7 +64,7 @@ def resolved(precision: Precision) -> Literal["fp32", "bf16"]:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def fold(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
+def fuse(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
     """Make a network's forward run folded and in the given format; its state_dict is unchanged.
 
     A BatchNorm in train mode runs as it is, by batch statistics. The last linear layer gives
@@ -265,6 +265,6 @@ def _in_format(run: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> Tens
         raise failed from None
     name = next(name for name, known in NUMBER_FORMATS.items() if known == dtype)
     raise ParamError(
-        f"params.yaml: precision: {name} fails on this machine ({said_by(failed)}); set precision: "
-        "fp32"
+        f"params.yaml: precision: {name} fails on this machine ({one_line(failed)}); "
+        "set precision: fp32"
     ) from failed

@@ -17,9 +17,9 @@ from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
 from pipeline.nets.blocks import trace
 from pipeline.nets.device import device, device_of
-from pipeline.nets.device_images import Feed
-from pipeline.nets.fuse import NUMBER_FORMATS, fold
-from pipeline.stage_runtime.distributed import Parts, spread
+from pipeline.nets.device_images import DeviceImages
+from pipeline.nets.fuse import NUMBER_FORMATS, fuse
+from pipeline.stage_runtime.distributed import Arrays, all_gather_batches
 from pipeline.stage_runtime.errors import CheckpointError, ParamError
 from pipeline.stage_runtime.files import Rowwise
 
@@ -166,12 +166,12 @@ def from_checkpoint(
     """
     if missing := [name for name in FACTS if name not in meta]:
         raise CheckpointError(f"{file}: holds no network (no {missing[0]!r}); choose another")
-    with checkpoint.sound(file):
+    with checkpoint.checked_metadata(file):
         facts = facts_of(meta)
         if precision:
             facts["precision"] = precision
         model = build(facts["backbone"].name, n_outputs or len(facts["classes"]))
-        network = Network(fold(model, facts["precision"]), **facts)
+        network = Network(fuse(model, facts["precision"]), **facts)
         network.load_state(tensors, file)
     network.model.eval().requires_grad_(False)
     return network.on(device())
@@ -219,8 +219,8 @@ def eval_batch() -> int:
 
 
 def in_batches(
-    n: int, compute: Callable[[NDArray[np.int64]], Parts], first: int = 0
-) -> Iterator[Parts]:
+    n: int, compute: Callable[[NDArray[np.int64]], Arrays], first: int = 0
+) -> Iterator[Arrays]:
     """Compute a function of rows for rows `first` to n - 1, in batches of one size.
 
     The last repeats row n - 1 to be full; what comes of that is left out. Processes that share the
@@ -231,20 +231,22 @@ def in_batches(
     def batch(i: int) -> NDArray[np.int64]:
         return np.minimum(np.arange(first + i * size, first + (i + 1) * size), n - 1)
 
-    for i, parts in enumerate(spread(-(-(n - first) // size), lambda i: compute(batch(i)))):
+    for i, parts in enumerate(
+        all_gather_batches(-(-(n - first) // size), lambda i: compute(batch(i)))
+    ):
         yield [part[: n - first - i * size] for part in parts]
 
 
-def over(
+def run_in_batches(
     images: Rowwise, network: Network, run: Callable[[Tensor], Sequence[Tensor]], first: int = 0
-) -> Iterator[Parts]:
+) -> Iterator[Arrays]:
     """Run a function on images (N, H, W[, 3]) from the `first` on, in inference mode.
 
     Yields its float32 outputs a batch. It gets them where the network is.
     """
-    feed = Feed(images, network.device)
+    feed = DeviceImages(images, network.device)
 
-    def outputs(rows: NDArray[np.int64]) -> Parts:
+    def outputs(rows: NDArray[np.int64]) -> Arrays:
         with torch.inference_mode():
             return [output.float().cpu().numpy() for output in run(feed(rows))]
 

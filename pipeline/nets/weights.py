@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.nets import checkpoint
 from pipeline.nets.torchvision_import import torchvision
-from pipeline.stage_runtime.errors import WeightsError, said_by
+from pipeline.stage_runtime.errors import WeightsError, one_line
 
 # Other files under a weight file's name, by their first bytes, and what to do about them.
 NOT_WEIGHTS = {
@@ -75,7 +75,7 @@ def read(file: Path) -> list[State]:
     if not states:
         raise WeightsError(f"{file}: holds no tensors by name; save the model's state_dict()")
     for state in states:
-        if network := checkpoint.part(state.tensors, "network."):
+        if network := checkpoint.strip_prefix(state.tensors, "network."):
             state.tensors = network
     return states
 
@@ -132,7 +132,7 @@ def _contents(file: Path) -> Any:
         with torch.serialization.safe_globals(SAFE):
             return torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        said = said_by(error, 120)
+        said = one_line(error, 120)
         raise WeightsError(f"{file}: can't be read as weights ({said}); fetch it again") from None
     except WeightsError:
         raise
@@ -311,7 +311,7 @@ def _renamed(
         outside = len([k for k in named if not k.startswith(prefix)])
         beside = f", {outside} tensors outside it left out" if outside else ""
         remarks.append(f"without the prefix `{prefix}`{beside}")
-        named = checkpoint.part(named, prefix)
+        named = checkpoint.strip_prefix(named, prefix)
     return named, remarks
 
 

@@ -222,7 +222,7 @@ def read_probes(file: Path) -> tuple[Probe, Probe, dict[str, Any]]:
         raise CheckpointError(f"{file}: holds no probes; run `dvc repro probe`")
 
     def probe(name: str) -> Probe:
-        return Probe(**meta[name], arrays=checkpoint.part(tensors, f"{name}."))
+        return Probe(**meta[name], arrays=checkpoint.strip_prefix(tensors, f"{name}."))
 
-    with checkpoint.sound(file):
+    with checkpoint.checked_metadata(file):
         return probe("winner"), probe("linear"), meta

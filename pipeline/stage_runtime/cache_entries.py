@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.stage_runtime.distributed import agree, wait
+from pipeline.stage_runtime.distributed import barrier, broadcast
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import cache_bytes, rank
 
@@ -31,14 +31,14 @@ def hold(folder: Path, name: str) -> Iterator[None]:
     """
     lock = _lock_of(folder)
     said = False
-    while not agree(rank() == 0 and _take(folder, lock)):
+    while not broadcast(rank() == 0 and _take(folder, lock)):
         if not said:
             say(f"{name}: another run computes the same; waiting for it")
         said = True
         time.sleep(LOOK)
     try:
         yield
-        wait()  # the other processes may still read there
+        barrier()  # the other processes may still read there
     finally:
         lock.release()
 

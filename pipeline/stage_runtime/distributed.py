@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.stage_runtime.errors import TeamError
-from pipeline.stage_runtime.settings import device_asked, patience, rank, team_size
+from pipeline.stage_runtime.errors import ProcessGroupError
+from pipeline.stage_runtime.settings import collective_timeout, device_asked, rank, world_size
 
 if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
-Parts = Sequence[NDArray[Any]]
+Arrays = Sequence[NDArray[Any]]
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Meet the other processes, and part once all are done.
 
     Raises TeamError where others are gone, or don't answer.
@@ -46,15 +46,15 @@ def together() -> Iterator[None]:
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         on_gpus = torch.cuda.is_available() and device_asked() != "cpu"
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=patience()))
+        dist.init_process_group(backend, timeout=timedelta(seconds=collective_timeout()))
         yield
-        wait()
+        barrier()
         dist.destroy_process_group()
     except RuntimeError as error:
         said = " ".join(str(error).split())
         if "gloo" not in said and not isinstance(error, dist.DistError):
             raise
-        raise TeamError(
+        raise ProcessGroupError(
             f"process {rank()} lost the others that share this stage ({said[:120]})"
         ) from None
 
@@ -70,7 +70,7 @@ def address_towards(host: str, port: int) -> str:
             way.connect(there)  # sends nothing
             return str(way.getsockname()[0])
     except OSError as error:
-        raise TeamError(f"{host}: can't be reached ({error.strerror})") from None
+        raise ProcessGroupError(f"{host}: can't be reached ({error.strerror})") from None
 
 
 def interface_towards(host: str, port: int) -> str:
@@ -84,18 +84,18 @@ def interface_towards(host: str, port: int) -> str:
     return "lo"  # 127.0.0.2 and the like stand nowhere
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until all are here: what the first wrote before is there for all after."""
-    if team_size() > 1:
+    if world_size() > 1:
         import torch
         import torch.distributed as dist
 
         dist.all_reduce(torch.zeros(1))  # on processors, also where gradients are on GPUs
 
 
-def agree(value: T) -> T:
+def broadcast(value: T) -> T:
     """Give all what the first one says: what JSON can hold."""
-    if team_size() == 1:
+    if world_size() == 1:
         return value
     import torch
     import torch.distributed as dist
@@ -109,12 +109,12 @@ def agree(value: T) -> T:
     return agreed
 
 
-def spread(n: int, compute: Callable[[int], Parts]) -> Iterator[Parts]:
+def all_gather_batches(n: int, compute: Callable[[int], Arrays]) -> Iterator[Arrays]:
     """Yield compute(0), ..., compute(n - 1) in order to all, each computed by one of them.
 
     All have the same shapes and types.
     """
-    size = team_size()
+    size = world_size()
     if size == 1:
         yield from map(compute, range(n))
         return
@@ -133,18 +133,18 @@ def spread(n: int, compute: Callable[[int], Parts]) -> Iterator[Parts]:
             yield [part[i] for part in found]
 
 
-def own_part(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def shard(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Give this process's part of a batch."""
-    return rows[rank() :: team_size()]
+    return rows[rank() :: world_size()]
 
 
-def add_up(model: "nn.Module", *numbers: float) -> list[float]:
+def all_reduce_gradients(model: "nn.Module", *numbers: float) -> list[float]:
     """Add up the gradients of all processes, and these numbers, whose sums it gives.
 
     One message: what each parameter's gradient is on the whole batch, if the loss was divided by
     its size.
     """
-    if team_size() == 1:
+    if world_size() == 1:
         return list(numbers)
     import torch
     import torch.distributed as dist

@@ -46,7 +46,7 @@ class NetworkError(PipelineError):
     """A network fails while it runs, at every usual size of images."""
 
 
-class TeamError(PipelineError):
+class ProcessGroupError(PipelineError):
     """Another process of the same stage is gone, or can't be reached."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: with those who are left it may go on
@@ -80,12 +80,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return compiled and any(words in str(error) for words in NO_MEMORY)
 
 
-def said_by(error: BaseException, most: int = 80) -> str:
+def one_line(error: BaseException, most: int = 80) -> str:
     """Return what an error says in one line of at most `most` characters, or else its class."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
-def near(word: str, known: Iterable[str], most: int = 3) -> str:
+def suggest(word: str, known: Iterable[str], most: int = 3) -> str:
     """Name the known words nearest to `word`, for the end of an error message."""
     known = [str(name) for name in known]
     close = get_close_matches(word, known, n=most, cutoff=0.5)

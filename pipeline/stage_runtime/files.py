@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pipeline.stage_runtime.errors import DataError, PipelineError, said_by
+from pipeline.stage_runtime.errors import DataError, PipelineError, one_line
 
 BLOCK = 2**20  # bytes that are written at once
 
@@ -233,7 +233,7 @@ def reading(file: Path, stage: str) -> Iterator[None]:
     except (PipelineError, OSError):
         raise
     except Exception as error:  # damaged bytes raise anything; a NumPy header even SyntaxError
-        said = said_by(error, 120)
+        said = one_line(error, 120)
         raise DataError(
             f"{file}: damaged ({type(error).__name__}: {said}); run `dvc checkout --force`"
         ) from None

@@ -23,17 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.stage_runtime.cache_entries import discard, hold, make_room
-from pipeline.stage_runtime.distributed import agree, wait
-from pipeline.stage_runtime.errors import TeamError
+from pipeline.stage_runtime.distributed import barrier, broadcast
+from pipeline.stage_runtime.errors import ProcessGroupError
 from pipeline.stage_runtime.files import files_below, hash_of, link, new_array, write_json
 from pipeline.stage_runtime.progress import bar, say
 from pipeline.stage_runtime.settings import (
     cache_folder,
-    may_shrink,
+    is_elastic,
     rank,
     save_seconds,
-    team_size,
     threads,
+    world_size,
 )
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Resume:
         if rank() > 0:
             return self._followed(names, n, compute)
         arrays, done = self._begun(names, n)
-        agree(done)
+        broadcast(done)
         if done:
             say(f"going on at {done} of {n}")
         saved = time.monotonic()
@@ -79,17 +79,17 @@ class Resume:
                 saved = time.monotonic()
         if arrays:
             self._record(names, arrays, done)
-        wait()
+        barrier()
         return [np.load(self.file(name), mmap_mode="r") for name in names] if arrays else []
 
     def _followed(
         self, names: Sequence[str], n: int, compute: Callable[[int], Iterable[Sequence[Array]]]
     ) -> list[Array]:
         """Do a part of the work, and read what the first process wrote of all."""
-        done = agree(0)
+        done = broadcast(0)
         for _ in compute(done) if done < n else ():
             pass
-        wait()
+        barrier()
         return [np.load(self.file(name), mmap_mode="r") for name in names] if n else []
 
     def is_filled(self, name: str, n: int) -> bool:
@@ -103,11 +103,11 @@ class Resume:
     def remember(self, name: str, compute: Callable[[], T]) -> T:
         """Compute a value once: numbers, texts, lists, dictionaries, as JSON holds them."""
         file = self.folder / "values" / hashlib.sha256(name.encode()).hexdigest()[:20]
-        if not agree("value" in _read(file)):
+        if not broadcast("value" in _read(file)):
             computed = compute()
             if rank() == 0:
                 write_json(file, {"value": computed})
-            wait()
+            barrier()
         value: T = json.loads(file.read_text(encoding="utf-8"))["value"]
         return value
 
@@ -171,7 +171,7 @@ class Resume:
 
 
 @contextmanager
-def resume_of(
+def held_resume(
     stage: str,
     arguments: dict[str, Any],
     inputs: Sequence[Path],
@@ -184,11 +184,11 @@ def resume_of(
 
     Raises TeamError where a process doesn't see the first one's cache.
     """
-    key = agree(_key(arguments, inputs, sources) if rank() == 0 else "")
+    key = broadcast(_key(arguments, inputs, sources) if rank() == 0 else "")
     own = cache_folder() / "resume" / f"{stage}-{key[:24]}"
     with hold(own, stage):
         if not own.is_dir():
-            raise TeamError(
+            raise ProcessGroupError(
                 f"{own.absolute()}: not seen by process {rank()}; processes that share a stage "
                 "need one folder at one place, and one PIPELINE_CACHE"
             )
@@ -247,7 +247,7 @@ def _key(arguments: dict[str, Any], inputs: Sequence[Path], sources: Sequence[Pa
         [(str(file.relative_to(CODE.parent)), _digest(file)) for file in own_code()],
         os.environ.get("PIPELINE_DEVICE"),
         _processor(),
-        None if may_shrink() else (threads(), team_size(), os.environ.get("OMP_NUM_THREADS")),
+        None if is_elastic() else (threads(), world_size(), os.environ.get("OMP_NUM_THREADS")),
     ]
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 

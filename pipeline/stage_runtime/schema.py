@@ -18,11 +18,11 @@ import yaml
 from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.stage_runtime.errors import ParamError, near
+from pipeline.stage_runtime.errors import ParamError, suggest
 from pipeline.stage_runtime.resume import Resume
 
 Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
-Params = Annotated[dict[str, Any], "all"]  # of params.yaml, for who shows them
+AllParams = Annotated[dict[str, Any], "all"]  # of params.yaml, for who shows them
 Stage = Callable[..., dict[str, float]]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no number from a string, no NaN
 MOST_BYTES = 100_000  # of params.yaml; ours has five thousand
@@ -91,7 +91,7 @@ def stage_params(stage: Stage) -> list[Param]:
     """List what a stage takes from params.yaml, in the order of its signature."""
     params = []
     for argument, hint in get_type_hints(stage, include_extras=True).items():
-        if argument == "return" or hint in (Path, Out, Resume, Params):
+        if argument == "return" or hint in (Path, Out, Resume, AllParams):
             continue
         if is_dataclass(hint):
             inner = get_type_hints(hint, include_extras=True)
@@ -172,9 +172,9 @@ def arguments(stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
     for name in params:
         if name not in (*TOP, stage.__name__):
             said = str(name)[:80]
-            raise ParamError(f"params.yaml: unknown key {said}; {near(said, TOP)}")
+            raise ParamError(f"params.yaml: unknown key {said}; {suggest(said, TOP)}")
     hints = get_type_hints(stage, include_extras=True)
-    values |= {name: params for name, hint in hints.items() if hint == Params}
+    values |= {name: params for name, hint in hints.items() if hint == AllParams}
     return {
         name: hints[name](**value) if is_dataclass(hints[name]) else value
         for name, value in values.items()
@@ -197,12 +197,12 @@ def _refuse_unknown(keys: set[str], params: dict[str, Any]) -> None:
         known = [key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")]
         found = params.get(section)
         if not isinstance(found, dict):
-            raise ParamError(f"params.yaml: no section '{section}:'; {near(section, params)}")
+            raise ParamError(f"params.yaml: no section '{section}:'; {suggest(section, params)}")
         for name in found:
             if name not in known:
                 said = str(name)[:80]
                 raise ParamError(
-                    f"params.yaml: unknown key {section}.{said}; {near(said, sorted(known))}"
+                    f"params.yaml: unknown key {section}.{said}; {suggest(said, sorted(known))}"
                 )
 
 

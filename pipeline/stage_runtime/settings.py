@@ -63,7 +63,7 @@ def launcher() -> str:
     return os.environ.get("PIPELINE_LAUNCHER", "")
 
 
-def team_size() -> int:
+def world_size() -> int:
     """Count the processes that share this stage, as torchrun and Kubernetes tell them."""
     return _whole("WORLD_SIZE", 1, least=1)
 
@@ -73,7 +73,7 @@ def rank() -> int:
     return _whole("RANK", 0)
 
 
-def may_shrink() -> bool:
+def is_elastic() -> bool:
     """Tell whether the stage goes on with fewer processes when a host is lost."""
     return hosts().least < hosts().most or _whole("TORCHELASTIC_MAX_RESTARTS", 0) > 0
 
@@ -91,7 +91,7 @@ def device_asked() -> str:
     return said
 
 
-def patience() -> float:
+def collective_timeout() -> float:
     """Give how long processes wait for each other, in seconds: PIPELINE_PATIENCE_SECONDS."""
     return _number("PIPELINE_PATIENCE_SECONDS", 600)
 

@@ -68,7 +68,7 @@ def simplest_of_the_best(right: Sequence[Bools], groups: Ints, tie: float) -> in
     return next(place for place, model in enumerate(right) if ties(model))
 
 
-def helped(found: dict[str, float | None]) -> str:
+def fine_tuning_verdict(found: dict[str, float | None]) -> str:
     """Say in a sentence whether fine-tuning helped, from the `difference` of stage 2 and probe."""
     accuracy, low, high = (found[key] for key in ("accuracy", "low", "high"))
     assert accuracy is not None

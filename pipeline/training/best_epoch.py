@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.training.fit import EXPLODED, DivergedError, Epoch
-from pipeline.training.resume_state import Kept, Trail
+from pipeline.training.resume_state import Kept, ResumeState
 
 Validation = dict[str, float]
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -26,7 +26,7 @@ class Best:
     state: dict[str, Tensor]
 
 
-def keep_best(
+def best_epoch(
     stage: str,
     out: Path,
     model: nn.Module,
@@ -34,7 +34,7 @@ def keep_best(
     validate: Callable[[], Validation],
     before: list[Validation],
     patience: int,
-    trail: Trail,
+    resume_state: ResumeState,
     *,
     start_counts: bool = False,
 ) -> Best:
@@ -43,16 +43,16 @@ def keep_best(
     `before` are validations before the first step, rows of epoch 0 in history.csv; with
     `start_counts` the last of them is a candidate, else the epochs from 1 on are. Stops early after
     `patience` epochs without a better one; 0 never does. Rewrites history.csv and metrics.json
-    whole after each epoch, so that a run can be followed. `trail`, which `epochs` writes, keeps all
-    that for a run that goes on.
+    whole after each epoch, so that a run can be followed. `resume_state`, which `epochs` writes,
+    keeps all that for a run that goes on.
     """
     rows: list[Sequence[object]] = [_row(0, None, val) for val in before]
     best: Best | None = None
     if start_counts:
         best = Best(0, None, before[-1], state_of(model))
-    if trail.kept.facts:  # of a run that was killed
-        rows = trail.kept.facts["rows"]
-        best = Best(**trail.kept.facts["best"], state=trail.kept.best)
+    if resume_state.kept.facts:  # of a run that was killed
+        rows = resume_state.kept.facts["rows"]
+        best = Best(**resume_state.kept.facts["best"], state=resume_state.kept.best)
         _write(stage, out, rows, best)
     for epoch in epochs:
         val = validate()
@@ -66,7 +66,7 @@ def keep_best(
         rows.append(_row(epoch.epoch, epoch, val))
         _write(stage, out, rows, best)
         said = {k: v for k, v in vars(best).items() if k != "state"}
-        trail.kept = Kept({"rows": rows, "best": said}, best.state)
+        resume_state.kept = Kept({"rows": rows, "best": said}, best.state)
         say(
             f"epoch {epoch.epoch:>3}  train loss {epoch.loss:.4f} acc {epoch.accuracy:.4f}  "
             f"val loss {val['loss']:.4f} acc {val['accuracy']:.4f}  "

@@ -13,13 +13,13 @@ from annotated_types import Ge, Gt, Interval
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.nets.blocks import for_decay, is_inside
-from pipeline.stage_runtime.distributed import add_up, own_part
+from pipeline.nets.blocks import is_inside, layer_groups
+from pipeline.stage_runtime.distributed import all_reduce_gradients, shard
 from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import bar
 from pipeline.stage_runtime.schema import Key
 from pipeline.stage_runtime.settings import rank
-from pipeline.training.resume_state import Place, Trail
+from pipeline.training.resume_state import Position, ResumeState
 from pipeline.training.schedule import Schedule, layer_factors, rate
 
 Ints = NDArray[np.int64]
@@ -51,7 +51,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Weighing:
+class SampleWeights:
     """How much each image counts in training."""
 
     sample_weight: Annotated[bool, Key("sample_weight")]  # by its weight in index.csv
@@ -77,14 +77,14 @@ def fit(
     weights: NDArray[np.float64],
     recipe: Recipe,
     seed: int,
-    trail: Trail | None = None,
+    resume_state: ResumeState | None = None,
 ) -> Iterator[Epoch]:
     """Train a model's trainable parameters, yielding after each epoch.
 
     `batch(epoch, rows)` gives the input of `forward`, which gives logits (B, C); `labels` and
     `weights` are (N,), the weights of mean 1. Each epoch sees the images in an order that
-    depends on seed and epoch alone; a last batch that isn't full is left out. With a trail it goes
-    on where an earlier run was, to the same bits, and leaves one itself.
+    depends on seed and epoch alone; a last batch that isn't full is left out. With a resume state
+    it goes on where an earlier run was, to the same bits, and leaves one itself.
 
     Raises DivergedError naming the epoch and the rate if the loss is no number or explodes.
     """
@@ -93,7 +93,7 @@ def fit(
     steps = n // size
     optimizer = make_optimizer(model, recipe)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    begin = trail.resume(model, optimizer) if trail else Place(1)
+    begin = resume_state.resume(model, optimizer) if resume_state else Position(1)
     for epoch in range(begin.epoch, recipe.epochs + 1):
         start = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(n)
@@ -116,7 +116,7 @@ def fit(
             )
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            own = own_part(rows)
+            own = shard(rows)
             share, hits = 0.0, 0.0  # of a batch smaller than the number of processes, maybe nothing
             if len(own):
                 logits = forward(batch(epoch, own))
@@ -128,7 +128,7 @@ def fit(
                 loss = weighted.mean() * (len(own) / len(rows))  # its share of the whole batch's
                 loss.backward()  # type: ignore[no-untyped-call]  # torch ships it untyped
                 share, hits = loss.item(), float((logits.argmax(1) == target).sum())
-            value, right = add_up(model, share, hits)
+            value, right = all_reduce_gradients(model, share, hits)
             optimizer.step()
             optimizer.zero_grad()
             if not math.isfinite(value) or value > EXPLODED:
@@ -138,8 +138,10 @@ def fit(
                 )
             total_loss += value
             total_right += int(right)
-            if trail and trail.is_due() and step + 1 < steps:
-                trail.save(model, optimizer, Place(epoch, step + 1, total_loss, total_right))
+            if resume_state and resume_state.is_due() and step + 1 < steps:
+                resume_state.save(
+                    model, optimizer, Position(epoch, step + 1, total_loss, total_right)
+                )
         yield Epoch(
             epoch,
             recipe.lr * factor,
@@ -147,9 +149,9 @@ def fit(
             total_right / (steps * size),
             time.perf_counter() - start,
         )
-        begin = Place(epoch + 1)
-        if trail:  # with what was made of the epoch meanwhile
-            trail.save(model, optimizer, begin)
+        begin = Position(epoch + 1)
+        if resume_state:  # with what was made of the epoch meanwhile
+            resume_state.save(model, optimizer, begin)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -158,7 +160,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     A group for each pair of block and decay: lower rates for blocks further from the head, no
     weight decay on tensors of one dimension (biases, normalisation).
     """
-    factors = layer_factors(for_decay(model), recipe.layer_decay)
+    factors = layer_factors(layer_groups(model), recipe.layer_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -177,7 +179,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def training_weights(
-    labels: Ints, weights: NDArray[np.float64], n_classes: int, how: Weighing
+    labels: Ints, weights: NDArray[np.float64], n_classes: int, how: SampleWeights
 ) -> NDArray[np.float64]:
     """Combine sample and class weights to a mean of 1, as scikit-learn's `balanced` does."""
     combined = weights.astype(np.float64) if how.sample_weight else np.ones(len(labels))

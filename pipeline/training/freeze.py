@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.nets.blocks import is_inside
 from pipeline.stage_runtime.errors import ParamError
-from pipeline.stage_runtime.settings import team_size
+from pipeline.stage_runtime.settings import world_size
 
 
 def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> list[str]:
@@ -34,7 +34,7 @@ def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> 
 
 def refuse_shared_statistics(stage: str, batchnorm: str) -> None:
     """Raise ParamError where processes would each normalise by their own part of a batch."""
-    if batchnorm == "train" and team_size() > 1:
+    if batchnorm == "train" and world_size() > 1:
         raise ParamError(
             f"params.yaml: {stage}.batchnorm = 'train' (or weights from scratch) with several "
             "processes: PyTorch has no SyncBatchNorm on processors, so statistics would be those "

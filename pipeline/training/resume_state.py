@@ -16,7 +16,7 @@ from pipeline.stage_runtime.settings import rank, save_seconds
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where in training a run is: before this step of this epoch."""
 
     epoch: int
@@ -33,7 +33,7 @@ class Kept:
     best: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Trail:
+class ResumeState:
     """The state of a training run in one file, replaced as a whole."""
 
     def __init__(self, file: Path) -> None:
@@ -48,21 +48,21 @@ class Trail:
                 say(f"{error}: starting anew")
                 return
             self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            self.kept = Kept(self._facts["kept"], checkpoint.part(self._tensors, "best."))
+            self.kept = Kept(self._facts["kept"], checkpoint.strip_prefix(self._tensors, "best."))
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Place:
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
         """Bring network, optimiser and random numbers to where the last run was; gives the place.
 
         The optimiser's tensors take their parameter's layout, which its fused kernels rely on.
         """
         if not self._tensors:
-            return Place(1)
-        place = Place(**self._facts["place"])
-        model.load_state_dict(checkpoint.part(self._tensors, "model."))
+            return Position(1)
+        place = Position(**self._facts["place"])
+        model.load_state_dict(checkpoint.strip_prefix(self._tensors, "model."))
         settings = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in checkpoint.part(self._tensors, "optimizer.").items():
+        for name, tensor in checkpoint.strip_prefix(self._tensors, "optimizer.").items():
             number, _, key = name.partition(".")
             like = parameters[int(number)]
             same = tensor.shape == like.shape
@@ -84,7 +84,7 @@ class Trail:
         """Tell whether it is time to save again."""
         return time.monotonic() - self._saved >= save_seconds()
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, place: Place) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, place: Position) -> None:
         """Save where training is; of several processes, which all are there, the first does."""
         if rank() > 0:
             return

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 
 from pipeline.images.shards import Facts
-from pipeline.nets.backbone import again, backbone_of, head_name, set_head
+from pipeline.nets.backbone import backbone_of, head_name, rebuild, set_head
 from pipeline.nets.blocks import match, trace, trained_with
 from pipeline.nets.device import device
-from pipeline.nets.fuse import fold
+from pipeline.nets.fuse import fuse
 from pipeline.nets.network import Network, refuse_other_classes
 from pipeline.probing.probes import head_of, read_probes
 from pipeline.training.freeze import everything
@@ -35,7 +35,7 @@ def start_network(
     _, linear, meta = read_probes(file)
     backbone = backbone_of(meta)
     refuse_other_classes("probe", file, meta["classes"], packed.classes)
-    model = again(backbone)
+    model = rebuild(backbone)
     trace(model, image_size)
     set_head(model, len(packed.classes))
     if head_init == "probe" and backbone.weights != "none":
@@ -43,7 +43,7 @@ def start_network(
         head = model.get_submodule(head_name(model))
         head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
     network = Network(
-        fold(model, precision),
+        fuse(model, precision),
         backbone,
         packed.classes,
         image_size,

@@ -20,14 +20,14 @@ from torch import Tensor
 from pipeline.nets.device import has_room, kernels
 from pipeline.nets.network import Network, eval_batch, in_batches
 from pipeline.stage_runtime.cache_entries import hold, make_room
-from pipeline.stage_runtime.distributed import Parts, agree
+from pipeline.stage_runtime.distributed import Arrays, broadcast
 from pipeline.stage_runtime.progress import say, track
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.settings import cache_bytes, cache_folder, rank
 
-Rows = NDArray[np.int64]
-Compute = Callable[[Sequence[int], Rows], Sequence[Tensor]]  # (views, rows) -> (B, ...) a view
-Batch = Callable[[int, Rows], Tensor]  # (epoch from 1, rows) -> (B, ...)
+Indices = NDArray[np.int64]
+Compute = Callable[[Sequence[int], Indices], Sequence[Tensor]]  # (views, rows) -> (B, ...) a view
+Batch = Callable[[int, Indices], Tensor]  # (epoch from 1, rows) -> (B, ...)
 HERE = Path(__file__).parent
 CODE = (
     *(HERE.parent / "nets").glob("*.py"),
@@ -57,7 +57,7 @@ def key_of(network: Network, block: str, pixels: str, **augmentation: Any) -> st
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
-def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
+def cached_outputs(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     """Compute a function of (view, row) once for all rows and views, and read it from disk after.
 
     Epochs take turns with the views. What an earlier run did is kept, also of one that was killed.
@@ -73,7 +73,7 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     if needed > cache_bytes():
         say(f"{name}: {needed / 1e9:.1f} GB don't fit into the cache")
 
-        def anew(epoch: int, rows: Rows) -> Tensor:
+        def anew(epoch: int, rows: Indices) -> Tensor:
             # In batches of the one size, as they would be stored.
             whole = (np.arange(i, i + size) for i in range(0, len(rows), size))
             parts = [rows[np.minimum(part, len(rows) - 1)] for part in whole]
@@ -89,16 +89,16 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     with hold(folder, name):
         if rank() == 0:
             make_room(folder, needed)
-        missing = agree([v for v in range(1, views + 1) if not outputs.is_filled(str(v), n)])
+        missing = broadcast([v for v in range(1, views + 1) if not outputs.is_filled(str(v), n)])
 
-        def computed(rows: Rows) -> Parts:
+        def computed(rows: Indices) -> Arrays:
             found = compute(missing, rows)
             laid_out = (z.permute(0, 2, 3, 1) if channels_last else z for z in found)
             # NumPy knows no bfloat16: its bits as whole numbers.
             bits = (z.view(torch.int16) if z.dtype == torch.bfloat16 else z for z in laid_out)
             return [z.cpu().numpy() for z in bits]
 
-        def shown(first: int) -> Iterator[Parts]:
+        def shown(first: int) -> Iterator[Arrays]:
             total = (n - first) * len(missing)
             batches = in_batches(n, computed, first)
             return track(batches, total, name, lambda part: len(part[0]) * len(missing))
@@ -114,7 +114,7 @@ def stored(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     if has_room(needed, sample.device):
         by_view = {view: z.to(sample.device) for view, z in by_view.items()}
 
-    def read(epoch: int, rows: Rows) -> Tensor:
+    def read(epoch: int, rows: Indices) -> Tensor:
         kept_there = by_view[view_of(epoch)]
         z = kept_there[torch.from_numpy(rows).to(kept_there.device)].to(sample.device)
         return z.permute(0, 3, 1, 2) if channels_last else z

@@ -10,7 +10,7 @@ from test_prepare import HYMENOPTERA, prepared, read_json, splits_by
 
 from pipeline.dataset import near_duplicates as alike
 from pipeline.dataset.decode import decode
-from pipeline.dataset.near_duplicates import clusters_alike, hashes_of, near_duplicates
+from pipeline.dataset.near_duplicates import clusters, hashes_of, near_duplicates
 
 SIZE = 64
 
@@ -76,12 +76,10 @@ def test_clusters_are_chains_and_flat_pictures_are_no_copies_of_each_other():
     a, b = scene(0), scene(1)
     flat = [Image.new("RGB", (9, 9), colour) for colour in ("black", "black", "white")]
     images = packed([a, b, jpeg(a, 30), jpeg(a, 60), *flat])
-    names = clusters_alike(images, hashes_of(images))
+    names = clusters(images, hashes_of(images))
     assert names[0] == names[2] == names[3] >= 0
     assert [names[i] for i in (1, 4, 5, 6)] == [-1] * 4
-    assert (
-        clusters_alike(np.empty((0, SIZE, SIZE), np.uint8), np.empty(0, np.uint64)).tolist() == []
-    )
+    assert clusters(np.empty((0, SIZE, SIZE), np.uint8), np.empty(0, np.uint64)).tolist() == []
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -248,11 +248,11 @@ def test_a_wrong_param_is_told_once(repo):
     assert done.stderr.count("error: params.yaml: stage2.lr = -1.0") == 1
 
 
-def wait_for_a_trail(folder: Path) -> None:
+def wait_for_training_state(folder: Path) -> None:
     """Wait until stage 2 has saved its state for the first time."""
     states = folder / ".pipeline/resume"
     end = time.monotonic() + 120
-    while time.monotonic() < end and not list(states.glob("stage2-*/trail.safetensors")):
+    while time.monotonic() < end and not list(states.glob("stage2-*/training.safetensors")):
         time.sleep(0.05)
 
 
@@ -286,7 +286,7 @@ def test_a_process_that_dies_ends_the_others_and_the_stage_goes_on(victim, share
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_for_a_trail(folder)
+    wait_for_training_state(folder)
     killed = [pid for pid, rank in workers(folder).items() if rank == victim]
     assert killed
     for pid in killed:
