@@ -24,13 +24,16 @@ TOGETHER = """
 import sys
 import numpy as np, torch
 from torch import nn
-from pipeline.stage_runtime.settings import rank, team_size
-from pipeline.stage_runtime.distributed import add_up, agree, own_part, spread, together
+from pipeline.stage_runtime.settings import rank, world_size
+from pipeline.stage_runtime.distributed import (
+    all_gather_batches, all_reduce_gradients, broadcast, process_group, shard
+)
 
-with together():
-    assert agree(f"from {rank()}") == "from 0"
+with process_group():
+    assert broadcast(f"from {rank()}") == "from 0"
     for n in (1, 2, 5):
-        found = list(spread(n, lambda i: [np.full((2, 3), i, np.float32), np.arange(i, i + 4)]))
+        made = lambda i: [np.full((2, 3), i, np.float32), np.arange(i, i + 4)]
+        found = list(all_gather_batches(n, made))
         assert len(found) == n
         for i, (first, second) in enumerate(found):
             assert first.dtype == np.float32 and (first == i).all() and first.shape == (2, 3)
@@ -44,11 +47,11 @@ with together():
     model(x).square().mean(dim=(1, 2, 3)).mean().backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    own = own_part(rows)
+    own = shard(rows)
     loss = model(x[own]).square().mean(dim=(1, 2, 3)).sum() / len(rows)
     loss.backward()
     layout = model.weight.grad.stride()
-    [total, number] = add_up(whole, loss.item(), len(own))
+    [total, number] = all_reduce_gradients(whole, loss.item(), len(own))
     assert number == 7
     for p, e in zip(model.parameters(), expected):
         torch.testing.assert_close(p.grad, e, rtol=1e-5, atol=1e-7)
@@ -64,8 +67,8 @@ import numpy as np, torch
 from contextlib import nullcontext
 from torch import nn
 from pipeline.training.fit import Recipe, fit
-from pipeline.stage_runtime.settings import rank, team_size
-from pipeline.stage_runtime.distributed import together
+from pipeline.stage_runtime.settings import rank, world_size
+from pipeline.stage_runtime.distributed import process_group
 
 torch.manual_seed(0)
 layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -73,7 +76,7 @@ model = nn.Sequential(*layers)
 before = [p.detach().clone() for p in model.parameters()]
 x, labels = torch.randn(6, 3, 8, 8), np.arange(6) % 2
 recipe = Recipe(3, 2, "sgd", 0.1, 1.0, 0.0, 0.9, "constant", 0, 7, 0.1, 0.0)
-with together() if team_size() > 1 else nullcontext():
+with process_group() if world_size() > 1 else nullcontext():
     run = fit(model, model, lambda _, rows: x[rows], labels, np.ones(6), recipe, seed=0)
     epochs = [[epoch.loss, epoch.accuracy] for epoch in run]
 if rank() == 0:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PHOTOS, ROOT, Run, write_photos
+from conftest import PHOTOS, ROOT, STAGES, Run, write_photos
 from repository import change, commit, environment, git
 
+import pipeline.__main__
+from pipeline.commands.dependencies import table
 from pipeline.commands.params import FILE, described
 from pipeline.nets.backbone import pretrained
 
@@ -120,8 +122,8 @@ def test_from_a_clone_to_a_compared_change_it_takes_no_more_than_ten_commands():
     for step in (
         "make repro",
         "dvc exp run",
-        "pipeline.commands.compare",
-        "pipeline.commands.predict",
+        "pipeline compare",
+        "pipeline predict",
     ):
         assert any(step in line for line in tour)
 
@@ -148,16 +150,16 @@ def test_the_params_that_a_page_names_exist(page):
     assert set(named) - keys - files - outputs == set()
 
 
-def test_every_command_of_the_project_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    commands = [
-        file.stem
-        for file in (ROOT / "pipeline").glob("*.py")
-        if '__name__ == "__main__"' in file.read_text()
-    ]
-    assert len(commands) > 10
-    for name in commands:
-        assert f"`{name}`" in readme or f"{name}.py" in readme or f"pipeline.{name}" in readme, name
+def test_the_page_of_files_is_what_the_command_writes():
+    written = "\n".join([*table(), ""])
+    assert (ROOT / "docs" / "files.md").read_text(encoding="utf-8") == written
+
+
+def test_bare_the_package_lists_every_stage_and_command():
+    files = [*(ROOT / "pipeline/commands").glob("*.py"), *(ROOT / "pipeline/launcher").glob("*.py")]
+    commands = {f.stem for f in files if "\ndef main() -> None:" in f.read_text(encoding="utf-8")}
+    listed = re.findall(r"^    (\w+) ", pipeline.__main__.__doc__ or "", re.MULTILINE)
+    assert sorted(listed) == sorted({*STAGES, *commands})
 
 
 def test_each_line_of_what_is_read_is_held_by_a_test():

@@ -58,7 +58,7 @@ for stage in sys.argv[1:]:
     def note(_):
         found[stage] = [str(file.relative_to(Path.cwd())) for file in own_code()]
     pipeline.launcher.stage.main = note
-    pipeline.launcher.supervise.in_a_child = lambda name: None
+    pipeline.launcher.supervise.supervised = lambda name: None
     sys.argv = ["-m", stage]
     importlib.import_module("pipeline.__main__").main()
 json.dump(found, sys.stdout)

@@ -14,7 +14,7 @@ from conftest import ROOT
 STAGE = """
 import os, sys, time
 from pathlib import Path
-from pipeline.launcher.supervise import in_a_child
+from pipeline.launcher.supervise import supervised
 from pipeline.stage_runtime.schema import Out
 
 def sleeper(*, out: Out, seconds: int) -> dict[str, float]:
@@ -27,7 +27,7 @@ def sleeper(*, out: Out, seconds: int) -> dict[str, float]:
     {extra}
     return {{}}
 
-in_a_child("sleeper")
+supervised("sleeper")
 from pipeline.launcher.stage import main
 main(sleeper)
 """

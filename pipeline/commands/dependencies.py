@@ -2,7 +2,7 @@
 
     python -m pipeline dependencies            # after a new import
     python -m pipeline dependencies --check    # exit code 1 if dvc.yaml has others
-    python -m pipeline dependencies --table    # for each file, the stages that a change reruns
+    python -m pipeline dependencies --table    # docs/files.md
 
 A folder is listed where the stage imports every module in it, else its files are.
 """
@@ -85,13 +85,33 @@ def written(text: str) -> str:
 
 
 def table() -> list[str]:
-    """Lay out which stages a change of each file reruns first."""
+    """Lay out what each file holds, and which stages a change there reruns first, as a page."""
     of = {stage: closure(stage) for stage in STAGES}
-    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "pipeline").rglob("*.py"))
-    lines = ["| a change in | reruns |", "|---|---|"]
-    for file in files:
-        stages = [stage for stage in STAGES if file in of[stage]]
-        lines.append(f"| `{file}` | {', '.join(stages) or 'nothing'} |")
+    lines = [
+        "# Files",
+        "",
+        "Written by `python -m pipeline dependencies --table` from the first lines of the files",
+        "and the imports of the stages. A change in a file reruns the stages beside it, then the",
+        "stages that read their outputs, as far as the outputs differ.",
+        "",
+        "`tests/` holds claims, each checked against something independent. `bench/` measures",
+        "speed, `runs/` accuracy over many runs.",
+    ]
+    before = None
+    for file in sorted((ROOT / "pipeline").rglob("*.py"), key=lambda f: (f.parent, f)):
+        folder, name = file.parent.relative_to(ROOT).as_posix(), file.relative_to(ROOT).as_posix()
+        if folder != before:
+            lines += [
+                "",
+                f"## {folder}/",
+                "",
+                "| file | holds | a change reruns |",
+                "|---|---|---|",
+            ]
+            before = folder
+        about = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
+        stages = ", ".join(stage for stage in STAGES if name in of[stage]) or "nothing"
+        lines.append(f"| `{file.stem}` | {' '.join(about[0].split())} | {stages} |")
     return lines
 
 
