@@ -23,8 +23,9 @@ from pipeline.images.shards import SPLITS, read_images, read_rows
 from pipeline.inference.taps import Taps
 from pipeline.inference.tta import TTA, averaged
 from pipeline.nets.backbone import head_name
+from pipeline.nets.batches import run_in_batches
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.network import Network, run_in_batches
+from pipeline.nets.network import Network
 from pipeline.probing.codes import LAST
 from pipeline.stage_runtime.progress import say
 

@@ -34,11 +34,13 @@ from pipeline.images.shards import read_facts, read_images, read_rows
 from pipeline.inference.taps import Taps
 from pipeline.inference.tta import TTA, averaged
 from pipeline.nets.backbone import rebuild, set_head
+from pipeline.nets.batches import EVAL_BATCH, run_in_batches
 from pipeline.nets.blocks import depths
 from pipeline.nets.convolve import convolve, shape_of
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import resolved
-from pipeline.nets.network import EVAL_BATCH, Network, run_in_batches
+from pipeline.nets.network import Network
+from pipeline.nets.normalise import shrunk
 from pipeline.probing.codes import LAST, SOURCE
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import threads
@@ -233,7 +235,7 @@ def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
 
     @torch.no_grad()
     def trunk_of(epochs: Sequence[int], chosen: Ints) -> list[Tensor]:
-        pixels = ours.shrink(torch.from_numpy(images[chosen]))
+        pixels = shrunk(torch.from_numpy(images[chosen]), ours.image_size)
         augmented = (augment(pixels, ids[chosen], epoch, 0, FLIPS) for epoch in epochs)
         return [cut.trunk(ours.normalise(x)) for x in augmented]
 

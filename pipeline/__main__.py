@@ -36,6 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
+NEEDED = ("filelock", "psutil", "pydantic", "rich", "torch", "yaml")  # of what the project installs
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def _use_own_environment() -> None:
     """Start again in the project's environment where this Python lacks the packages."""
     own = HERE.parent / ".venv"
     python = own / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if find_spec("pydantic") or not python.exists():
+    if all(map(find_spec, NEEDED)) or not python.exists():
         return
     if Path(sys.prefix).resolve() == own.resolve():
         sys.exit("error: packages are missing in .venv; run `make install`")

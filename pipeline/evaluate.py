@@ -16,9 +16,9 @@ from pipeline.images.rows import Rows
 from pipeline.images.shards import Images, read_facts, read_images, read_rows
 from pipeline.inference.tta import TTA, logits_from
 from pipeline.nets.backbone import rebuild
-from pipeline.nets.device import device, set_up_torch
-from pipeline.nets.fuse import fuse
-from pipeline.nets.network import Network, facts_of, load, refuse_other_classes, versions
+from pipeline.nets.checkpoint import refuse_other_classes, versions
+from pipeline.nets.device import set_up_torch
+from pipeline.nets.network import Network, facts_of, from_facts, load
 from pipeline.probing.codes import read_codes
 from pipeline.probing.probes import Probe, read_probes
 from pipeline.scoring.answers import answer_lines
@@ -171,8 +171,7 @@ def _on_both(prepared: Path, score: Callable[[str, Images], Scores]) -> tuple[Sc
 def _trunk(meta: dict[str, Any]) -> Network:
     """Build the network whose codes the probes took."""
     facts = facts_of(meta)
-    model = fuse(rebuild(facts["backbone"]).eval(), facts["precision"])
-    return Network(model, **facts).on(device())
+    return from_facts(rebuild(facts["backbone"]).eval(), facts)
 
 
 def _flips(file: Path, meta: dict[str, Any]) -> Flips:

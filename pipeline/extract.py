@@ -9,14 +9,15 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from pipeline.images.augment import Flips
-from pipeline.images.shards import SPLITS, Images, read_facts, read_images, read_rows
+from pipeline.images.shards import SPLITS, Images, read_facts, read_images, read_rows, refuse_larger
 from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import TTA, Run, averaged
 from pipeline.nets import blocks
 from pipeline.nets.backbone import pretrained
-from pipeline.nets.device import device, set_up_torch
-from pipeline.nets.fuse import Precision, fuse, resolved
-from pipeline.nets.network import Network, refuse_larger, run_in_batches
+from pipeline.nets.batches import run_in_batches
+from pipeline.nets.device import set_up_torch
+from pipeline.nets.fuse import Precision, resolved
+from pipeline.nets.network import Network, for_images
 from pipeline.probing.codes import LAST, SOURCE, codes_name, write_labels
 from pipeline.stage_runtime.distributed import Arrays
 from pipeline.stage_runtime.errors import ParamError
@@ -64,17 +65,8 @@ def extract(
     for depth in chosen:
         if len(shapes.get(depth, ())) != 4:
             raise ParamError(f"extract.depths: {depth} gives no feature maps; choose a block")
-    network = Network(
-        fuse(model.eval().requires_grad_(False), resolved(precision)),
-        backbone,
-        packed.classes,
-        image_size,
-        packed.size,
-        packed.fit,
-        packed.channels,
-        resolved(precision),
-        packed.tones,
-    ).on(device())
+    model.eval().requires_grad_(False)
+    network = for_images(model, backbone, packed, image_size, resolved(precision))
     seconds, n_images = 0.0, 0
     with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST, SOURCE], pooling) as taps:
         for split in SPLITS:

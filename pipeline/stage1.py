@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
-from pipeline.images.shards import read_facts, read_images, read_rows
+from pipeline.images.shards import read_facts, read_images, read_rows, refuse_larger
+from pipeline.nets.batches import in_batches
+from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.fuse import Precision, resolved
-from pipeline.nets.network import in_batches, refuse_larger, versions
+from pipeline.nets.normalise import shrunk
 from pipeline.scoring.metrics import validation
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
@@ -81,7 +83,7 @@ def stage1(
     def trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
         pixels = feed(chosen)
         if how.crop == 1:  # once for all: without crops, it is the same before and after
-            pixels = network.shrink(pixels)
+            pixels = shrunk(pixels, network.image_size)
         augmented = (augment(pixels, rows.ids[chosen], epoch, seed, how) for epoch in epochs)
         return [cut.trunk(network.normalise(x)) for x in augmented]
 

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
-from pipeline.images.shards import read_facts, read_images, read_rows
+from pipeline.images.shards import read_facts, read_images, read_rows, refuse_larger
 from pipeline.inference.tta import TTA, logits
 from pipeline.nets import checkpoint
+from pipeline.nets.checkpoint import refuse_other_classes, versions
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.fuse import Precision, resolved
-from pipeline.nets.network import Network, load, refuse_larger, refuse_other_classes, versions
+from pipeline.nets.network import Network, load
 from pipeline.scoring.metrics import validation
 from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.files import write_csv

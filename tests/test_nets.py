@@ -15,10 +15,12 @@ from pipeline.commands.layers import as_table, layers
 from pipeline.images.augment import dihedral
 from pipeline.inference.taps import Taps, pool
 from pipeline.nets.backbone import build, head_name, pretrained
+from pipeline.nets.batches import EVAL_BATCH
 from pipeline.nets.blocks import chain, depths, is_inside, match, trace, trained_with
 from pipeline.nets.convolve import ACTS, Shape, convolve, shape_of
 from pipeline.nets.fuse import fuse, resolved
-from pipeline.nets.network import EVAL_BATCH, Network
+from pipeline.nets.network import Network
+from pipeline.nets.normalise import shrunk
 from pipeline.probing.codes import LAST, SOURCE
 from pipeline.stage_runtime.cache_entries import hold
 from pipeline.stage_runtime.errors import NetworkError, ParamError
@@ -575,11 +577,11 @@ def test_flips_and_turns_may_come_before_shrinking_or_after(channels):
     pixels = torch.randint(
         256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    shrunk = network.shrink(pixels)
-    assert shrunk.shape == (2, 32, 32, *shape[3:])
+    smaller = shrunk(pixels, network.image_size)
+    assert smaller.shape == (2, 32, 32, *shape[3:])
     for kind in range(8):
         turned = network.normalise(dihedral(pixels, kind))
-        torch.testing.assert_close(network.normalise(dihedral(shrunk, kind)), turned)
+        torch.testing.assert_close(network.normalise(dihedral(smaller, kind)), turned)
         torch.testing.assert_close(dihedral(network.normalise(pixels), kind, rows=2), turned)
 
 

@@ -1,6 +1,7 @@
 """No stage is left behind by who started it, none runs twice, and its end is told in a line."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,3 +188,22 @@ def test_who_interrupts_a_command_that_still_imports_sees_no_traceback(seconds, 
     _, said = started.communicate(timeout=60)
     assert started.returncode != 0
     assert "Traceback" not in said
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="this Python has the packages itself")
+def test_a_python_without_the_packages_goes_on_in_the_projects_environment(tmp_path):
+    """As `.venv/bin/dvc repro` starts stages where no environment is active."""
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=lambda *_: {"__pycache__"})
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    bare = Path(sys.base_prefix) / "bin" / "python3"
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    said = subprocess.run(
+        [bare, "-S", "-m", "pipeline", "params", "stage2.lr"],  # without its own packages
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said.startswith("stage2.lr: 5e-05\n")

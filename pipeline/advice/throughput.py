@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
+from pipeline.nets.batches import eval_batch
 from pipeline.nets.device import finish
 from pipeline.nets.device_images import DeviceImages
-from pipeline.nets.network import Network, eval_batch
+from pipeline.nets.network import Network
 from pipeline.stage_runtime.files import Rowwise
 from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, fit

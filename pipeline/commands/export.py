@@ -21,8 +21,8 @@ from pipeline.final_model.classifier import Classifier, load
 from pipeline.final_model.graph import Graph
 from pipeline.images.shards import read_images
 from pipeline.launcher.command import one_line_errors, parser_of
+from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.network import versions
 from pipeline.stage_runtime.errors import CheckpointError, DataError
 from pipeline.stage_runtime.files import whole_folder, write_text
 from pipeline.stage_runtime.progress import say

@@ -33,8 +33,8 @@ from pipeline.final_model import classifier
 from pipeline.final_model import onnx as portable
 from pipeline.images.shards import Pixels
 from pipeline.launcher.command import one_line_errors, parser_of
+from pipeline.nets.batches import eval_batch
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.network import eval_batch
 from pipeline.pages.render import picture, render
 from pipeline.stage_runtime.errors import DataError
 from pipeline.stage_runtime.files import path_cell, shown, text_cell, walk, write_text

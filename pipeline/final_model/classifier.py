@@ -11,7 +11,8 @@ from scipy.special import softmax
 from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import TTA, averaged, logits
 from pipeline.nets import checkpoint
-from pipeline.nets.network import Network, from_checkpoint, run_in_batches
+from pipeline.nets.batches import run_in_batches
+from pipeline.nets.network import Network, from_checkpoint
 from pipeline.probing.codes import JOIN
 from pipeline.probing.probes import Probe
 from pipeline.stage_runtime.errors import CheckpointError

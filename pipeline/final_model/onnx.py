@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.final_model.classifier import Classifier
 from pipeline.final_model.graph import Graph, Inputs
 from pipeline.images.tones import of_facts
-from pipeline.nets.network import EVAL_BATCH
+from pipeline.nets.batches import EVAL_BATCH
 from pipeline.stage_runtime.errors import CheckpointError, one_line
 
 KEY = "pipeline"  # of the graph's metadata

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline.images.rows import Rows
 from pipeline.images.tones import PLAIN, Tones, of_facts
-from pipeline.stage_runtime.errors import DataError
+from pipeline.stage_runtime.errors import DataError, ParamError
 from pipeline.stage_runtime.files import reading
 from pipeline.stage_runtime.settings import threads
 
@@ -237,3 +237,12 @@ def read_images(prepared: Path, split: str) -> Images:
             if row["split"] == split:
                 ids.append(int(row["id"]))
     return Images(prepared, facts, _whole(ids))
+
+
+def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:
+    """Raise ParamError where a stage wants more pixels than prepare kept."""
+    if image_size > packed_size:
+        raise ParamError(
+            f"params.yaml: {stage}.image_size = {image_size} is more than prepare.size = "
+            f"{packed_size}; raise prepare.size, or lower it"
+        )

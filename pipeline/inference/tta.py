@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Flips, dihedral, views
-from pipeline.nets.network import Network, run_in_batches
+from pipeline.nets.batches import run_in_batches
+from pipeline.nets.network import Network
 from pipeline.stage_runtime.files import Rowwise
 
 Run = Callable[[Tensor], Sequence[Tensor]]

@@ -1,6 +1,7 @@
 """What a network is made of, seen by running it once: its chain of blocks, and their names."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -60,10 +61,9 @@ def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
         if name:
             handles.append(module.register_forward_pre_hook(before(name)))
             handles.append(module.register_forward_hook(after))
-    training = [m for m in model.modules() if m.training]
     try:
-        model.eval()
-        _run(model, size)
+        with evaluating(model):
+            _run(model, size)
     except Exception as error:
         if isinstance(error, PipelineError) or is_out_of_memory(error):
             raise  # says itself what it is
@@ -71,9 +71,19 @@ def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
     finally:
         for handle in handles:
             handle.remove()
+    return calls
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a network in eval mode for a while, and its modules as they were after it."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
         for module in training:
             module.training = True
-    return calls
 
 
 def _run(model: nn.Module, size: int) -> None:

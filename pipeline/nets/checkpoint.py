@@ -6,8 +6,9 @@ hashes; one key with sorted JSON gives the same bytes each time.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,3 +79,21 @@ def checked_metadata(file: Path) -> Iterator[None]:
             f"{file}: its metadata don't fit together ({type(error).__name__}: {said}); "
             "run `dvc checkout --force`, or choose another"
         ) from None
+
+
+def refuse_other_classes(
+    stage: str, file: Path, classes: Sequence[str], packed: Sequence[str]
+) -> None:
+    """Raise CheckpointError where what a stage wrote knows other classes than the images have."""
+    if list(classes) != list(packed):
+        raise CheckpointError(
+            f"{file}: its classes {classes} aren't those of the images, {packed}; "
+            f"run `dvc repro {stage}`"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of the libraries that compute, for a checkpoint's metadata."""
+    names = ("torch", "torchvision", "timm", "numpy")
+    # Without the local part: +cpu and +cu126 say which build, not which version.
+    return {name: metadata.version(name).split("+")[0] for name in names}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nets.blocks import TRACE_SIZE
+from pipeline.nets.blocks import TRACE_SIZE, evaluating
 from pipeline.nets.convolve import ACTS, Act, convolve, shape_of
 from pipeline.nets.device import device, device_of
 from pipeline.stage_runtime.errors import ParamError, is_out_of_memory, one_line
@@ -146,14 +146,10 @@ def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
             handles.append(module.register_forward_hook(after_batchnorm))
         elif type(module) in ACTS:
             handles.append(module.register_forward_pre_hook(before_act))
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    with torch.no_grad():  # inference mode counts no versions
+    with evaluating(model), torch.no_grad():  # inference mode counts no versions
         model(torch.zeros(1, 3, TRACE_SIZE, TRACE_SIZE, device=device_of(model)))
     for handle in handles:
         handle.remove()
-    for module in training:
-        module.training = True
     for follower in found.values():
         if follower.act_module is not None and calls[follower.act_module] > 1:
             follower.act, follower.act_module = "none", None

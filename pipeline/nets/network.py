@@ -1,30 +1,22 @@
 """A classifier with all that is needed to use it: network, classes, size, normalisation."""
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.images.shards import Facts
 from pipeline.images.tones import PLAIN, Tones, of_facts
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
 from pipeline.nets.blocks import trace
 from pipeline.nets.device import device, device_of
-from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.fuse import NUMBER_FORMATS, fuse
-from pipeline.stage_runtime.distributed import Arrays, all_gather_batches
-from pipeline.stage_runtime.errors import CheckpointError, ParamError
-from pipeline.stage_runtime.files import Rowwise
-
-# The size of a batch may change an image's last bits, its place in the batch doesn't: so one size.
-EVAL_BATCH, ON_A_GPU = 32, 256
+from pipeline.nets.normalise import normalised
+from pipeline.stage_runtime.errors import CheckpointError
 
 
 @dataclass
@@ -78,38 +70,10 @@ class Network:
         weights = {"weights_sha256": checkpoint.digest(tensors)}
         checkpoint.write(file, tensors, {**self.facts(), **weights, **more})
 
-    def shrink(self, pixels: Tensor) -> Tensor:
-        """Resize pixels (B, H, W) or (B, H, W, 3) that are larger to `image_size`, in float32.
-
-        With antialiasing. Flips and quarter turns may come before or after.
-        """
-        if pixels.shape[2] == self.image_size:
-            return pixels
-        x = pixels.to(torch.float32)
-        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
-        size = [self.image_size, self.image_size]
-        x = F.interpolate(x, size, mode="bicubic", antialias=True)
-        return x[:, 0] if pixels.ndim == 3 else x.permute(0, 2, 3, 1)
-
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Turn uint8 or 0..255 pixels (B, H, W) or (B, H, W, 3) into the input (B, 3, h, w).
-
-        Shrunk to `image_size`, in the layout and number format that the first convolution likes:
-        channels last, and half the bytes where that is bfloat16.
-        """
-        x, dtype = self.shrink(pixels), NUMBER_FORMATS[self.precision]
-        # Whole numbers up to 255 are exact in either, resized pixels are none.
-        x = x.to(dtype if x.dtype == torch.uint8 else torch.float32)
-        means, stds = self.backbone.mean, self.backbone.std
-        if x.ndim == 4:
-            return _standardised(x, means, stds).to(dtype).permute(0, 3, 1, 2)
-        # Grey: one plane for all channels that are normalised alike.
-        kinds = list(zip(means, stds, strict=True))
-        planes = {(m, s): _standardised(x, [m], [s]).to(dtype) for m, s in set(kinds)}
-        y = torch.empty(*x.shape, len(kinds), dtype=dtype, device=x.device)
-        for channel, kind in enumerate(kinds):
-            y[..., channel] = planes[kind]
-        return y.permute(0, 3, 1, 2)
+        """Turn uint8 or 0..255 pixels (B, H, W) or (B, H, W, 3) into the input (B, 3, h, w)."""
+        dtype = NUMBER_FORMATS[self.precision]
+        return normalised(pixels, self.image_size, self.backbone.mean, self.backbone.std, dtype)
 
     def load_state(self, tensors: dict[str, NDArray[Any]], where: Path) -> None:
         """Load weights strictly.
@@ -130,15 +94,22 @@ class Network:
 FACTS = [name for name in Network.__dataclass_fields__ if name not in ("model", "tones")]
 
 
-def _standardised(pixels: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
-    """Subtract and divide by each channel's 255-fold mean and deviation: (B, H, W[, D]).
+def for_images(
+    model: nn.Module,
+    backbone: Backbone,
+    packed: Facts,
+    image_size: int,
+    precision: Literal["fp32", "bf16"],
+) -> Network:
+    """Make a network for packed images of a model, on this process's device."""
+    facts = (packed.classes, image_size, packed.size, packed.fit, packed.channels)
+    fused = fuse(model, precision)
+    return Network(fused, backbone, *facts, precision, packed.tones).on(device())
 
-    In float32 inside, whatever the input's format, in one pass over whole rows.
-    """
-    rows = pixels.flatten(2).flatten(0, 1)  # (B * H, W * D)
-    columns = torch.tensor([means, stds], device=pixels.device).repeat(1, pixels.shape[2])
-    mean, std = 255 * columns
-    return F.batch_norm(rows, mean, std**2, eps=0).view(pixels.shape)
+
+def from_facts(model: nn.Module, facts: dict[str, Any]) -> Network:
+    """Make a network of a model by the facts of another one, on this process's device."""
+    return Network(fuse(model, facts["precision"]), **facts).on(device())
 
 
 def load(
@@ -171,10 +142,10 @@ def from_checkpoint(
         if precision:
             facts["precision"] = precision
         model = build(facts["backbone"].name, n_outputs or len(facts["classes"]))
-        network = Network(fuse(model, facts["precision"]), **facts)
+        network = from_facts(model, facts)
         network.load_state(tensors, file)
     network.model.eval().requires_grad_(False)
-    return network.on(device())
+    return network
 
 
 def facts_of(meta: dict[str, Any]) -> dict[str, Any]:
@@ -184,70 +155,3 @@ def facts_of(meta: dict[str, Any]) -> dict[str, Any]:
     """
     facts = {name: meta[name] for name in FACTS}
     return {**facts, "backbone": backbone_of(meta), "tones": of_facts(dict(meta))}
-
-
-def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:
-    """Raise ParamError where a stage wants more pixels than prepare kept."""
-    if image_size > packed_size:
-        raise ParamError(
-            f"params.yaml: {stage}.image_size = {image_size} is more than prepare.size = "
-            f"{packed_size}; raise prepare.size, or lower it"
-        )
-
-
-def refuse_other_classes(
-    stage: str, file: Path, classes: Sequence[str], packed: Sequence[str]
-) -> None:
-    """Raise CheckpointError where what a stage wrote knows other classes than the images have."""
-    if list(classes) != list(packed):
-        raise CheckpointError(
-            f"{file}: its classes {classes} aren't those of the images, {packed}; "
-            f"run `dvc repro {stage}`"
-        )
-
-
-def versions() -> dict[str, str]:
-    """Give the versions of the libraries that compute, for a checkpoint's metadata."""
-    names = ("torch", "torchvision", "timm", "numpy")
-    # Without the local part: +cpu and +cu126 say which build, not which version.
-    return {name: metadata.version(name).split("+")[0] for name in names}
-
-
-def eval_batch() -> int:
-    """Give how many images go through a network at once where nothing trains."""
-    return EVAL_BATCH if device().type == "cpu" else ON_A_GPU
-
-
-def in_batches(
-    n: int, compute: Callable[[NDArray[np.int64]], Arrays], first: int = 0
-) -> Iterator[Arrays]:
-    """Compute a function of rows for rows `first` to n - 1, in batches of one size.
-
-    The last repeats row n - 1 to be full; what comes of that is left out. Processes that share the
-    stage share the batches.
-    """
-    size = eval_batch()
-
-    def batch(i: int) -> NDArray[np.int64]:
-        return np.minimum(np.arange(first + i * size, first + (i + 1) * size), n - 1)
-
-    for i, parts in enumerate(
-        all_gather_batches(-(-(n - first) // size), lambda i: compute(batch(i)))
-    ):
-        yield [part[: n - first - i * size] for part in parts]
-
-
-def run_in_batches(
-    images: Rowwise, network: Network, run: Callable[[Tensor], Sequence[Tensor]], first: int = 0
-) -> Iterator[Arrays]:
-    """Run a function on images (N, H, W[, 3]) from the `first` on, in inference mode.
-
-    Yields its float32 outputs a batch. It gets them where the network is.
-    """
-    feed = DeviceImages(images, network.device)
-
-    def outputs(rows: NDArray[np.int64]) -> Arrays:
-        with torch.inference_mode():
-            return [output.float().cpu().numpy() for output in run(feed(rows))]
-
-    return in_batches(len(images), outputs, first)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.nets.backbone import head_name
-from pipeline.nets.blocks import TRACE_SIZE, chain, is_inside, trace
+from pipeline.nets.blocks import TRACE_SIZE, chain, evaluating, is_inside, trace
 from pipeline.nets.device import device_of
 from pipeline.stage_runtime.errors import NetworkError, is_out_of_memory
 
@@ -113,9 +113,7 @@ class Cut:
 
     def is_chain(self) -> bool:
         """Tell whether trunk and top give the whole network's logits, to the bit."""
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        with torch.inference_mode():
+        with evaluating(self.model), torch.inference_mode():
             shape = (8, 3, TRACE_SIZE, TRACE_SIZE)
             x = torch.linspace(-1, 1, math.prod(shape), device=device_of(self.model)).view(shape)
             try:
@@ -124,6 +122,4 @@ class Cut:
                 if is_out_of_memory(error):
                     raise
                 same = False  # an operation that its input no longer fits
-        for module in training:
-            module.training = True
         return same

@@ -9,9 +9,8 @@ import torch
 from pipeline.images.shards import Facts
 from pipeline.nets.backbone import backbone_of, head_name, rebuild, set_head
 from pipeline.nets.blocks import match, trace, trained_with
-from pipeline.nets.device import device
-from pipeline.nets.fuse import fuse
-from pipeline.nets.network import Network, refuse_other_classes
+from pipeline.nets.checkpoint import refuse_other_classes
+from pipeline.nets.network import Network, for_images
 from pipeline.probing.probes import head_of, read_probes
 from pipeline.training.freeze import everything
 
@@ -42,18 +41,7 @@ def start_network(
         weight, bias = head_of(linear)
         head = model.get_submodule(head_name(model))
         head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
-    network = Network(
-        fuse(model, precision),
-        backbone,
-        packed.classes,
-        image_size,
-        packed.size,
-        packed.fit,
-        packed.channels,
-        precision,
-        packed.tones,
-    ).on(device())
-    return network, meta
+    return for_images(model, backbone, packed, image_size, precision), meta
 
 
 def what_trains(network: Network, unfreeze: Sequence[str]) -> list[str]:

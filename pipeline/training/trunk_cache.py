@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.nets.batches import eval_batch, in_batches
 from pipeline.nets.device import has_room, kernels
-from pipeline.nets.network import Network, eval_batch, in_batches
+from pipeline.nets.network import Network
 from pipeline.stage_runtime.cache_entries import hold, make_room
 from pipeline.stage_runtime.distributed import Arrays, broadcast
 from pipeline.stage_runtime.progress import say, track
