@@ -131,7 +131,8 @@ def write_params(folder: Path, photos: str, storage: str, grouped: bool) -> None
     """Write the project's params, for these images."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["prepare"] |= {"source": "folder", "path": photos, "size": SIZE, "storage": storage}
-    params["prepare"] |= {"split_by": "group" if grouped else "image"}
+    # All classes have the same groups, as splits have the same classes.
+    params["prepare"] |= {"splits": "none", "split_by": "group" if grouped else "image"}
     params["extract"] |= {"image_size": SIZE, "views": 1}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PHOTOS, ROOT, STAGES, Run, write_photos
+from PIL import Image
 from repository import change, commit, environment, git
 
 import pipeline.__main__
@@ -60,6 +61,19 @@ def new_home(first: Run, around: Path) -> Path:
     for i, file in enumerate(sorted(write_photos(table / "drawn").rglob("*.png"))):
         rows.append(f"{file.relative_to(table)},{file.parent.name},g{i // 2}")
     (table / "labels.csv").write_text("\n".join(rows))
+    pets = folder / "data/pets"
+    pets.mkdir(parents=True)
+    for i, file in enumerate(sorted(write_photos(around / "animals").rglob("*.png"))):
+        Image.open(file).save(pets / f"{'cat' if i < 16 else 'dog'}.{i}.jpg")
+    skin = folder / "data/ham"
+    rows = ["lesion_id,image_id,dx,dx_type,age,sex,localization"]
+    for i, file in enumerate(sorted(write_photos(around / "skin").rglob("*.png"))):
+        part = skin / f"HAM10000_images_part_{1 + i % 2}"
+        part.mkdir(parents=True, exist_ok=True)
+        name = f"ISIC_{24306 + i:07d}"
+        shutil.copy(file, part / f"{name}.png")
+        rows.append(f"HAM_{i // 2:07d},{name},{('bkl', 'nv')[i // 16]},histo,80.0,male,scalp")
+    (skin / "HAM10000_metadata.csv").write_text("\n".join(rows))
     (folder / "old").mkdir()
     shutil.copy(folder / "models/stage2/model.safetensors", folder / "old")
     # Weights as torchvision keeps them once fetched.

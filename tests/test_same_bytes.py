@@ -50,13 +50,13 @@ if os.environ["ORDER"] == "backwards":  # as a disk may list its files
 
     os.scandir = Backwards
     os.listdir = lambda path=".": sorted(listdir(path), reverse=True)
-    decode = packing.decode
+    decoded = packing.decoded
 
     def slowly(file, *how):  # the first file's thread ends after others
         time.sleep(file.name == "000.png")
-        return decode(file, *how)
+        return decoded(file, *how)
 
-    packing.decode = slowly
+    packing.decoded = slowly
 
 from conftest import STAGES, run
 
