@@ -26,8 +26,8 @@ experiments: install  ## a line an experiment: validation accuracies that differ
 test: lint  ## lint, types and all tests that don't take minutes
 	@$(RUN) pytest -m "not long" $(LANES)
 
-test-long: .venv/.dev  ## the tests that take minutes
-	@$(RUN) pytest -m long
+test-long: .venv/.dev  ## the tests that take minutes: an hour on two cores, alone
+	@$(RUN) pytest -m long $(LANES)
 	@$(RUN) pytest --fuzz 20 tests/test_fuzz.py
 
 verify: install  ## two clean clones run the graph: the same hashes?

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.commands.table import aligned
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.nets.backbone import SOURCE_CLASSES, build, head_name
 from pipeline.nets.blocks import chain, depths, is_inside, trace
@@ -74,12 +75,7 @@ def as_table(found: Sequence[Layer], head: str) -> list[str]:
         cells = (f"{layer.parameters:,}", f"{layer.share:.1%}", above, ", ".join(marks))
         rows.append((layer.name, shape, *cells))
         left -= layer.share if layer.name in tops else 0
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        f"{r[0]:<{wide[0]}}  {r[1]:<{wide[1]}}  {r[2]:>{wide[2]}}  {r[3]:>{wide[3]}}  "
-        f"{r[4]:>{wide[4]}}  {r[5]}".rstrip()
-        for r in rows
-    ]
+    return aligned(rows, right=(2, 3, 4))
 
 
 def main() -> None:

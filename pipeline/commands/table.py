@@ -1,11 +1,15 @@
 """Tables of words on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align rows of equally many words in columns, whole however long a word is."""
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Align rows of equally many words in columns, to the left but for those numbered in `right`.
+
+    Words stay whole, however long they are.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    signs = [">" if column in right else "<" for column in range(len(widths))]
+    forms = [f"{sign}{width}" for sign, width in zip(signs, widths, strict=True)]
+    cells = ([format(c, form) for c, form in zip(row, forms, strict=True)] for row in rows)
+    return ["  ".join(row).rstrip() for row in cells]
