@@ -4,28 +4,28 @@ The graph, which `dvc repro` runs:
 
     prepare     list, audit, split, decode once, pack as uint8
     extract     CNN codes at several depths of the frozen, pretrained network
-    probe       linear and SVM probes on them, by cross-validation
-    advise      what fine-tuning may bring, and what it costs
+    probe       linear and SVM classifiers on the codes, chosen by cross-validation
+    advise      expected gain and expected run time of fine-tuning
     stage1      a new head and the top layers; the rest frozen
     stage2      the full network at a tiny learning rate
     evaluate    all models on the test split, once; the final model
-    report      one page of all that
+    report      one page with the results of all stages
 
 Commands:
 
     predict       label new images with the final model
     export        write the final model as ONNX
-    compare       put runs side by side: which differences are more than noise
-    sweep         run the graph for many params
-    params        what each param does, and what it may be
+    compare       compare runs: which differences are more than noise
+    sweep         run the graph for every combination of param values
+    params        what each param does, and its allowed values
     layers        the modules of a network that params can name
     explain       which stages would run, and why
-    machine       what this machine has, whether it computes right, how fast it is
-    merge         finish a merge of branches: rebuild what the graph wrote
+    machine       which devices this machine has, whether they compute correctly, how fast they are
+    merge         finish a merge of branches: rebuild the files that the graph wrote
     cache         find damaged files in DVC's cache
-    join          share the stages that another host runs
+    join          take part in the stages that another host runs
     plots         write the page that `dvc plots` fills
-    dependencies  write the code that stages import into dvc.yaml
+    dependencies  write the source files that each stage imports into dvc.yaml
 """
 
 import os

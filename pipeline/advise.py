@@ -18,7 +18,7 @@ from pipeline.advice.prior_results import LARGE, OURS, PUBLISHED, Expected, expe
 from pipeline.advice.throughput import Throughput, measure
 from pipeline.advice.transferability import Transferability, case_of, profile, transferability
 from pipeline.images.augment import Augment, views
-from pipeline.images.shards import SPLITS, read_facts, read_images
+from pipeline.images.shards import SPLITS, read_facts, read_splits
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import Precision, resolved
 from pipeline.probing.codes import SOURCE, read_codes, read_feature_facts, read_labels
@@ -102,16 +102,17 @@ def advise(
     say(f"{text.partition('. ')[0]}: {out}/advice.txt")
 
     packed = read_facts(prepared)
+    _, images = read_splits(prepared, (), SPLITS)
     network, _ = start_network(probe, packed, lengths.first_size, "probe", resolved(precision))
     pace = measure(
         network,
         what_trains(network, lengths.unfreeze),
-        read_images(prepared, "train"),
+        images[0],
         (lengths.first_size, lengths.second_size),
         lengths.batch_size,
         how,
     )
-    sizes = [len(read_images(prepared, split)) for split in SPLITS]
+    sizes = map(len, images)
     seconds = durations(pace, lengths, len(views(how.flips, lengths.test_views)), *sizes)
     said = ", ".join(f"{stage} {s / 60:.1f} min" for stage, s in seconds.items())
     say(f"on this machine, as set: {said}")

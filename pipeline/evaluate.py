@@ -13,7 +13,7 @@ from scipy.special import softmax
 from pipeline.final_model.classifier import Classifier, Scores
 from pipeline.images.augment import Flips
 from pipeline.images.rows import Rows
-from pipeline.images.shards import Images, read_facts, read_images, read_rows
+from pipeline.images.shards import Images, read_facts, read_splits
 from pipeline.inference.tta import TTA, logits_from
 from pipeline.nets.backbone import rebuild
 from pipeline.nets.checkpoint import refuse_other_classes, versions
@@ -81,13 +81,13 @@ def evaluate(
     validation.csv, into `out`, and model.safetensors into `final`.
     """
     set_up_torch()
-    val, test = read_rows(prepared, "val"), read_rows(prepared, "test")
+    (val, test), images = read_splits(prepared, ("val", "test"))
     classes = read_facts(prepared).classes
     winner, linear, of_codes = read_probes(probe)
     tta = TTA(**of_codes["viewing"])
     models = [
-        *_probes(prepared, features, {"probe": winner, "probe_linear": linear}, tta),
-        *_networks(prepared, {"stage1": stage1, "stage2": stage2}, views, resume),
+        *_probes(images, features, {"probe": winner, "probe_linear": linear}, tta, len(classes)),
+        *_networks(images, {"stage1": stage1, "stage2": stage2}, views, resume, classes),
     ]
     right = {m.name: m.val.argmax(1) == val.labels for m in models}
     val_accuracy = {name: float(r.mean()) for name, r in right.items()}
@@ -128,21 +128,26 @@ def evaluate(
     return {}
 
 
-def _probes(prepared: Path, features: Path, probes: dict[str, Probe], tta: TTA) -> Iterator[Model]:
+def _probes(
+    both: Sequence[Images], features: Path, probes: dict[str, Probe], tta: TTA, n_classes: int
+) -> Iterator[Model]:
     """Score the probes on codes that are averaged over the views of `tta`."""
     for name, probe in probes.items():
 
         def score(split: str, images: Images, probe: Probe = probe) -> Scores:
             return probe.scores(read_codes(features, split, probe.depth))
 
-        yield Model(name, None, probe, tta, *_on_both(prepared, score), {})
+        yield Model(name, None, probe, tta, *_on_both(both, score, n_classes), {})
 
 
 def _networks(
-    prepared: Path, files: dict[str, Path], views: int, resume: Resume
+    both: Sequence[Images],
+    files: dict[str, Path],
+    views: int,
+    resume: Resume,
+    classes: Sequence[str],
 ) -> Iterator[Model]:
     """Score stages 1 and 2, averaged over the flips that stage 1 trained with."""
-    classes = read_facts(prepared).classes
     loaded = {name: load(file) for name, file in files.items()}
     tta = TTA(_flips(files["stage1"], loaded["stage1"][1]), views)
     for name, (network, meta) in loaded.items():
@@ -158,13 +163,15 @@ def _networks(
             return scores
 
         training = {key: meta.get(key) for key in ("epoch", "train_accuracy")}
-        yield Model(name, network, None, tta, *_on_both(prepared, score), training)
+        yield Model(name, network, None, tta, *_on_both(both, score, len(classes)), training)
 
 
-def _on_both(prepared: Path, score: Callable[[str, Images], Scores]) -> tuple[Scores, Scores]:
+def _on_both(
+    both: Sequence[Images], score: Callable[[str, Images], Scores], n_classes: int
+) -> tuple[Scores, Scores]:
     """Score validation and test, of which a test split may have no images."""
-    val, test = (read_images(prepared, split) for split in ("val", "test"))
-    no_scores = np.empty((0, len(read_facts(prepared).classes)))
+    val, test = both
+    no_scores = np.empty((0, n_classes))
     return score("val", val), score("test", test) if len(test) else no_scores
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from pipeline.images.augment import Flips
-from pipeline.images.shards import SPLITS, Images, read_facts, read_images, read_rows, refuse_larger
+from pipeline.images.shards import SPLITS, Images, read_facts, read_splits, refuse_larger
 from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import TTA, Run, averaged
 from pipeline.nets import blocks
@@ -67,10 +67,10 @@ def extract(
             raise ParamError(f"extract.depths: {depth} gives no feature maps; choose a block")
     model.eval().requires_grad_(False)
     network = for_images(model, backbone, packed, image_size, resolved(precision))
+    labelled, of_split = read_splits(prepared, ("train", "val"), ("test",))
     seconds, n_images = 0.0, 0
     with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST, SOURCE], pooling) as taps:
-        for split in SPLITS:
-            images = read_images(prepared, split)
+        for split, images in zip(SPLITS, of_split, strict=True):
             start = time.perf_counter()
             run = averaged(network, taps, TTA(flips, views))
             n_images += _extract(network, run, taps.depths, images, split, resume, folder)
@@ -78,8 +78,7 @@ def extract(
         of_codes = {"depths": taps.depths, "pooling": pooling}
         tta = {"viewing": asdict(TTA(flips, views))}
         write_json(folder / "facts.json", {**network.facts(), **of_codes, **tta})
-        labelled = {split: read_rows(prepared, split) for split in ("train", "val")}
-        write_labels(folder / "labels.csv", labelled)
+        write_labels(folder / "labels.csv", dict(zip(("train", "val"), labelled, strict=True)))
     return {"images_per_second": n_images / seconds} if n_images else {}
 
 

@@ -15,7 +15,7 @@ from pipeline.dataset.audit_summary import findings
 from pipeline.final_model.classifier import Classifier, load
 from pipeline.final_model.grad_cam import activation_maps, explained_block
 from pipeline.final_model.graph import Graph
-from pipeline.images.shards import read_images
+from pipeline.images.shards import read_splits
 from pipeline.nets import checkpoint
 from pipeline.nets.device import set_up_torch
 from pipeline.pages import charts
@@ -72,6 +72,7 @@ def report(
     audit = _json(prepared / "audit.json", "prepare")
     winner, _, _ = read_probes(probe)
     classifier, (_, meta) = load(final), checkpoint.read(final)
+    _, (train_images, val_images) = read_splits(prepared, (), ("train", "val"))
     histories = [_rows(folder / "history.csv", folder.name) for folder in (stage1, stage2)]
     chosen = metrics["chosen"]
     page = render(
@@ -102,10 +103,8 @@ def report(
         classifier=classifier,
         sure=sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images),
         galleries=[
-            *_galleries(
-                _rows(evaluated / "validation.csv"), read_images(prepared, "val"), classifier
-            ),
-            _held_out(_rows(out_of_fold, "probe"), read_images(prepared, "train")),
+            *_galleries(_rows(evaluated / "validation.csv"), val_images, classifier),
+            _held_out(_rows(out_of_fold, "probe"), train_images),
         ],
         audit=audit,
         audited=findings(audit),

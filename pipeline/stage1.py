@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
-from pipeline.images.shards import read_facts, read_images, read_rows, refuse_larger
+from pipeline.images.shards import read_facts, read_splits, refuse_larger
 from pipeline.nets.batches import in_batches
 from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
@@ -75,8 +75,7 @@ def stage1(
     cut = cut_below(network.model, trained)
     say(f"training {len(trainable)} tensors in {', '.join(trained)}; frozen below {cut.name}")
 
-    rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
-    images, val_images = read_images(prepared, "train"), read_images(prepared, "val")
+    (rows, val_rows), (images, val_images) = read_splits(prepared, ("train", "val"))
     feed, val_feed = DeviceImages(images, network.device), DeviceImages(val_images, network.device)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
-from pipeline.images.shards import read_facts, read_images, read_rows, refuse_larger
+from pipeline.images.shards import read_facts, read_splits, refuse_larger
 from pipeline.inference.tta import TTA, logits
 from pipeline.nets import checkpoint
 from pipeline.nets.checkpoint import refuse_other_classes, versions
@@ -70,8 +70,7 @@ def stage2(
     refuse_shared_statistics("stage2", batchnorm)
     network, meta = load(stage1, resolved(precision))
     refuse_other_classes("stage1", stage1, network.classes, packed.classes)
-    rows, val_rows = read_rows(prepared, "train"), read_rows(prepared, "val")
-    images, val_images = read_images(prepared, "train"), read_images(prepared, "val")
+    (rows, val_rows), (images, val_images) = read_splits(prepared, ("train", "val"))
 
     _refuse_other_contents(meta, network, val_images.key_with(val_rows.labels), stage1)
 

@@ -317,6 +317,7 @@ def test_the_files_of_prepare_that_a_stage_opens_are_the_ones_it_depends_on(fini
         whole = {shards if file.is_relative_to(shards) else file for file in inside}
         found = {f"data/{file.relative_to(folder)}" for file in whole}
         assert found == {f for f in listed(stage, "deps") if f.startswith("data/prepared")}
+        assert opened.count(str(folder / "prepared" / "index.csv")) <= 1, stage
     recording = False
 
 

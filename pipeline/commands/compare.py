@@ -29,15 +29,15 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
+from ruamel.yaml.error import YAMLError
 
 from pipeline.commands.repository import params_run_with
 from pipeline.commands.table import aligned
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.schema import Loader, flat
+from pipeline.stage_runtime.schema import flat, load_yaml
 from pipeline.statistics.significance import accuracy_interval, difference, over_resplits
 from pipeline.statistics.verdict import interval_in_words
 
@@ -124,7 +124,7 @@ def read(revision: str, judge: Judge = "validation") -> Run:
             root = Path(SCM(".", search_parent_directories=True).root_dir).resolve()
             below = PurePosixPath(Path.cwd().resolve().relative_to(root).as_posix())
         report = json.loads(text(REPORT))
-        params = dict(flat(yaml.load(text("params.yaml"), Loader)))  # noqa: S506, a SafeLoader
+        params = dict(flat(load_yaml(text("params.yaml"))))
         stale = _stale(revision, params, text)
     except FileNotFoundError as error:
         path = error.filename or str(error)
@@ -149,8 +149,8 @@ def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> lis
     Where params were committed and the graph wasn't run, dvc.lock has those that it ran by.
     """
     try:
-        lock = yaml.safe_load(text("dvc.lock")) or {}
-    except (FileNotFoundError, yaml.YAMLError):
+        lock = load_yaml(text("dvc.lock")) or {}
+    except (FileNotFoundError, YAMLError):
         return []
     ran = dict(flat(params_run_with(lock)))
     others = [key for key in ran if key in params and _plain(params[key]) != _plain(ran[key])]

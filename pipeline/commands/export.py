@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from pipeline.commands.repository import RepositoryError, git, params_run_with
 from pipeline.final_model import onnx as portable
@@ -26,6 +25,7 @@ from pipeline.nets.device import set_up_torch
 from pipeline.stage_runtime.errors import CheckpointError, DataError
 from pipeline.stage_runtime.files import whole_folder, write_text
 from pipeline.stage_runtime.progress import say
+from pipeline.stage_runtime.schema import load_yaml
 from pipeline.statistics.reliability import sure_in_words
 from pipeline.statistics.verdict import interval_in_words
 
@@ -112,7 +112,7 @@ def some_images(prepared: Path, shape: tuple[int, ...]) -> np.ndarray[Any, np.dt
 def provenance(lock: Path) -> dict[str, Any]:
     """Gather the Git revision, and what DVC recorded of data and params."""
     try:
-        content = yaml.safe_load(lock.read_text(encoding="utf-8"))
+        content = load_yaml(lock.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{lock}: not there; run `dvc repro`") from None
     prepared = content["stages"]["prepare"]["outs"]

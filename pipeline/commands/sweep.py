@@ -25,7 +25,6 @@ from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 
-import yaml
 from filelock import FileLock, Timeout
 
 from pipeline.commands.repository import RepositoryError, git
@@ -33,7 +32,7 @@ from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.launcher.supervise import dying_with_us, interrupt
 from pipeline.stage_runtime.errors import ParamError, PipelineError, one_line, suggest
 from pipeline.stage_runtime.progress import bar, duration, say
-from pipeline.stage_runtime.schema import Loader, flat
+from pipeline.stage_runtime.schema import flat, load_yaml
 from pipeline.stage_runtime.settings import cache_folder, threads
 
 LONGEST_NAME = 60
@@ -236,7 +235,7 @@ def main() -> None:
     if options.jobs < 1:
         parser.error("--jobs takes a number from 1 on")
     with one_line_errors(f"interrupted; {RECOVER}"):
-        params = yaml.load(Path("params.yaml").read_text("utf-8"), Loader)  # noqa: S506, safe
+        params = load_yaml(Path("params.yaml").read_text("utf-8"))
         runs = planned(options.settings, list(dict(flat(params))), options.to)
         sweep = Sweep(options.to)
         sweep.folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import io
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,44 +199,56 @@ def read_facts(prepared: Path) -> Facts:
     return facts
 
 
-def read_rows(prepared: Path, split: str) -> Rows:
-    """Read one split of index.csv, labels included; only evaluate may read those of test.
+def read_splits(
+    prepared: Path, labelled: Sequence[str], others: Sequence[str] = ()
+) -> tuple[list[Rows], list[Images]]:
+    """Read index.csv once: the rows of the `labelled` splits, and the images of all splits named.
 
-    Raises DataError if a label is none of the classes, or the file is damaged.
+    No label of the other splits is looked at; only evaluate may read those of test.
+
+    Raises DataError if a label is none of the classes, or prepare didn't run, or a file is damaged.
     """
-    classes = {name: i for i, name in enumerate(read_facts(prepared).classes)}
-    index, paths = prepared / "index.csv", []
-    ids, labels, groups, weights = array("q"), array("q"), array("q"), array("d")
+    facts, index = read_facts(prepared), prepared / "index.csv"
+    classes = {name: i for i, name in enumerate(facts.classes)}
+    paths: dict[str, list[str]] = {split: [] for split in labelled}
+    ids = {split: array("q") for split in (*labelled, *others)}
+    labels, groups = ({split: array("q") for split in labelled} for _ in range(2))
+    weights = {split: array("d") for split in labelled}
     with reading(index, "prepare"), index.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
-            if row["split"] != split:
+            split = row["split"]
+            if split in ids:
+                ids[split].append(int(row["id"]))
+            if split not in paths:
                 continue
             if row["label"] not in classes:
                 raise DataError(f"{index}: row {row['id']} has the unknown label {row['label']!r}")
-            ids.append(int(row["id"]))
-            paths.append(row["path"])
-            labels.append(classes[row["label"]])
-            groups.append(int(row["group"]))
-            weights.append(float(row["weight"]))
-    return Rows(_whole(ids), paths, _whole(labels), _whole(groups), np.array(weights))
+            paths[split].append(row["path"])
+            labels[split].append(classes[row["label"]])
+            groups[split].append(int(row["group"]))
+            weights[split].append(float(row["weight"]))
+    numbers = {split: np.array(found, np.int64) for split, found in ids.items()}
+    rows = [
+        Rows(
+            numbers[split],
+            paths[split],
+            np.array(labels[split], np.int64),
+            np.array(groups[split], np.int64),
+            np.array(weights[split]),
+        )
+        for split in labelled
+    ]
+    return rows, [Images(prepared, facts, found) for found in numbers.values()]
 
 
-def _whole(numbers: "array[Any]") -> NDArray[np.int64]:
-    return np.array(numbers, np.int64)
+def read_rows(prepared: Path, split: str) -> Rows:
+    """Read the rows of one split, labels included. Raises DataError as `read_splits`."""
+    return read_splits(prepared, [split])[0][0]
 
 
 def read_images(prepared: Path, split: str) -> Images:
-    """Open a split's images, without a look at labels.
-
-    Raises DataError if they aren't there, or aren't such images.
-    """
-    facts, index = read_facts(prepared), prepared / "index.csv"
-    ids = array("q")
-    with reading(index, "prepare"), index.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            if row["split"] == split:
-                ids.append(int(row["id"]))
-    return Images(prepared, facts, _whole(ids))
+    """Open the images of one split, without a look at labels. Raises DataError as `read_splits`."""
+    return read_splits(prepared, (), [split])[1][0]
 
 
 def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:

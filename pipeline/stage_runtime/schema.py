@@ -7,16 +7,17 @@ fields so. There are no defaults: params.yaml is the only place that holds a val
 type `Resume` is how far an earlier run got, one of type `Params` all of params.yaml.
 """
 
-import re
 import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import yaml
 from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
 
 from pipeline.stage_runtime.errors import ParamError, suggest
 from pipeline.stage_runtime.resume import Resume
@@ -47,25 +48,12 @@ READS = "reads"  # marks a param that names files: what lies there is data
 Seed = Annotated[int, Key("seed"), Interval(ge=0, lt=2**32)]
 
 
-class Loader(yaml.SafeLoader):
-    """YAML without code or repeated keys, reading `5e-5` as a number (1.1 wants a dot there)."""
+def load_yaml(text: str) -> Any:
+    """Read YAML as DVC does: version 1.2, in which 5e-5 is a number and `no` a word, and no code.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that stands twice in one section: YAML would take the last in silence."""
-        keys = [key.value for key, _ in node.value]
-        for place, (key, _) in enumerate(node.value):
-            if key.value in keys[:place]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} stands twice in one section", key.start_mark
-                )
-        return dict(super().construct_mapping(node, deep))
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+    Raises YAMLError, of which DuplicateKeyError is one: YAML would take the last in silence.
+    """
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def short(value: object) -> str:
@@ -129,10 +117,16 @@ def read_params(file: Path) -> dict[str, Any]:
     try:
         if (size := file.stat().st_size) > MOST_BYTES:
             raise ParamError(f"{file}: {size:,} bytes; params take no more than {MOST_BYTES:,}")
-        params = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506, a SafeLoader
+        params = load_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamError(f"{file}: no such file; run this in the project's folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except DuplicateKeyError as error:
+        key = str(error.problem).split('"')[1]
+        raise ParamError(
+            f"{file}: {key!r} stands twice in one section (line {error.problem_mark.line + 1}); "
+            "remove one"
+        ) from None
+    except (YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise ParamError(f"{file}: not readable as YAML: {line}") from None
     except RecursionError:  # brackets a thousand deep
