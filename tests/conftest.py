@@ -4,6 +4,7 @@ import atexit
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from functools import cache
@@ -197,7 +198,9 @@ def refusals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     assert not [line for line in said if "\n" in line]
     if said and request.module.__name__ in REFUSING:
         test, _, case = request.node.name.removesuffix("]").partition("[")
-        line = re.sub(r"(/[\w.+-]+)+/(?=[\w.])", "", said[-1])  # folders of this machine
+        line = re.sub(
+            r"(/[\w.+-]+)+/(?=[\w.])", "", said[-1].replace(sys.prefix, "")
+        )  # folders of this machine
         line = re.sub(
             r"0x[0-9a-f]{6,}|\b[0-9a-f]{64}\b|(?<=127.0.0.1:)\d+|\d+(?= bytes not)", "...", line
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -310,9 +311,9 @@ def test_a_command_may_start_the_processes(by, alone, tmp_path):
     """A stand-in for srun, which says what srun does; and torchrun itself."""
     (tmp_path / "srun.py").write_text(SRUN)
     command = {
-        "srun": f"{sys.executable} {tmp_path}/srun.py 2",
-        "torchrun": f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 "
-        "--local-addr 127.0.0.1 --no-python",
+        "srun": f"{shlex.quote(sys.executable)} {tmp_path}/srun.py 2",
+        "torchrun": f"{shlex.quote(sys.executable)} -m torch.distributed.run --standalone "
+        "--nproc-per-node 2 --local-addr 127.0.0.1 --no-python",
     }[by]
     folder = shutil.copytree(alone, tmp_path / "repo")
     shutil.rmtree(folder / ".pipeline")

@@ -1,6 +1,7 @@
 """No stage is left behind by who started it, none runs twice, and its end is told in a line."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -147,9 +148,9 @@ def test_the_lock_of_a_killed_stage_holds_nobody_up(start, tmp_path):
 def test_a_stage_ends_when_dvc_behind_a_shell_is_killed(start, tmp_path):
     """As DVC starts it: through a shell, which may well outlive DVC."""
     dvc = """
-import os, subprocess, sys, time
+import os, shlex, subprocess, sys, time
 env = {**os.environ, "DVC_STAGE": "sleeper"}
-command = f"{sys.executable} sleeper.py --out out --timing timing.json; true"
+command = f"{shlex.quote(sys.executable)} sleeper.py --out out --timing timing.json; true"
 subprocess.run(["/bin/sh", "-c", command], env=env)
 """
     start().kill()  # for its files alone
@@ -168,7 +169,9 @@ def test_a_stage_that_nobody_but_a_shell_started_outlives_it(start, tmp_path):
     """`nohup python -m pipeline stage1 ... &` is meant to."""
     start().kill()
     (tmp_path / "child").unlink(missing_ok=True)
-    words = f"{sys.executable} sleeper.py --out out --timing timing.json >/dev/null 2>&1 &"
+    words = (
+        f"{shlex.quote(sys.executable)} sleeper.py --out out --timing timing.json >/dev/null 2>&1 &"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     env.pop("DVC_STAGE", None)
     subprocess.run(["/bin/sh", "-c", words], cwd=tmp_path, env=env, check=True)

@@ -322,7 +322,7 @@ def test_a_stage_on_a_full_disk_ends_in_a_line_and_goes_on_with_room(small_disk,
     assert not (small_disk / "prepared").exists()
     assert not (small_disk / "prepared.part").exists()
     env["PIPELINE_CACHE"] = str(tmp_path / "roomy")
-    words[4] = str(tmp_path / "prepared")
+    words[words.index("--out") + 1] = str(tmp_path / "prepared")
     subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, check=True)
 
 

@@ -17,7 +17,7 @@ from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.stage_runtime.errors import ParamError, suggest
 from pipeline.stage_runtime.resume import Resume
@@ -126,14 +126,20 @@ def read_params(file: Path) -> dict[str, Any]:
             f"{file}: {key!r} stands twice in one section (line {error.problem_mark.line + 1}); "
             "remove one"
         ) from None
+    except MarkedYAMLError as error:
+        said = " ".join(part for part in (error.context, error.problem) if part)
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise ParamError(f"{file}: not readable as YAML: {said}{line}") from None
     except (YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise ParamError(f"{file}: not readable as YAML: {line}") from None
+        said = " ".join(str(error).split())
+        raise ParamError(f"{file}: not readable as YAML: {said}") from None
     except RecursionError:  # brackets a thousand deep
         raise ParamError(f"{file}: not readable as YAML: nested too deeply") from None
     except (ValueError, TypeError, OverflowError) as error:
-        # A date of month 13; a list as a key.
+        # A date of month 13.
         raise ParamError(f"{file}: not readable as YAML: {short(error)}") from None
+    if isinstance(params, dict) and (lists := [key for key in params if isinstance(key, tuple)]):
+        raise ParamError(f"{file}: not readable as YAML: a list as a key ({short(lists[0])})")
     if not isinstance(params, dict):
         raise ParamError(f"{file}: expected sections such as 'prepare:', found {short(params)}")
     return params
