@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-# What learn/probes.py imports late: threads that import a module at once may see half of it.
+# What probing/probes.py imports late: threads that import a module at once may see half of it.
 import sklearn.linear_model
 import sklearn.svm  # noqa: F401
 from annotated_types import Ge, Gt, Interval, MinLen
