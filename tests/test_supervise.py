@@ -35,7 +35,7 @@ main(sleeper)
 """
 
 
-@pytest.fixture(params=["Linux", "elsewhere"])
+@pytest.fixture(params=["Linux", pytest.param("elsewhere", marks=pytest.mark.long)])
 def start(request, tmp_path, monkeypatch):
     """Start the stage in a folder of its own; what is left of it at the end is ended."""
     started, elsewhere = [], request.param == "elsewhere"
