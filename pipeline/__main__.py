@@ -36,6 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
+RESTARTED = "PIPELINE_RESTARTED"  # in the environment, once the project's own Python was taken
 NEEDED = ("filelock", "psutil", "pydantic", "rich", "torch", "yaml")  # of what the project installs
 
 
@@ -88,9 +89,11 @@ def _use_own_environment() -> None:
     own = HERE.parent / ".venv"
     python = own / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if all(map(find_spec, NEEDED)) or not python.exists():
+        os.environ.pop(RESTARTED, None)
         return
-    if Path(sys.prefix).resolve() == own.resolve():
+    if RESTARTED in os.environ or Path(sys.prefix).resolve() == own.resolve():
         sys.exit("error: packages are missing in .venv; run `make install`")
+    os.environ[RESTARTED] = "1"
     os.execv(python, [str(python), *sys.orig_argv[1:]])  # noqa: S606
 
 

@@ -201,12 +201,9 @@ def test_a_python_without_the_packages_goes_on_in_the_projects_environment(tmp_p
     (tmp_path / ".venv").symlink_to(sys.prefix)
     bare = Path(sys.base_prefix) / "bin" / "python3"
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    said = subprocess.run(
-        [bare, "-S", "-m", "pipeline", "params", "stage2.lr"],  # without its own packages
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert said.startswith("stage2.lr: 5e-05\n")
+    words = ["-m", "pipeline", "params", "stage2.lr"]
+    asked = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run([bare, *words], **asked, check=True)
+    assert done.stdout.startswith("stage2.lr: 5e-05\n")
+    done = subprocess.run([bare, "-S", *words], **asked, check=False)  # and so again there
+    assert done.stderr == "error: packages are missing in .venv; run `make install`\n"
