@@ -222,7 +222,7 @@ def test_hosts_are_a_number_or_a_range(said, found, monkeypatch):
         ("PIPELINE_THREADS", "-1", threads, "'-1': expected a number from 0 on"),
         ("PIPELINE_SAVE_SECONDS", "soon", save_seconds, "'soon': expected a number from 0 on"),
         ("PIPELINE_CACHE_GB", "nan", cache_bytes, "'nan': expected a number from 0 on"),
-        ("PIPELINE_DEVICE", "gpu", device_asked, "'gpu': expected cpu or cuda"),
+        ("PIPELINE_DEVICE", "gpu", device_asked, "'gpu': expected cpu, cuda or mps"),
     ],
 )
 def test_a_wrong_variable_is_named(name, said, ask, line, monkeypatch):

@@ -45,6 +45,6 @@ def test_a_network_that_computes_wrongly_is_noticed(form, monkeypatch, capsys):
         folded.classifier.register_forward_hook(lambda module, given, output: 2 * output)
         return folded
 
-    monkeypatch.setattr(machine, "fold", wrong)
+    monkeypatch.setattr(machine, "fuse", wrong)
     assert not machine.told_right(params, form)
     assert "more than" in capsys.readouterr().out

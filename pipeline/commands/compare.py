@@ -152,7 +152,7 @@ def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> lis
         lock = load_yaml(text("dvc.lock")) or {}
     except (FileNotFoundError, YAMLError):
         return []
-    ran = dict(flat(params_run_with(lock)))
+    ran = params_run_with(lock)
     others = [key for key in ran if key in params and _plain(params[key]) != _plain(ran[key])]
     if others:
         shown = [f"{key} = {params[key]}, run with {ran[key]}" for key in others[:SHOWN]]

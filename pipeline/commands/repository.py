@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.stage_runtime.errors import PipelineError
+from pipeline.stage_runtime.schema import flat
 
 
 class RepositoryError(PipelineError):
@@ -23,8 +24,8 @@ def git(folder: Path, *words: str) -> str:
 
 
 def params_run_with(lock: dict[str, Any]) -> dict[str, Any]:
-    """Gather the params by which the stages of a dvc.lock were run."""
+    """Gather the params by which the stages of a dvc.lock were run, under dotted keys."""
     params: dict[str, Any] = {}
     for stage in lock.get("stages", {}).values():
-        params |= stage.get("params", {}).get("params.yaml", {})
+        params |= dict(flat(stage.get("params", {}).get("params.yaml", {})))
     return params
