@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY, paths
 from onnxruntime import InferenceSession
+from repository import flat
 
 from pipeline.commands.export import export
 from pipeline.commands.predict import load, predict
@@ -138,7 +139,7 @@ def test_the_model_card_says_what_dvc_and_evaluate_recorded(finished, exported):
     lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
     for out in lock["prepare"]["outs"]:
         assert out["path"] != "data/prepared" or out["md5"] in card
-    for key, value in lock["stage2"]["params"]["params.yaml"].items():
+    for key, value in flat(lock["stage2"]["params"]["params.yaml"]).items():
         assert f"| {key} | {json.dumps(value)} |" in card
     assert "| 0 | class0 |\n| 1 | class1 |" in card
 
