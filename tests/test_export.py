@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import yaml
 from conftest import ROOT, TINY, paths
 from onnxruntime import InferenceSession
 from repository import flat
@@ -32,6 +31,7 @@ from pipeline.probing.probes import (
     svm_probe,
 )
 from pipeline.stage_runtime.errors import CheckpointError, DataError
+from pipeline.stage_runtime.schema import load_yaml
 
 
 def fitted_probe(kind, classes, codes, l2=False, depth="last"):
@@ -136,7 +136,7 @@ def test_the_model_card_says_what_dvc_and_evaluate_recorded(finished, exported):
     found = metrics["test"][metrics["chosen"]]
     assert f"{found['accuracy']:.4f} ({found['accuracy_low']:.3f} to" in card
     assert '"not sure" is never said: no confidence is sure to have 95% right above it' in card
-    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    lock = load_yaml((ROOT / "dvc.lock").read_text())["stages"]
     for out in lock["prepare"]["outs"]:
         assert out["path"] != "data/prepared" or out["md5"] in card
     for key, value in flat(lock["stage2"]["params"]["params.yaml"]).items():
