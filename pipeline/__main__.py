@@ -37,7 +37,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESTARTED = "PIPELINE_RESTARTED"  # in the environment, once the project's own Python was taken
-NEEDED = ("filelock", "psutil", "pydantic", "rich", "torch", "yaml")  # of what the project installs
+NEEDED = ("filelock", "psutil", "pydantic", "rich", "torch")  # of what the project installs
 
 
 def main() -> None:

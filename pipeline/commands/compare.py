@@ -153,7 +153,7 @@ def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> lis
     except (FileNotFoundError, YAMLError):
         return []
     ran = params_run_with(lock)
-    others = [key for key in ran if key in params and _plain(params[key]) != _plain(ran[key])]
+    others = [key for key in ran if key in params and params[key] != ran[key]]
     if others:
         shown = [f"{key} = {params[key]}, run with {ran[key]}" for key in others[:SHOWN]]
         _note(
@@ -161,14 +161,6 @@ def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> lis
             f"({', '.join(shown)}); run `dvc repro`"
         )
     return [f"{key} = {ran[key]}" for key in others]
-
-
-def _plain(value: Any) -> Any:
-    """Read numbers that YAML takes for texts, such as 1e-05, as numbers."""
-    try:
-        return float(value) if isinstance(value, str | int | float) else value
-    except ValueError:
-        return value
 
 
 def _with_answers(run: Run, text: Callable[[str], str], judge: Judge) -> Run:

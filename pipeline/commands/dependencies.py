@@ -62,15 +62,9 @@ def grouped(files: Iterable[str]) -> list[str]:
     return sorted([*listed, *files])
 
 
-def dependencies(stage: str) -> list[str]:
-    """List the folders and files of the project's code that a stage depends on."""
-    return grouped(closure(stage))
-
-
 def written(text: str) -> str:
     """Return a dvc.yaml whose stages list the code that they depend on, and else unchanged."""
     for stage in STAGES:
-        paths = dependencies(stage)
         # The stage's block up to its deps, data among them, and the lines of code there.
         block = re.compile(
             rf"(^  {stage}:\n(?:(?!^  \w).*\n)*?    deps:\n(?:      - (?!pipeline/).*\n)*)"
@@ -79,7 +73,7 @@ def written(text: str) -> str:
         )
         found = block.search(text)
         assert found, stage
-        listed = "".join(f"      - {path}\n" for path in paths)
+        listed = "".join(f"      - {path}\n" for path in grouped(closure(stage)))
         text = f"{text[: found.end(1)]}{listed}{text[found.end() :]}"
     return text
 
@@ -99,15 +93,11 @@ def table() -> list[str]:
     ]
     before = None
     for file in sorted((ROOT / "pipeline").rglob("*.py"), key=lambda f: (f.parent, f)):
-        folder, name = file.parent.relative_to(ROOT).as_posix(), file.relative_to(ROOT).as_posix()
+        name = file.relative_to(ROOT).as_posix()
+        folder = name.rpartition("/")[0]
         if folder != before:
-            lines += [
-                "",
-                f"## {folder}/",
-                "",
-                "| file | holds | a change reruns |",
-                "|---|---|---|",
-            ]
+            head = ["| file | holds | a change reruns |", "|---|---|---|"]
+            lines += ["", f"## {folder}/", "", *head]
             before = folder
         about = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")
         stages = ", ".join(stage for stage in STAGES if name in of[stage]) or "nothing"
