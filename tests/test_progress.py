@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from pipeline.stage_runtime.progress import duration
+from pipeline.stage_runtime.progress import duration, rate
 
 LONG = """
 import time
@@ -105,3 +105,9 @@ def test_without_a_terminal_a_long_task_says_now_and_then_how_far_it_is_and_wher
 )
 def test_durations_are_said_as_people_say_them(seconds, said):
     assert duration(seconds) == said
+
+
+def test_a_slow_item_has_its_seconds_rather_than_a_rate_of_0():
+    assert rate(1200, 10) == "120/s"
+    assert rate(4, 10) == "2.5 s each"
+    assert rate(0, 10) == "0/s"

@@ -31,7 +31,7 @@ from pipeline.commands.repository import RepositoryError, git
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.launcher.supervise import dying_with_us, interrupt
 from pipeline.stage_runtime.errors import ParamError, PipelineError, one_line, suggest
-from pipeline.stage_runtime.progress import bar, duration, say
+from pipeline.stage_runtime.progress import duration, say, track
 from pipeline.stage_runtime.schema import flat, load_yaml
 from pipeline.stage_runtime.settings import cache_folder, threads
 
@@ -255,7 +255,9 @@ def _all(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> None:
     each = f", {sweep.threads} threads each" if jobs > 1 else ""
     say(f"{len(runs)} runs, {len(runs) - len(left)} of them done before; {jobs} at a time{each}")
     failed, start = [], time.perf_counter()
-    for i, (run, wrong) in enumerate(bar(_ended(sweep, left, jobs), len(left), "runs"), 1):
+    for i, (run, wrong) in enumerate(
+        track(_ended(sweep, left, jobs), len(left), "runs", summary=False), 1
+    ):
         seconds = time.perf_counter() - start
         to_go = f", {duration(seconds / i * (len(left) - i))} left" if i < len(left) else ""
         say(f"{i} of {len(left)}  {run.name}{f'  failed: {wrong}' if wrong else ''}{to_go}")

@@ -2,17 +2,16 @@
 
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.stage_runtime.progress import Breakdown, duration
+from pipeline.stage_runtime.progress import Update, duration
+from pipeline.stage_runtime.progress import rate as rate_of
 from pipeline.stage_runtime.settings import rank
 
-T = TypeVar("T")
 LINE_SECONDS = 60  # between two lines of progress where there is no bar
 console = Console(highlight=False, soft_wrap=True)
 
@@ -24,20 +23,13 @@ class Terminal:
         """Print one line, markup-free, whole even where it is longer than the terminal."""
         console.print(line, markup=False)
 
-    def bar(
-        self,
-        items: Iterable[T],
-        total: int,
-        name: str,
-        width: Callable[[T], int],
-        parts: Breakdown[T] | None,
-    ) -> Iterator[T]:
-        """Pass items on under a bar that goes when they end; without a bar, a line a minute.
+    @contextmanager
+    def progress(self, name: str, total: int) -> Iterator[Update]:
+        """Show a bar that goes when all is done; where there can be none, a line a minute.
 
         Lines alone are wanted with NO_COLOR, and on a terminal that can't move its cursor.
         """
         start = said = time.perf_counter()
-        done, of_part = 0, Counter[str]()
         alive = sys.stdout.isatty() and not console.no_color and not console.is_dumb_terminal
         columns = (
             TextColumn("{task.description:<16}"),
@@ -47,20 +39,17 @@ class Terminal:
             TimeRemainingColumn(),
         )
         hidden = not alive or rank() > 0
-        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-            task = progress.add_task(name, total=total, rate="")
-            for item in items:
-                yield item
-                done += width(item)
-                now, present = time.perf_counter(), ""
-                if parts:
-                    part = parts.of(item)
-                    of_part[part] += width(item)
-                    present = f" {part} {of_part[part]}/{parts.sizes[part]}"
-                rate = done / max(now - start, 1e-9)
-                label = name + present
-                progress.update(task, completed=done, rate=f"{rate:.0f}/s", description=label)
-                if not alive and rank() == 0 and now - said >= LINE_SECONDS:
-                    said = now
-                    left = duration((total - done) / rate)
-                    self.say(f"{name:<16} {done} of {total}{present}, {rate:.0f}/s, {left} left")
+
+        def update(done: int, present: str) -> None:
+            nonlocal said
+            now = time.perf_counter()
+            fast = rate_of(done, now - start)
+            bar.update(task, completed=done, rate=fast, description=name + present)
+            if not alive and rank() == 0 and now - said >= LINE_SECONDS and done:
+                said = now
+                left = duration((total - done) * (now - start) / done)
+                self.say(f"{name:<16} {done} of {total}{present}, {fast}, {left} left")
+
+        with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+            task = bar.add_task(name, total=total, rate="")
+            yield update

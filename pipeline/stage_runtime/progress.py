@@ -5,7 +5,9 @@ display is set, lines are printed, and progress isn't shown.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -22,21 +24,17 @@ class Breakdown(Generic[T]):
     sizes: Mapping[str, int]
 
 
+Update = Callable[[int, str], None]  # how many are done, and of what the last one was
+
+
 class Display(Protocol):
     """What shows lines and progress."""
 
     def say(self, line: str) -> None:
         """Show a line."""
 
-    def bar(
-        self,
-        items: Iterable[T],
-        total: int,
-        name: str,
-        width: Callable[[T], int],
-        parts: Breakdown[T] | None,
-    ) -> Iterator[T]:
-        """Pass items on while showing how far they are."""
+    def progress(self, name: str, total: int) -> AbstractContextManager[Update]:
+        """Show how far something with `total` items is, as often as it is told."""
 
 
 class Printed:
@@ -46,16 +44,9 @@ class Printed:
         """Print a line."""
         print(line, flush=True)
 
-    def bar(
-        self,
-        items: Iterable[T],
-        total: int,
-        name: str,
-        width: Callable[[T], int],
-        parts: Breakdown[T] | None,
-    ) -> Iterator[T]:
-        """Pass items on."""
-        yield from items
+    def progress(self, name: str, total: int) -> AbstractContextManager[Update]:
+        """Show nothing."""
+        return nullcontext(lambda done, present: None)
 
 
 _displays: list[Display] = [Printed()]  # the last one shows
@@ -72,32 +63,40 @@ def say(line: str) -> None:
         _displays[-1].say(line)
 
 
-def bar(
-    items: Iterable[T],
-    total: int,
-    name: str,
-    width: Callable[[T], int] = lambda item: 1,
-    parts: Breakdown[T] | None = None,
-) -> Iterator[T]:
-    """Pass items on while showing how many of `total` are done, how fast, and the time left.
-
-    An item counts for `width(item)`. With `parts` it shows how far the present one is, too.
-    """
-    yield from _displays[-1].bar(items, total, name, width, parts)
-
-
 def track(
     items: Iterable[T],
     total: int,
     name: str,
     width: Callable[[T], int] = lambda item: 1,
     parts: Breakdown[T] | None = None,
+    summary: bool = True,
 ) -> Iterator[T]:
-    """Pass items on as `bar` does, and say in a line at the end how long they took."""
+    """Pass items on while showing how many of `total` are done, how fast, and the time left.
+
+    An item counts for `width(item)`. With `parts` it shows how far the present one is, too. At the
+    end a line says how long they took, if there is to be a `summary`.
+    """
     start = time.perf_counter()
-    yield from bar(items, total, name, width, parts)
-    seconds = time.perf_counter() - start
-    say(f"{name:<16} {total} in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f}/s")
+    done, of_part, present = 0, Counter[str](), ""
+    with _displays[-1].progress(name, total) as update:
+        for item in items:
+            yield item
+            done += width(item)
+            if parts:
+                part = parts.of(item)
+                of_part[part] += width(item)
+                present = f" {part} {of_part[part]}/{parts.sizes[part]}"
+            update(done, present)
+    if summary:
+        seconds = time.perf_counter() - start
+        say(f"{name:<16} {total} in {seconds:.1f} s, {rate(total, seconds)}")
+
+
+def rate(items: int, seconds: float) -> str:
+    """Write a speed as people say it: 120/s, or 2.5 s each where an item takes longer."""
+    if items and seconds > items:
+        return f"{seconds / items:.1f} s each"
+    return f"{items / max(seconds, 1e-9):.0f}/s"
 
 
 def duration(seconds: float) -> str:

@@ -26,7 +26,7 @@ from pipeline.stage_runtime.cache_entries import discard, hold, make_room
 from pipeline.stage_runtime.distributed import barrier, broadcast
 from pipeline.stage_runtime.errors import ProcessGroupError
 from pipeline.stage_runtime.files import files_below, hash_of, link, new_array, write_json
-from pipeline.stage_runtime.progress import bar, say
+from pipeline.stage_runtime.progress import say, track
 from pipeline.stage_runtime.settings import (
     cache_folder,
     is_elastic,
@@ -281,7 +281,7 @@ def _contents(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
     places = [(path, file) for path in paths for file in _files_at(path)]
     with ThreadPoolExecutor(threads()) as pool:
         hashed = pool.map(lambda place: _digest(place[0] / place[1]), places)
-        digests = list(bar(hashed, len(places), "hash inputs"))
+        digests = list(track(hashed, len(places), "hash inputs", summary=False))
     return [(str(p), str(f), d) for (p, f), d in zip(places, digests, strict=True)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.nets.blocks import is_inside, layer_groups
 from pipeline.stage_runtime.distributed import all_reduce_gradients, shard
 from pipeline.stage_runtime.errors import PipelineError
-from pipeline.stage_runtime.progress import bar
+from pipeline.stage_runtime.progress import track
 from pipeline.stage_runtime.schema import Key
 from pipeline.stage_runtime.settings import rank
 from pipeline.training.resume_state import Position, ResumeState
@@ -103,7 +103,9 @@ def fit(
         model.train()
         total_loss, total_right, factor = begin.loss, begin.right, 0.0
         left = (steps - begin.step) * size  # images
-        for step in bar(range(begin.step, steps), left, f"epoch {epoch}", lambda step: size):
+        for step in track(
+            range(begin.step, steps), left, f"epoch {epoch}", lambda step: size, summary=False
+        ):
             rows = order[step * size : (step + 1) * size]
             factor = rate(
                 recipe.schedule,
