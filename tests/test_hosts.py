@@ -1,10 +1,11 @@
-"""Several hosts on one stage: each a network namespace of its own; and what Slurm says of them."""
+"""Several hosts on one stage: each a network namespace of its own, or started by a command."""
 
 import json
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +36,6 @@ from pipeline.stage_runtime.settings import (
     is_elastic,
     meeting_point,
     processes,
-    rank,
     save_seconds,
     threads,
     world_size,
@@ -139,6 +139,7 @@ def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_pat
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_a_host_that_comes_later_takes_part_from_the_next_stage_on(alone, network, tmp_path):
     folder = shutil.copytree(alone, tmp_path / "repo")
     change(folder, "stage2.epochs", 600)
@@ -234,72 +235,33 @@ def test_a_wrong_variable_is_named(name, said, ask, line, monkeypatch):
 
 
 def test_a_wrong_variable_ends_a_stage_in_a_line(repo):
-    for name, said in {"PIPELINE_PROCESSES": "two", "PIPELINE_HOSTS": "2"}.items():
-        done = with_processes(repo, 1, *EXTRACT, **{name: said})
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1
-        assert ("PIPELINE_MEET" if said == "2" else name) in lines[0]
-        assert "Traceback" not in done.stderr
+    done = with_processes(repo, 1, *EXTRACT, PIPELINE_HOSTS="2")
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "PIPELINE_MEET" in line
+    assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("said", "first"),
-    [
-        ("node7", "node7"),
-        ("node7,node9", "node7"),
-        ("node[07-09,12],gpu1", "node07"),
-        ("rack[2-3]n5,x", "rack2n5"),
-        ("a-b[1,3]", "a-b1"),
-    ],
-)
-def test_the_first_host_of_slurms_list(said, first):
-    assert launch.first_host(said) == first
-
-
-@pytest.mark.parametrize(
-    ("said", "tasks"), [("2", [2]), ("2(x3),1", [2, 2, 2, 1]), ("1,4(x2)", [1, 4, 4])]
-)
-def test_tasks_of_slurms_hosts(said, tasks):
-    assert launch.tasks_per_node(said) == tasks
-
-
-STEP = {
-    "SLURM_JOB_ID": "4711",
-    "SLURM_STEP_ID": "2",
-    "SLURM_STEP_NUM_TASKS": "5",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
-    "SLURM_STEP_NODELIST": "node[07-09]",
-    "SLURM_NODEID": "1",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_CPUS_PER_TASK": "4",
-}
-
-
-def test_a_task_of_srun_knows_its_place(monkeypatch):
-    monkeypatch.setattr(os, "environ", {**STEP})
-    launch.adopt_slurm()
-    assert (rank(), world_size(), threads()) == (3, 5, 4)
-    assert os.environ["LOCAL_RANK"] == "1"
-    assert os.environ["MASTER_ADDR"] == "node07"
-    assert 1024 < int(os.environ["MASTER_PORT"]) < 32768  # below where systems take any from
+def test_tasks_of_srun_that_do_not_know_each_other_are_refused(repo):
+    """Each would be a whole stage, and write the same files."""
+    done = with_processes(repo, 1, *EXTRACT, SLURM_STEP_NUM_TASKS="8")
+    assert "error: srun started 8 tasks that do not know each other" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_batch_script_is_one_process(monkeypatch):
     job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     monkeypatch.setattr(os, "environ", job)
-    launch.adopt_slurm()
+    launch.refuse_lone_tasks()
     assert world_size() == 1
 
 
 SRUN = """
 import os, subprocess, sys
 n = int(sys.argv[1])
-step = dict(SLURM_JOB_ID="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS=str(n), SLURM_NODEID="0")
-step |= dict(SLURM_STEP_TASKS_PER_NODE=str(n), SLURM_STEP_NODELIST="localhost")
+step = dict(SLURM_JOB_ID="1", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS=str(n))
 tasks = []
 for i in range(n):
-    own = {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+    own = {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)}
     tasks.append(subprocess.Popen(sys.argv[2:], env={**os.environ, **step, **own}))
 sys.exit(max(abs(task.wait()) for task in tasks))
 """
@@ -308,12 +270,17 @@ sys.exit(max(abs(task.wait()) for task in tasks))
 @pytest.mark.long
 @pytest.mark.parametrize("by", ["srun", "torchrun"])
 def test_a_command_may_start_the_processes(by, alone, tmp_path):
-    """A stand-in for srun, which says what srun does; and torchrun itself."""
+    """Torchrun, and a stand-in for srun that starts one torchrun a host."""
     (tmp_path / "srun.py").write_text(SRUN)
+    python = shlex.quote(sys.executable)
+    torchrun = f"{python} -m torch.distributed.run --local-addr 127.0.0.1 --no-python"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = {
-        "srun": f"{shlex.quote(sys.executable)} {tmp_path}/srun.py 2",
-        "torchrun": f"{shlex.quote(sys.executable)} -m torch.distributed.run --standalone "
-        "--nproc-per-node 2 --local-addr 127.0.0.1 --no-python",
+        "srun": f"{python} {tmp_path}/srun.py 2 {torchrun} --nnodes 2 --rdzv-backend c10d "
+        f"--rdzv-endpoint 127.0.0.1:{port}",
+        "torchrun": f"{torchrun} --standalone --nproc-per-node 2",
     }[by]
     folder = shutil.copytree(alone, tmp_path / "repo")
     shutil.rmtree(folder / ".pipeline")

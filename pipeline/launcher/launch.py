@@ -8,7 +8,6 @@ such as srun.
 import json
 import logging
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -24,7 +23,14 @@ from pipeline.launcher.supervise import LAUNCHED, dying_with_us
 from pipeline.stage_runtime.distributed import address_towards
 from pipeline.stage_runtime.errors import ProcessGroupError, SettingError, one_line
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.settings import hosts, launcher, meeting_point, processes, threads
+from pipeline.stage_runtime.settings import (
+    hosts,
+    launcher,
+    meeting_point,
+    processes,
+    threads,
+    world_size,
+)
 
 # Stages that several processes may share, where they are wanted.
 SHARED = ("extract", "stage1", "stage2", "evaluate")
@@ -160,38 +166,14 @@ def _by_command(stage: str, arguments: Sequence[str]) -> int:
     return 1 if process.wait() else 0
 
 
-def adopt_slurm() -> None:
-    """Say in torchrun's variables what srun says in Slurm's.
+def refuse_lone_tasks() -> None:
+    """Raise SettingError where srun started several tasks that nothing makes one group.
 
     Of the step, not the job: a batch script has the job's variables too, and is one process.
     """
-    size = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if size == "1" or "WORLD_SIZE" in os.environ:
-        return
-    slurm = {k.removeprefix("SLURM_"): v for k, v in os.environ.items() if k.startswith("SLURM_")}
-    here = tasks_per_node(slurm["STEP_TASKS_PER_NODE"])[int(slurm["NODEID"])]
-    if "CPUS_PER_TASK" in slurm:  # each task may be bound to its own
-        cpus = str(int(slurm["CPUS_PER_TASK"]) * here)
-        os.environ.setdefault("PIPELINE_THREADS", cpus)
-    os.environ |= {
-        "WORLD_SIZE": size,
-        "RANK": slurm["PROCID"],
-        "LOCAL_RANK": slurm["LOCALID"],
-        "LOCAL_WORLD_SIZE": str(here),
-        "MASTER_ADDR": first_host(slurm["STEP_NODELIST"]),
-        # Of two steps at once on one host each its own.
-        "MASTER_PORT": str(15000 + (int(slurm["JOB_ID"]) * 7 + int(slurm["STEP_ID"])) % 15000),
-    }
-
-
-def first_host(hosts: str) -> str:
-    """Give the first of a list of hosts as Slurm writes it: node[07-09,12],other is node07."""
-    named = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", hosts)
-    assert named is not None
-    return "".join(part or "" for part in named.groups())
-
-
-def tasks_per_node(said: str) -> list[int]:
-    """Expand how many tasks each host has as Slurm writes it: 2(x3),1 is 2, 2, 2, 1."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", said)
-    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and world_size() == 1:
+        raise SettingError(
+            f"srun started {tasks} tasks that do not know each other; have it start one torchrun "
+            "a host, as docs/processes.md shows"
+        )

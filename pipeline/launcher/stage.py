@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.launcher.command import one_line_errors, parser_of
-from pipeline.launcher.launch import SHARED, adopt_slurm, is_shared, launch
+from pipeline.launcher.launch import SHARED, is_shared, launch, refuse_lone_tasks
 from pipeline.launcher.supervise import INTERRUPTED, LAUNCHED, be_interruptible, stage_lock
 from pipeline.stage_runtime.distributed import broadcast, process_group
 from pipeline.stage_runtime.errors import RECOVER
@@ -48,7 +48,7 @@ def main(stage: Stage) -> None:
     params, timing = options.pop("params"), options.pop("timing")
     with one_line_errors(INTERRUPTED, RECOVER):
         be_interruptible()
-        adopt_slurm()
+        refuse_lone_tasks()
         chosen = arguments(stage, read_params(params))
         launched = LAUNCHED in os.environ  # by a process of ours, which sees to the next two
         one_at_a_time = not launched and rank() == 0
