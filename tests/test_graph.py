@@ -167,7 +167,7 @@ def test_code_deps_hold_every_module_that_importing_a_stage_loads():
 
 
 def test_a_state_belongs_to_the_code_that_its_stage_depends_on_and_the_versions():
-    """So an edit of `compare` leaves a half-trained stage 2, and one of `learn/fit` doesn't."""
+    """So an edit of `compare` leaves a half-trained stage 2, and one of `training/fit` doesn't."""
     found = {stage: set(files) for stage, files in of_each_stage(START_EACH).items()}
     assert set(STAGES) == set(found)
     for stage, files in found.items():
@@ -179,11 +179,19 @@ def test_a_state_belongs_to_the_code_that_its_stage_depends_on_and_the_versions(
 
 @pytest.mark.parametrize(
     ("stage", "unused"),
-    [("prepare", "torch"), ("probe", "torch"), ("stage1", "sklearn"), ("stage2", "sklearn")],
+    [("prepare", "torch"), ("probe", "torch"), ("stage1", "sklearn"), ("extract", "torch._dynamo")],
 )
 def test_a_stage_starts_without_a_library_that_it_does_not_use(stage, unused):
     code = f"import sys, pipeline.{stage}; sys.exit({unused!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_compiler_works_for_who_imports_it_later():
+    compiled = "torch.compile(abs, backend='eager')(torch.tensor(-2))"
+    code = f"import pipeline.extract, torch; print({compiled})"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "tensor(2)\n"
 
 
 def test_the_probes_threads_find_loaded_what_they_fit_with():

@@ -5,10 +5,16 @@ imported when they are asked for, as that takes seconds: `from
 pipeline.nets.torchvision_import import timm`, or `torchvision_import.torchvision` where needed.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+COMPILER = "torch._dynamo"
 
 
 def __getattr__(name: str) -> Any:
@@ -16,7 +22,31 @@ def __getattr__(name: str) -> Any:
     if name not in ("timm", "torchvision"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _declare_ops()
-    return import_module(name)
+    with _compiler_not_loaded():
+        return import_module(name)
+
+
+@contextmanager
+def _compiler_not_loaded() -> Iterator[None]:
+    """Spare the import of PyTorch's compiler, a third of the time that a stage takes to start.
+
+    torchvision asks it whether detection may be compiled, and timm marks what must not be; here
+    nothing is. Who needs the compiler later imports it as ever.
+    """
+    if COMPILER in sys.modules:
+        yield
+        return
+    utils = ModuleType(f"{COMPILER}.utils")
+    vars(utils)["is_compile_supported"] = lambda device_type: False
+    compiler = ModuleType(COMPILER)
+    vars(compiler)["disable"] = lambda function, *how, **more: function
+    stand_ins = {COMPILER: compiler, utils.__name__: utils}
+    sys.modules |= stand_ins
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
 
 
 def _declare_ops() -> None:
