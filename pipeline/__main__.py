@@ -86,13 +86,15 @@ def _show_on_terminal() -> None:
 
 def _use_own_environment() -> None:
     """Start again in the project's environment where this Python lacks the packages."""
-    own = HERE.parent / ".venv"
-    python = own / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if all(map(find_spec, NEEDED)) or not python.exists():
+    missing = [name for name in NEEDED if not find_spec(name)]
+    if not missing:
         os.environ.pop(RESTARTED, None)
         return
-    if RESTARTED in os.environ or Path(sys.prefix).resolve() == own.resolve():
-        sys.exit("error: packages are missing in .venv; run `make install`")
+    own = HERE.parent / ".venv"
+    python = own / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    tried = RESTARTED in os.environ or Path(sys.prefix).resolve() == own.resolve()
+    if tried or not python.exists():
+        sys.exit(f"error: {missing[0]} is not installed in {sys.prefix}; run `make install`")
     os.environ[RESTARTED] = "1"
     os.execv(python, [str(python), *sys.orig_argv[1:]])  # noqa: S606
 

@@ -2,11 +2,9 @@
 
 import atexit
 import os
-import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from inspect import signature
@@ -20,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
 from repository import commit, dvc, new_repository
 from safetensors.torch import save_file
 
 from pipeline.advise import advise
-from pipeline.commands.repository import RepositoryError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
 from pipeline.nets.backbone import pretrained
@@ -34,7 +32,6 @@ from pipeline.probe import probe
 from pipeline.report import report
 from pipeline.stage1 import stage1
 from pipeline.stage2 import stage2
-from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import Stage, arguments
 
@@ -180,83 +177,35 @@ def cache_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "cache"))
 
 
-REFUSED: set[tuple[str, str, str]] = set()  # by which test, which case, and what was said
-REFUSING = ("test_bad_input", "test_sources", "test_untrusted")
-
-
-@pytest.fixture(autouse=True)
-def refusals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Gather the last error that each test of a refusal raises, which the docs must list."""
-    said = []
-
-    def noted(self: PipelineError, *words: object) -> None:
-        if not isinstance(self, RepositoryError):  # a question to Git that may have no answer
-            said.append(str(words[0]))
-
-    monkeypatch.setattr(PipelineError, "__init__", noted, raising=False)
-    yield
-    assert not [line for line in said if "\n" in line]
-    if said and request.module.__name__ in REFUSING:
-        test, _, case = request.node.name.removesuffix("]").partition("[")
-        line = re.sub(
-            r"(/[\w.+-]+)+/(?=[\w.])", "", said[-1].replace(sys.prefix, "")
-        )  # folders of this machine
-        line = re.sub(
-            r"0x[0-9a-f]{6,}|\b[0-9a-f]{64}\b|(?<=127.0.0.1:)\d+|\d+(?= bytes not)", "...", line
-        )
-        line = re.sub(r"(?<=can't be fetched )\(.*\)", "(...)", line)
-        # Hashes and scores that another processor has otherwise.
-        line = re.sub(
-            r"\b[0-9a-f]{12}(?=\.\.\.)|\b(?:0|1)\.\d{4}\b|(?<=loss is )[\d.e+]+", "...", line
-        )
-        line = line.replace("......", "...")
-        parts = case.split("-")
-        # Behind the case many a test has the line that it expects.
-        ends = (k for k in range(1, len(parts)) if "-".join(parts[k:]).split("...")[0] in said[-1])
-        case = "-".join(parts[: next(ends, len(parts))]) or case
-        case = case.replace("-<lambda>", "").replace("-read_probes", "").replace("-load", "")
-        refused = (test.removeprefix("test_").replace("_", " "), case, line)
-        REFUSED.add(refused)
-        if not request.config.getoption("--write-docs"):
-            assert set(refused_page([refused])) <= listed_refusals(), "run pytest --write-docs"
-
-
-@cache
-def listed_refusals() -> set[str]:
-    """Read the lines of the page that lists what is refused."""
-    return set((ROOT / "docs" / "refused.md").read_text(encoding="utf-8").splitlines())
-
-
-def refused_page(refused: Collection[tuple[str, str, str]]) -> list[str]:
-    """Lay out what was refused as the lines of a page: a table a test."""
-    lines = ["# What is refused", "", "Written by `pytest --write-docs` from what tests tried."]
-    for test in sorted({test for test, *_ in refused}):
-        lines += ["", f"## {test[0].upper()}{test[1:]}", "", "| tried | said |", "|---|---|"]
-        for _, *cells in sorted(row for row in refused if row[0] == test):
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return lines
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--write-docs") and not session.testsfailed:
-        (ROOT / "docs" / "refused.md").write_text(
-            "\n".join([*refused_page(REFUSED), ""]), encoding="utf-8"
-        )
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]) -> "Run":
+    """Make a folder that tests may read, not change: one for all of pytest's processes."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, said = base / name, base / f"{name}.txt"
+    with FileLock(base / f"{name}.lock"):
+        if not said.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            said.write_text(make(folder), encoding="utf-8")
+    return Run(folder, said.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole small run that tests may read, not change: see `paths` for what lies where."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_photos(folder / "photos")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PIPELINE_CACHE", str(folder / "cache"))
-        run(folder, read_params(prepare={"path": str(folder / "photos")}))
-    return folder
+
+    def make(folder: Path) -> str:
+        write_photos(folder / "photos")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PIPELINE_CACHE", str(folder / "cache"))
+            run(folder, read_params(prepare={"path": str(folder / "photos")}))
+        return ""
+
+    return once(tmp_path_factory, "finished", make).folder
 
 
 class Run(NamedTuple):
-    """A committed repository after a run, not to be changed, and what DVC said."""
+    """A folder after a run, not to be changed, and what DVC said."""
 
     folder: Path
     said: str
@@ -264,13 +213,17 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="session")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The first `dvc repro`."""
-    folder = tmp_path_factory.mktemp("first") / "repo"
-    write_photos(folder / PHOTOS)
-    new_repository(folder, read_params(prepare={"path": PHOTOS}))
-    said = dvc(folder, "repro")
-    commit(folder, "run")
-    return Run(folder, said)
+    """The first `dvc repro`, in a committed repository."""
+
+    def make(folder: Path) -> str:
+        write_photos(folder / "repo" / PHOTOS)
+        new_repository(folder / "repo", read_params(prepare={"path": PHOTOS}))
+        said = dvc(folder / "repo", "repro")
+        commit(folder / "repo", "run")
+        return said
+
+    made = once(tmp_path_factory, "first", make)
+    return Run(made.folder / "repo", made.said)
 
 
 @pytest.fixture
@@ -281,4 +234,3 @@ def repo(first: Run, tmp_path: Path) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", default=1, type=int, help="try so many times as much damage")
-    parser.addoption("--write-docs", action="store_true", help="write docs/refused.md anew")

@@ -66,7 +66,9 @@ def test_a_torchvision_network_goes_through_the_whole_graph(tmp_path, name, top)
     assert right.mean() == pytest.approx(metrics["test"][metrics["chosen"]]["accuracy"])
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2", "final"])
+@pytest.mark.parametrize(
+    "stage", ["final", *(pytest.param(s, marks=pytest.mark.long) for s in ("stage1", "stage2"))]
+)
 def test_an_earlier_runs_network_starts_another(finished, tmp_path, stage):
     """Its codes, its classes as the source's, its normalisation: those of the file."""
     file = finished / "models" / stage / "model.safetensors"

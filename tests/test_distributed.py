@@ -100,12 +100,13 @@ def launched(script: Path, n: int) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_what_processes_do_together_is_what_one_would_do(n, tmp_path):
     (tmp_path / "together.py").write_text(TOGETHER)
     assert launched(tmp_path / "together.py", n).count("fine") == n
 
 
+@pytest.mark.long
 def test_a_batch_smaller_than_the_number_of_processes_trains_as_one_process_does(tmp_path):
     (tmp_path / "fitted.py").write_text(FITTED)
     found = [launched(tmp_path / "fitted.py", n).splitlines()[-2:] for n in (1, 3)]

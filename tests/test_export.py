@@ -70,7 +70,8 @@ def test_a_probes_scores_in_pytorch_are_those_in_numpy(kind, classes, l2):
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "kind", "classes"), [(1, 48, "svm_rbf", 3), (3, 64, "linear", 2)]
+    ("channels", "size", "kind", "classes"),
+    [(1, 48, "svm_rbf", 3), pytest.param(3, 64, "linear", 2, marks=pytest.mark.long)],
 )
 def test_onnx_of_a_probe_answers_as_the_classifier_does(tmp_path, channels, size, kind, classes):
     depth, network = "blocks.2+blocks.3", drawn_classifier(None, classes, channels, size).network

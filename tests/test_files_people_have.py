@@ -261,6 +261,7 @@ def strange(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_all_of_a_folder_is_accounted_for_and_any_name_can_be_written(finished, strange, tmp_path):
     model = paths(finished)["evaluate"]["final"] / "model.safetensors"
     page = tmp_path / "page.html"
@@ -282,6 +283,7 @@ def test_all_of_a_folder_is_accounted_for_and_any_name_can_be_written(finished, 
     assert command(strange / "plain", "--model", model).returncode == 0
 
 
+@pytest.mark.long
 def test_a_reader_that_has_enough_gets_no_traceback(finished, strange):
     model = paths(finished)["evaluate"]["final"] / "model.safetensors"
     words = [sys.executable, "-m", "pipeline", "predict", strange, "--model", model]

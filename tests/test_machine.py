@@ -25,6 +25,7 @@ def test_it_says_what_is_used_and_why(repo):
     assert len([line for line in done.stdout.splitlines() if line.endswith(" images/s")]) == 3
 
 
+@pytest.mark.long
 def test_it_says_what_the_environment_asks_for(repo, monkeypatch):
     for name, said in {"DEVICE": "cpu", "THREADS": "1", "PROCESSES": "2", "CACHE_GB": "3"}.items():
         monkeypatch.setenv(f"PIPELINE_{name}", said)

@@ -394,7 +394,7 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.dataset.pack.decoded", slow)
 
 
-@pytest.mark.parametrize("not_images", ["skip", "refuse"])
+@pytest.mark.parametrize("not_images", ["skip", pytest.param("refuse", marks=pytest.mark.long)])
 def test_unreadable_files_are_told_in_the_order_of_their_paths(
     not_images, photos, tmp_path, monkeypatch
 ):

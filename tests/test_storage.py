@@ -62,6 +62,7 @@ def clone_of(repo: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_clone_pulls_from_a_bucket_what_was_pushed_there(repo, s3, tmp_path):
     use(repo, s3)
     dvc(repo, "push")

@@ -51,7 +51,8 @@ def one_line_errors(interrupted: str = "interrupted", recover: str = "") -> Iter
             raise
         ways = f"; {recover}" if recover else ""
         if isinstance(error, PipelineError):
-            print(f"error: {error}", file=sys.stderr)
+            said = str(error).replace("\n", "\\n")  # of a file's name
+            print(f"error: {said}", file=sys.stderr)
             sys.exit(error.exit_code)
         if is_out_of_memory(error):
             sys.exit(f"error: out of memory; use smaller images or batches{ways}")

@@ -21,6 +21,8 @@ def device() -> torch.device:
     where the one that is asked for isn't there, or there are too few.
     """
     asked = device_asked()
+    if asked == "cpu":
+        return torch.device("cpu")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind = asked or next((kind for kind in available if available[kind]), "cpu")
     if kind == "cpu":

@@ -139,7 +139,10 @@ def read_params(file: Path) -> dict[str, Any]:
         # A date of month 13.
         raise ParamError(f"{file}: not readable as YAML: {short(error)}") from None
     if isinstance(params, dict) and (lists := [key for key in params if isinstance(key, tuple)]):
-        raise ParamError(f"{file}: not readable as YAML: a list as a key ({short(lists[0])})")
+        raise ParamError(
+            f"{file}: not readable as YAML: a list as a key ({short(lists[0])}); "
+            "write a name before the colon"
+        )
     if not isinstance(params, dict):
         raise ParamError(f"{file}: expected sections such as 'prepare:', found {short(params)}")
     return params
