@@ -1,18 +1,19 @@
 """Small images, small params and the stages run on them; shared by all tests."""
 
-import atexit
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from getpass import getuser
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Tests beside others leave them a core.
+# Tests beside others leave them a core, also in what they compute themselves.
 os.environ.setdefault("PIPELINE_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_NUM_THREADS", os.environ["PIPELINE_THREADS"])
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 from repository import commit, dvc, new_repository
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pipeline.advise import advise
 from pipeline.evaluate import evaluate
@@ -78,13 +79,20 @@ def write_photos(
 
 @cache
 def tiny_weights() -> dict[str, str]:
-    """Draw weights for the tiny network, which count as pretrained: what a file gives."""
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    file = Path(folder.name) / "tiny.safetensors"
+    """Draw weights for the tiny network, which count as pretrained: what a file gives.
+
+    In one place for all of pytest's processes, as artifacts and pages name it.
+    """
     model, _ = pretrained(TINY, "none", "", seed=0)
-    save_file(model.state_dict(), file)
-    return {"weights": str(file), "sha256": sha256(file.read_bytes()).hexdigest()}
+    content = save(model.state_dict())
+    folder = Path(tempfile.gettempdir()) / f"two-stage-finetuning-{getuser()}"
+    folder.mkdir(exist_ok=True)
+    file = folder / "tiny.safetensors"
+    if not file.exists() or file.read_bytes() != content:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
+            part.write(content)
+        Path(part.name).replace(file)
+    return {"weights": str(file), "sha256": sha256(content).hexdigest()}
 
 
 def read_params(**sections: dict[str, Any]) -> dict[str, Any]:

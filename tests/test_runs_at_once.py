@@ -51,7 +51,8 @@ def workers(repo: Path) -> dict[Path, int]:
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
             folder = (process / "cwd").resolve()
-            if b"pipeline.stage2" in words and folder.is_relative_to(repo / ".dvc/tmp/exps"):
+            named = {b"pipeline", b"stage2"} <= set(words)
+            if named and folder.is_relative_to(repo / ".dvc/tmp/exps"):
                 stat = (process / "stat").read_text()
                 parents[int(process.name)] = int(stat.rpartition(")")[2].split()[1])
                 found[int(process.name)] = folder

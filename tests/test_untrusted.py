@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, STAGES, call, listed_refusals, paths, read_params, write_photos
+from conftest import ROOT, STAGES, call, paths, read_params, write_photos
 from PIL import Image
 
 from pipeline.dataset import fetch
@@ -345,8 +345,3 @@ def test_a_folder_that_cannot_be_written_to_is_named(photos, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: data/prepared.part: Not a directory; the same command")
     assert done.stderr.count("\n") == 1
-
-
-def test_the_docs_list_what_is_refused():
-    """Each test of a refusal looks for its own line there."""
-    assert len([line for line in listed_refusals() if line.startswith("| ")]) >= 60
