@@ -11,9 +11,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Tests beside others leave them a core, also in what they compute themselves.
-os.environ.setdefault("PIPELINE_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-os.environ.setdefault("OMP_NUM_THREADS", os.environ["PIPELINE_THREADS"])
+# Tests beside others leave them a core, whatever the process that started them was told.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ |= {"PIPELINE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+os.environ.setdefault("PIPELINE_THREADS", "2")
 
 import numpy as np
 import pytest
