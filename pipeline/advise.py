@@ -1,7 +1,7 @@
-"""Advise: which of the four cases this data is, what fine-tuning may bring, and what it costs.
+"""Advise: which of four cases the data are, and the expected gain and run time of fine-tuning.
 
-The four are those of the CS231n notes on transfer learning: small or large, like the data that the
-weights were made for or not.
+The cases are those of the CS231n notes on transfer learning: few or many images, similar to the
+data that the weights were trained on or not.
 """
 
 import json
@@ -28,24 +28,25 @@ from pipeline.stage_runtime.schema import Key, Out, Seed
 from pipeline.training.start import start_network, what_trains
 
 Size = Interval(ge=16, le=2048)
-MOST = 10_000  # images that the source's answers are looked at for, evenly spaced
+MOST = 10_000  # images, evenly spaced, on which the source's predictions are evaluated
 
 WON = sum(k.fine_tuned > (k.scratch or 0) for k in PUBLISHED)
-PRETRAINED_WON = f"pretrained ones won on {WON} of {len(PUBLISHED)} published sets"
+PRETRAINED_WON = f"pretrained weights were better on {WON} of {len(PUBLISHED)} published data sets"
 
-# What the notes say of each case, and the params that do it.
+# What the notes recommend in each case, and the params for it.
 TO_DO = {
-    1: "a linear classifier on the codes; fine-tune the head alone (stage1.unfreeze: []) or gently",
-    2: "fine-tune through the full network: stages 1 and 2 as they are",
-    3: "an SVM on activations from earlier in the network, which is what the probe looks for",
-    4: "fine-tune through the full network; from scratch (backbone.weights: none) is for "
+    1: "use a linear classifier on the codes, and fine-tune only the head (stage1.unfreeze: []) or "
+    "with a low learning rate",
+    2: "fine-tune the full network: stages 1 and 2 as they are",
+    3: "use an SVM on activations from earlier in the network, which the probe's search includes",
+    4: "fine-tune the full network; train from scratch (backbone.weights: none) only for "
     f"comparison: {PRETRAINED_WON}",
 }
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long the later stages are set to be: read here, checked there."""
+    """The params that set how long the later stages run: read here, checked there."""
 
     unfreeze: Annotated[list[str], Key("stage1.unfreeze", foreign=True)]
     first_size: Annotated[int, Key("stage1.image_size", foreign=True), Size]
@@ -70,10 +71,10 @@ def advise(
     precision: Annotated[Precision, Key("precision")],
     seed: Seed,
 ) -> dict[str, float]:
-    """Say what the codes and the probe tell about fine-tuning, before any is done.
+    """Estimate, from the codes and the probe, what fine-tuning would gain.
 
-    Writes advice.json, advice.txt and profile.csv. What the stages to come are expected to take on
-    this machine is returned, in seconds, for timing.json.
+    Writes advice.json, advice.txt and profile.csv. Returns the expected seconds of each later stage
+    on this machine, for timing.json.
     """
     set_up_torch()
     torch.manual_seed(seed)
@@ -85,8 +86,8 @@ def advise(
     if facts["backbone"]["weights"] == "none":
         advice: dict[str, object] = {"case": None, "expected_gain": None}
         text = (
-            "No pretrained weights (backbone.weights: none), so nothing to transfer: stage 1 "
-            f"trains everything. Compare with weights: {PRETRAINED_WON}."
+            "No pretrained weights (backbone.weights: none), so there is nothing to transfer: "
+            f"stage 1 trains everything. For comparison: {PRETRAINED_WON}."
         )
     else:
         rows = np.unique(np.linspace(0, len(train.labels) - 1, MOST).astype(int))
@@ -115,19 +116,19 @@ def advise(
     sizes = map(len, images)
     seconds = durations(pace, lengths, len(views(how.flips, lengths.test_views)), *sizes)
     said = ", ".join(f"{stage} {s / 60:.1f} min" for stage, s in seconds.items())
-    say(f"on this machine, as set: {said}")
+    say(f"expected on this machine: {said}")
     return {f"{stage}_expected_seconds": s for stage, s in seconds.items()}
 
 
 def _advice(
     classes: list[str], found: Transferability, by_cross_validation: dict[str, float]
 ) -> tuple[dict[str, object], str]:
-    """Give what advice.json holds, and the same in words."""
+    """Return the content of advice.json, and the same in words."""
     linear, winner = (
         (by_cross_validation[key] * found.images + 0.5) / (found.images + 1)  # never 0 or 1
         for key in ("linear_cv_accuracy", "cv_accuracy")
     )
-    # A set is no evidence for itself.
+    # Results on this data set itself are left out.
     known = [k for k in (*PUBLISHED, *OURS) if list(k.classes) != classes]
     expected, case = expected_gain(found.images, linear, winner, known), case_of(found)
     advice = {
@@ -141,7 +142,7 @@ def _advice(
 
 
 def paragraph(case: int, found: Transferability, winner: float, expected: Expected) -> str:
-    """Say it in words."""
+    """Return the advice in words."""
     size = "large" if found.images >= LARGE else "small"
     like = "unlike" if case > 2 else "like"
     low, high = f"{100 * expected.low:+.1f}", f"{100 * expected.high:+.1f}"
@@ -150,31 +151,32 @@ def paragraph(case: int, found: Transferability, winner: float, expected: Expect
         if expected.low > 0
         else "it should not pay"
         if expected.high < 0
-        else "it may pay or not, which evaluate will tell"
+        else "it may or may not pay, which evaluate will show"
     )
     return (
-        f"Case {case}: {size}, {like} what the weights were made for. {found.images:,} training "
-        f"images in {found.classes} classes ({found.smallest_class:,} of the rarest); by "
-        f"cross-validation the last codes get {found.late:.3f} right, the best earlier ones "
-        f"{found.early:.3f}; the source's classifier is sure of these images to "
-        f"{found.source_confidence:.2f}, and its classes tell {found.source_information:.0%} of "
-        f"what the labels say. For this case: {TO_DO[case]}. Full fine-tuning is expected to bring "
-        f"{100 * expected.gain:+.1f} points over the probe's {winner:.3f} (80 % of cases: {low} to "
-        f"{high}), going by {expected.sets:.0f} known sets of like size: {worth}. "
-        "How long that takes here stands in models/advice/timing.json."
+        f"Case {case}: {size}, {like} what the weights were trained on. {found.images:,} training "
+        f"images in {found.classes} classes ({found.smallest_class:,} in the smallest). "
+        f"Cross-validation accuracy is {found.late:.3f} on the last codes and {found.early:.3f} on "
+        f"the best earlier ones. The source's classifier has a mean confidence of "
+        f"{found.source_confidence:.2f} on these images, and its classes explain "
+        f"{found.source_information:.0%} of the label entropy. For this case: {TO_DO[case]}. The "
+        f"expected gain of full fine-tuning over the probe's {winner:.3f} is "
+        f"{100 * expected.gain:+.1f} points (80 % of cases: {low} to {high}), estimated from "
+        f"{expected.sets:.0f} known data sets of similar size: {worth}. "
+        "The expected run times are in models/advice/timing.json."
     )
 
 
 def durations(
     pace: Throughput, lengths: Lengths, test_views: int, train: int, val: int, test: int
 ) -> dict[str, float]:
-    """Tell how many seconds stage 1, stage 2 and evaluate will compute, from their lengths."""
+    """Return the expected seconds of stage 1, stage 2 and evaluate, from their lengths."""
     passes = lengths.first_views or lengths.first_epochs
     top_alone = max(pace.first - pace.trunk, 0)
     return {
         "stage1": (passes * train + val) * pace.trunk
         + lengths.first_epochs * (train * pace.top + val * top_alone),
-        # Eleven more validations: between stage 1's weights and stage 2's.
+        # Interpolating between the weights of stages 1 and 2 takes eleven more validations.
         "stage2": lengths.second_epochs * train * pace.step
         + (lengths.second_epochs + 12) * val * pace.second,
         "evaluate": test_views * (val + test) * (pace.first + pace.second),

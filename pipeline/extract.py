@@ -43,14 +43,14 @@ def extract(
     seed: Seed,
     resume: Resume,
 ) -> dict[str, float]:
-    """Run every image through the frozen network and keep its pooled activations.
+    """Run every image through the frozen network and store its pooled activations.
 
-    On top come the head's input and its output: what the source's classifier thinks it sees.
+    The depths include the head's input and the head's output, the logits of the source's classes.
 
-    The codes are averaged over up to `views` flips of the image, train and test alike.
+    The codes are averaged over up to `views` flips of the image, in all splits.
 
-    Writes {split}-{depth}.npy (N, D), facts.json, and labels.csv: the labels of train and val, not
-    of test.
+    Writes {split}-{depth}.npy (N, D), facts.json, and labels.csv with the labels of train and val,
+    not of test.
 
     Raises ParamError for a wrong size, network or depth, WeightsError for wrong weights.
     """
@@ -64,7 +64,7 @@ def extract(
     shapes = {call.name: call.shape for call in blocks.trace(model, image_size)}
     for depth in chosen:
         if len(shapes.get(depth, ())) != 4:
-            raise ParamError(f"extract.depths: {depth} gives no feature maps; choose a block")
+            raise ParamError(f"extract.depths: {depth} outputs no feature maps; choose a block")
     model.eval().requires_grad_(False)
     network = for_images(model, backbone, packed, image_size, resolved(precision))
     labelled, of_split = read_splits(prepared, ("train", "val"), ("test",))
@@ -91,7 +91,7 @@ def _extract(
     resume: Resume,
     out: Path,
 ) -> int:
-    """Compute a split's codes at all depths into `out`; gives how many images it did."""
+    """Write a split's codes at all depths to `out`; return the number of images computed."""
     names = [codes_name(split, depth) for depth in depths]
     n, begun = len(images), 0
 

@@ -1,4 +1,4 @@
-"""Prepare: list the images of a source, audit, split, decode each once, pack as uint8."""
+"""Prepare: list, audit and split the images of a source; decode each once; pack as uint8."""
 
 import csv
 import shutil
@@ -63,15 +63,15 @@ def prepare(
 ) -> dict[str, float]:
     """Decode every image once, audit and split the set, and pack it as square uint8 arrays.
 
-    Writes index.csv, facts.json, audit.json and images/, of all splits in shards, into `out`.
+    Writes index.csv, facts.json, audit.json and images/, the shards of all splits, to `out`.
 
-    Raises DataError for a set that can't be used, naming the file or the class.
+    Raises DataError naming the file or the class if the data set can't be used.
     """
     found = _source(source, Path(path), url, sha256, splits, table, columns)
     _refuse_not_images(found, not_images)
     classes = sorted({item.label for item in found.items})
     if len(classes) < 2:
-        raise DataError(f"{found.folder}: one class only ({classes}); two or more are needed")
+        raise DataError(f"{found.folder}: only one class ({classes}); at least two are needed")
     _refuse_names(found, classes)
     with whole_folder(out) as folder:
         surveyed = survey(found)
@@ -99,7 +99,7 @@ def prepare(
         _refuse_small(labels[drawn == 0], classes, least_per_class)
 
         if surveyed.is_deep and value_range == AUTO:
-            # The splits are drawn by what pictures show; their range is that of training alone.
+            # The splits depend on what images show; the range depends on training images only.
             seen = [surveyed.seen[i] for i in ids[drawn == 0].tolist() if i in surveyed.seen]
             low, high = range_of(seen)
             of_train = replace(tones, low=low, high=high)
@@ -109,7 +109,7 @@ def prepare(
                 packed = pack(resume, found, facts, unreadable, folder)
                 facts = replace(facts, pixels=packed.pixels)
         names = [SPLITS[split] if split >= 0 else "" for split in drawn]
-        # Where the images lie is no fact about them.
+        # The audit must not depend on where the images are stored.
         reasons = {p: said.replace(f"{found.folder}/", "") for p, said in unreadable.items()}
         report = audit.report(
             found,
@@ -131,7 +131,7 @@ def prepare(
 def _source(
     name: str, path: Path, url: str, sha256: str, splits: str, table: str, columns: str
 ) -> Source:
-    """List the images of a source by its name in params.yaml."""
+    """List the images of the source that params.yaml names."""
     if name.startswith(TORCHVISION):
         return sources.folder(published(name.removeprefix(TORCHVISION), path))
     known: dict[str, Callable[[], Source]] = {
@@ -147,7 +147,7 @@ def _source(
 
 
 def _refuse_not_images(found: Source, not_images: Literal["refuse", "skip"]) -> None:
-    """Raise DataError where files are no images, or a class has none, unless they are skipped."""
+    """Raise DataError for files that aren't images and classes without one, unless skipped."""
     for label, held in found.gone.items():
         if not_images == "refuse":
             raise DataError(
@@ -157,7 +157,7 @@ def _refuse_not_images(found: Source, not_images: Literal["refuse", "skip"]) -> 
         found.layout.append(f"no class {label!r}, as its folder holds no image ({held})")
     if found.not_images and not_images == "refuse":
         first, what = min(found.not_images.items())
-        table = ", prepare.source: csv if it names the images" if is_table(first) else ""
+        table = ", or prepare.source: csv if it lists the images" if is_table(first) else ""
         raise DataError(
             f"{found.folder / first}: {what} ({len(found.not_images)} such files); move it away, "
             f"or set prepare.not_images: skip{table}"
@@ -170,33 +170,33 @@ def _tones(
     given: tuple[float, float] | None,
     background: Background | Literal["auto"],
 ) -> Tones:
-    """Choose how pictures become 8 bits, by all that aren't given to validation or test."""
+    """Choose the conversion to 8 bits, from all images not given to validation or test."""
     seen = [s for i, s in surveyed.seen.items() if found.items[i].split in ("", "train")]
     low, high = given or range_of(seen) if surveyed.is_deep else (None, None)
     if given and not surveyed.is_deep:
         raise ParamError(
-            "params.yaml: prepare.range is for pictures of more than 8 bits a value, and these have"
-            " 8; set it to auto"
+            "params.yaml: prepare.range is for images with more than 8 bits per value, and these"
+            " have 8; set it to auto"
         )
     return Tones(low, high, background_of(seen) if background == "auto" else background)
 
 
 def _refuse_names(found: Source, classes: Sequence[str]) -> None:
-    """Refuse names that would do harm where index.csv and predictions.csv are read."""
+    """Refuse names that could do harm in index.csv and predictions.csv."""
     _refuse_alike(found, classes)
     named = chain((("class", c) for c in classes), (("path", item.path) for item in found.items))
     for what, name in named:
         if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
-            cs = "bytes that are no UTF-8" if shown(name) != name else "control characters"
-            raise DataError(f"{what} {shown(name)!r} has {cs} in it; rename it")
+            cs = "bytes that are not UTF-8" if shown(name) != name else "control characters"
+            raise DataError(f"{what} {shown(name)!r} contains {cs}; rename it")
         if is_formula(name.partition("/")[0]):  # a class may be called -1
             raise DataError(
-                f"{what} {name!r} begins with {name[0]!r}, as spreadsheets' formulas do; rename it"
+                f"{what} {name!r} begins with {name[0]!r}, like a spreadsheet formula; rename it"
             )
 
 
 def _refuse_alike(found: Source, classes: Sequence[str]) -> None:
-    """Refuse classes whose names a person can't tell apart: by case, blanks or Unicode form."""
+    """Refuse class names that differ only by case, blanks or Unicode form."""
     plain: dict[str, str] = {}
     for name in classes:
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
@@ -214,9 +214,10 @@ def _ties(
     alike: NDArray[np.int64],
     split_by: Literal["group", "image"],
 ) -> NDArray[np.int64]:
-    """Number what must stay in one split: equal files always, and if asked for a group.
+    """Number the sets of images that must stay in one split.
 
-    An image without a group of its own is in that of its near duplicates.
+    Equal files always stay together; with split_by: group, the images of a group do too. An image
+    without a group belongs to the group of its near duplicates.
     """
     if split_by == "image":
         return linked_groups(copies)
@@ -233,7 +234,7 @@ def _splits(
     val_as: str,
     seed: int,
 ) -> NDArray[np.int64]:
-    """Give every image its split, a place in SPLITS: the one its folder names, else one drawn."""
+    """Return each image's split, an index into SPLITS: named by its folder, or else drawn."""
     names = {item.split for item in items}
     if val_as == "test" and "test" in names:
         raise DataError("prepare.val_as: test, but there is a test folder already; use val")
@@ -256,9 +257,9 @@ def _splits(
 
 
 def _without_copies(splits: NDArray[np.int64], copies: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Take from given splits the files that a later one has too: -1 in place of their split.
+    """Remove files from given splits if a later split has them too: their split becomes -1.
 
-    Drawn splits have none. Else train would hold the answers to validation and test.
+    Otherwise train could contain images of validation or test. Drawn splits have no such files.
     """
     last = np.zeros_like(copies)
     np.maximum.at(last, copies, splits)
@@ -282,7 +283,7 @@ def _write_index(
     groups: NDArray[np.int64],
     digests: NDArray[np.uint8],
 ) -> None:
-    """Write index.csv: one row an image, in the order of `items`."""
+    """Write index.csv: one row per image, in the order of `items`."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(("id", "path", "label", "split", "group", "weight", "sha256"))

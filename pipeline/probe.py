@@ -1,7 +1,7 @@
 """Probe: linear and SVM classifiers on the codes, chosen by cross-validation on train.
 
-Chosen by the cross-entropy of the held-out answers: accuracy, which counts them, is the noisier
-judge of the two, and on some hundred images many cells score alike.
+The criterion is the cross-entropy of the out-of-fold predictions. Accuracy is noisier: on a few
+hundred images, many cells have the same accuracy.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-# What probing/probes.py imports late: threads that import a module at once may see half of it.
+# probing/probes.py imports these late. Threads that import a module at once may see half of it.
 import sklearn.linear_model
 import sklearn.svm  # noqa: F401
 from annotated_types import Ge, Gt, Interval, MinLen
@@ -59,11 +59,11 @@ class Cell:
     depth: str
     c: float
     loss: float  # cross-entropy of the held-out images, calibrated by one temperature
-    accuracies: list[float]  # one a fold
+    accuracies: list[float]  # one per fold
 
     @property
     def accuracy(self) -> float:
-        """Give the mean accuracy over the folds."""
+        """Return the mean accuracy over the folds."""
         return float(np.mean(self.accuracies))
 
 
@@ -84,12 +84,12 @@ def probe(
     seed: Seed,
     resume: Resume,
 ) -> dict[str, float]:
-    """Search depth x C x kind by cross-validation on train, fit the best one and the linear one.
+    """Search depth x C x kind by cross-validation on train; fit the best and the linear probe.
 
-    One more depth are the codes of the `join` deepest blocks side by side.
+    The concatenated codes of the `join` deepest blocks are one more depth.
 
-    Writes probe.safetensors (winner and linear probe on the last codes), grid.csv, metrics.json and
-    out_of_fold.csv: what both say of each training image where cross-validation held it out.
+    Writes probe.safetensors (the winner, and the linear probe on the last codes), grid.csv,
+    metrics.json and out_of_fold.csv, the out-of-fold predictions of both probes.
 
     Raises DataError if a class has fewer images than folds.
     """
@@ -100,10 +100,10 @@ def probe(
     balance = None if class_weight == "none" else class_weight
     some = _subsample(train.labels, svm_max_images, seed)
     if len(some) < len(train.labels):
-        say(f"SVMs see {len(some)} of {len(train.labels)} images (probe.svm_max_images)")
+        say(f"SVMs are fitted on {len(some)} of {len(train.labels)} images (probe.svm_max_images)")
 
     with threadpool_limits(1, "blas"), warnings.catch_warnings():
-        # Cells that have almost no regularisation may stop early; they are compared as they are.
+        # Cells with almost no regularisation may stop before they converge; they are kept as is.
         warnings.simplefilter("ignore", ConvergenceWarning)
         grid = {"linear": linear_c, "svm_linear": svm_linear_c, "svm_rbf": svm_rbf_c}
         search = _Search(train, weights, balance, folds, seed, some, grid, l2)
@@ -121,7 +121,7 @@ def probe(
 
             return [Cell(**c) for c in resume.remember(f"{kind} on {depth}", searched_anew)]
 
-        # In threads: what takes the time, BLAS and libsvm, lets go of the interpreter.
+        # Threads suffice: BLAS and libsvm, which take most of the time, release the GIL.
         with ThreadPoolExecutor(threads()) as pool:
             for found in track(pool.map(searched, tasks), len(tasks), "probe"):
                 cells += found
@@ -169,12 +169,12 @@ def probe(
 
 
 def best_cell(cells: list[Cell]) -> Cell:
-    """Choose by the lowest loss, ties to the simpler kind, then to the smaller C."""
+    """Return the cell with the lowest loss; ties go to the simpler kind, then the smaller C."""
     return min(cells, key=lambda cell: (cell.loss, KINDS.index(cell.kind), cell.c))
 
 
 class _Search:
-    """Cross-validation with what cells share computed once: folds, scaling, kernels."""
+    """Cross-validation in which the cells share folds, scaling and kernels."""
 
     def __init__(
         self,
@@ -192,10 +192,10 @@ class _Search:
         self.grid, self.n_classes, self.l2 = grid, int(train.labels.max()) + 1, l2
 
     def cells(self, kind: Kind, depth: str, codes: Any) -> Iterator[Cell]:
-        """Cross-validate one kind at one depth over all its C, from the smallest.
+        """Cross-validate one kind at one depth for each C, in ascending order.
 
-        A linear probe's C end with the first that is worse than the one before: less regularisation
-        takes the more steps the less of it there is.
+        For a linear probe, the search stops at the first C that is worse than the one before: the
+        solver takes more steps the weaker the regularisation.
         """
         before = np.inf
         for c, scores, folds in self._held_out(kind, depth, codes, sorted(self.grid[kind])):
@@ -208,7 +208,7 @@ class _Search:
             before = loss
 
     def held_out(self, cell: Cell, codes: Any) -> Floats:
-        """Score each training image by the fold that didn't see it: (N, C); NaN if none has it."""
+        """Return the out-of-fold scores of the training images, (N, C); NaN if in no fold."""
         scores = np.full((len(self.labels), self.n_classes), np.nan)
         ((_, found, _),) = self._held_out(cell.kind, cell.depth, codes, [cell.c])
         scores[self.rows(cell.kind)] = found
@@ -221,10 +221,10 @@ class _Search:
     def _held_out(
         self, kind: Kind, depth: str, codes: Any, grid: Sequence[float]
     ) -> Iterator[tuple[float, Floats, list[Ints]]]:
-        """Yield each C, the images' scores by the fold that didn't see them, and the folds.
+        """Yield each C with the out-of-fold scores and the folds.
 
-        The scaling is measured on all of train: it sees no labels. SVMs of all C share one kernel;
-        a linear probe starts from that of the C before.
+        The scaling is fitted on all of train, as it uses no labels. SVMs of all C share one kernel;
+        a linear probe starts from the solution for the previous C.
         """
         x, y, weights, groups = self._data(kind, self._scaled(kind, depth, codes))
         kernel = None if kind == "linear" else gram(x, x, kind, 1 / x.shape[1])
@@ -256,7 +256,7 @@ class _Search:
         return svm_probe(svm, x, scaler, cell.depth, cell.kind, gamma, l2)
 
     def _scaled(self, kind: Kind, depth: str, codes: Any) -> Any:
-        # The linear probe on the last codes becomes a head, which can't divide by a length.
+        # The linear probe on the last codes becomes a head, which can't normalise its input.
         is_head = kind == "linear" and depth == LAST
         return unit(codes) if self.l2 and not is_head else codes
 
@@ -274,7 +274,7 @@ class _Search:
 
 
 def _joined(depths: list[str], join: int) -> list[str]:
-    """Name the codes of the deepest blocks side by side; none of fewer than two."""
+    """Return the name of the deepest blocks' concatenated codes; none for fewer than two."""
     deepest = [d for d in depths if d not in (LAST, SOURCE)][-join:] if join else []
     return [JOIN.join(deepest)] if len(deepest) > 1 else []
 
@@ -296,7 +296,7 @@ def _refuse_few(train: Rows, classes: list[str], folds: int) -> None:
 
 
 def _subsample(labels: Ints, most: int, seed: int) -> Ints:
-    """Choose at most so many rows, each class by its share and at least once, in their order."""
+    """Choose at most `most` rows, in order: each class by its share, and at least once."""
     if len(labels) <= most:
         return np.arange(len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))

@@ -1,4 +1,4 @@
-"""Stage 1: a new head, from the probe, and the top layers; everything below stays frozen."""
+"""Stage 1: train the top layers and a new head, initialised from the probe; the rest is frozen."""
 
 import time
 from collections.abc import Sequence
@@ -53,11 +53,11 @@ def stage1(
 ) -> dict[str, float]:
     """Train the new head and the unfrozen modules on top of the frozen trunk.
 
-    Without pretrained weights there is nothing worth freezing: everything trains then, BatchNorm by
-    the statistics of its batches, in as many epochs.
+    Without pretrained weights, everything trains for the same number of epochs, and BatchNorm uses
+    batch statistics.
 
-    The trunk runs once for each of `views` augmentations of each image, and the epochs take turns
-    with them; 0 views augment anew each epoch. The best validation epoch is kept.
+    The trunk runs once for each of `views` augmentations of each image, and the epochs cycle
+    through them; with 0 views, each epoch augments anew. The best validation epoch is kept.
 
     Writes model.safetensors, history.csv and metrics.json.
     """
@@ -68,7 +68,7 @@ def stage1(
     network, of_probe = start_network(probe, packed, image_size, head_init, resolved(precision))
     trained = what_trains(network, unfreeze)
     if network.backbone.weights == "none":
-        say("from scratch (backbone.weights: none): everything trains, by batch statistics")
+        say("from scratch (backbone.weights: none): everything trains, with batch statistics")
         batchnorm = "train"
     refuse_shared_statistics("stage1", batchnorm)
     trainable = freeze_all_but(network.model, trained, batchnorm)
@@ -81,7 +81,7 @@ def stage1(
     @torch.no_grad()
     def trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
         pixels = feed(chosen)
-        if how.crop == 1:  # once for all: without crops, it is the same before and after
+        if how.crop == 1:  # once for all epochs: without crops, the order makes no difference
             pixels = shrunk(pixels, network.image_size)
         augmented = (augment(pixels, rows.ids[chosen], epoch, seed, how) for epoch in epochs)
         return [cut.trunk(network.normalise(x)) for x in augmented]
@@ -132,7 +132,7 @@ def stage1(
         start_counts=True,  # a head from the probe may be the best there is
     )
     if best.epoch == 0:
-        say("no epoch is better than the head as it came from the probe: that is kept")
+        say("no epoch is better than the initial head from the probe, which is kept")
     network.save(
         out / "model.safetensors",
         epoch=best.epoch,
@@ -153,7 +153,7 @@ def stage1(
 def _at_the_start(
     before: Validation, of_probe: dict[str, Any], image_size: int, head_init: str
 ) -> str:
-    """Say how good the network is before any step, and how good its head was on the codes."""
+    """Describe the network's score before training, and its head's accuracy on the codes."""
     said = f"val loss {before['loss']:.4f} acc {before['accuracy']:.4f}"
     if head_init == "random" or of_probe["backbone"]["weights"] == "none":
         return said

@@ -1,4 +1,4 @@
-"""Stage 2: the stage-1 checkpoint in the full network, everything trainable, at a tiny rate."""
+"""Stage 2: load stage 1's checkpoint and train the full network at a low learning rate."""
 
 import time
 from collections.abc import Callable
@@ -33,8 +33,8 @@ from pipeline.training.freeze import everything, freeze_all_but, refuse_shared_s
 from pipeline.training.resume_state import ResumeState
 
 State = dict[str, Tensor]
-# What another processor or number format may change of a checkpoint's score on the same images: so
-# many images or that share of them, and so much of the loss.
+# How much a checkpoint's score on the same images may change with the processor or number format:
+# a number of images or a share of them, and a difference in loss.
 OTHER_IMAGES, OTHER_SHARE, OTHER_LOSS = 2, 0.01, 0.02
 
 
@@ -61,8 +61,8 @@ def stage2(
 
     Writes model.safetensors, history.csv, interpolation.csv and metrics.json.
 
-    Raises CheckpointError if stage 1's checkpoint holds other weights than it wrote, was validated
-    on other images or labels, or scores otherwise than it said by more than rounding explains.
+    Raises CheckpointError if stage 1's checkpoint holds other weights than stage 1 wrote, was
+    validated on other images or labels, or its score differs by more than rounding explains.
     """
     set_up_torch()
     packed = read_facts(prepared)
@@ -84,7 +84,7 @@ def stage2(
         network.take(image_size)
         before.append(validate())
         gain = before[1]["accuracy"] - before[0]["accuracy"]
-        say(f"from {sizes}, before any step: {100 * gain:+.1f} points on validation")
+        say(f"from {sizes}, before training: {100 * gain:+.1f} points on validation")
     say(f"epoch   0  val loss {before[-1]['loss']:.4f} acc {before[-1]['accuracy']:.4f}")
 
     feed = DeviceImages(images, network.device)
@@ -119,7 +119,7 @@ def stage2(
     lines = [(f"{f:.1f}", f"{v['accuracy']:.6f}", f"{v['loss']:.6f}") for f, v in curve]
     write_csv(out / "interpolation.csv", [("factor", "val_accuracy", "val_loss"), *lines])
     said = "stage 2 didn't help" if factor == 0 else f"val acc {val['accuracy']:.4f}"
-    say(f"stage 1 to stage 2 by factor {factor:.1f}: {said}")
+    say(f"interpolated from stage 1 to stage 2 by factor {factor:.1f}: {said}")
     ran = sum(1 for _ in (out / "history.csv").open()) - 1 - len(before)
     write_metrics(
         out,
@@ -128,7 +128,7 @@ def stage2(
         epochs=ran,
         best_epoch=best.epoch,
         factor=factor,
-        # Before any step, at stage 2's size: beyond stage 1's own, what the size brought.
+        # Before training, at stage 2's size: the difference to stage 1's is that of the size.
         start_accuracy=before[-1]["accuracy"],
     )
     network.save(
@@ -178,7 +178,7 @@ def choose_factor(curve: list[tuple[float, Validation]]) -> tuple[float, Validat
 def _refuse_other_contents(
     meta: dict[str, Any], network: Network, val_images: str, file: Path
 ) -> None:
-    """Refuse weights or validation images that aren't those of stage 1, to the bit."""
+    """Refuse weights or validation images that aren't bit for bit those of stage 1."""
     tensors = {name: t.cpu().numpy() for name, t in network.model.state_dict().items()}
     for what, found, said in (
         ("weights", checkpoint.digest(tensors), meta.get("weights_sha256")),
@@ -192,12 +192,12 @@ def _refuse_other_contents(
 
 
 def _refuse_other_score(val: Validation, meta: dict[str, Any], file: Path, n: int) -> None:
-    """Refuse a score that no other processor or number format explains."""
+    """Refuse a score that another processor or number format doesn't explain."""
     said: Validation = meta["val"]
     images = max(OTHER_IMAGES, OTHER_SHARE * n)
     off = abs(val["accuracy"] - said["accuracy"]) * n
     if off > images + 1e-6 or not abs(val["loss"] - said["loss"]) <= OTHER_LOSS:
         raise CheckpointError(
             f"{file}: scores {val['accuracy']:.4f} (loss {val['loss']:.4f}) on validation, stage 1 "
-            f"said {said['accuracy']:.4f} ({said['loss']:.4f}); run `dvc repro -f stage1`"
+            f"had {said['accuracy']:.4f} ({said['loss']:.4f}); run `dvc repro -f stage1`"
         )

@@ -156,7 +156,7 @@ def test_a_set_is_no_evidence_for_itself(monkeypatch):
     [
         (0.01, 0.05, "it should pay."),
         (-0.1, -0.01, "should not pay"),
-        (-0.1, 0.1, "may pay or not"),
+        (-0.1, 0.1, "may or may not pay"),
     ],
 )
 def test_the_words_follow_the_interval(low, high, said):

@@ -117,11 +117,11 @@ def test_folders_are_read_as_they_are_meant_and_said(images, found, said):
 
 def test_classes_that_are_called_like_splits_can_be_had():
     images = ["bus/1.png", "car/1.png", "train/1.png"]
-    with pytest.raises(DataError, match=r"bus lies beside train, .* prepare.splits: none if both"):
+    with pytest.raises(DataError, match=r"bus is beside train, .* prepare.splits: none if both"):
         read(*images)
     assert read(*images, splits="none")[0] == {("", n, "") for n in ("bus", "car", "train")}
     both = ["train/1.png", "test/1.png"]
-    with pytest.raises(DataError, match=r"lies in train, a split, but in no class folder"):
+    with pytest.raises(DataError, match=r"is in train, a split, but not in a class folder"):
         read(*both)
     assert read(*both, splits="none")[0] == {("", "train", ""), ("", "test", "")}
 

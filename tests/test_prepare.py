@@ -750,8 +750,8 @@ def test_a_few_classes_have_a_line_each_and_many_one_for_all():
         del many[f"c{i:03}"]["val"]
     assert summary(audited(many))[:-1] == [
         "500 classes: 8 to 12 train, 0 to 2 val",
-        "no c000, c005, c010, ... (100 classes) in val: nothing there tells how well they are "
-        "recognised",
+        "no c000, c005, c010, ... (100 classes) in val: how well they are recognised is not "
+        "measured there",
     ]
 
 

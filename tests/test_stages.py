@@ -336,7 +336,7 @@ def test_stage_1s_head_is_the_linear_probe_even_when_an_svm_won(finished, tmp_pa
 def test_svms_see_a_stratified_subsample(finished, tmp_path, capsys):
     folder = copied(finished, tmp_path, "features")
     run(folder, read_params(probe={"svm_max_images": 10}), "probe")
-    assert "SVMs see 10 of 18 images (probe.svm_max_images)" in capsys.readouterr().out
+    assert "SVMs are fitted on 10 of 18 images (probe.svm_max_images)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS)

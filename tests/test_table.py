@@ -39,7 +39,7 @@ MEANT = [("a.png", "cat", "train"), ("b.png", "dog", "test")]
 def test_separators_and_encodings_are_found_and_said(tmp_path, separator, encoding, name, said):
     written(tmp_path, ROWS, separator, encoding, name)
     if encoding == "utf-16-le":  # without its mark it is no text
-        with pytest.raises(DataError, match="or no text; save it as UTF-8"):
+        with pytest.raises(DataError, match="not a text in UTF-8 or Windows-1252; save it as UTF"):
             items_of(tmp_path)
         return
     found, lines = pairs(tmp_path)
@@ -94,7 +94,7 @@ def test_a_missing_or_doubled_column_is_named(tmp_path, names, line):
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        (["a.png", "cat", "train", "dog"], r"set.csv:2: 4 cells, the header has 3; quote a cell"),
+        (["a.png", "cat", "train", "dog"], r"set.csv:2: 4 cells, the header has 3; quote cells"),
         (["a.png", "cat"], r"set.csv:2: 2 cells, the header has 3"),
     ],
 )
@@ -186,7 +186,7 @@ def test_columns_may_be_named_and_others_arent_used_then(tmp_path):
     [
         ("path=img, label=dx", "no column 'img' in .*set.csv; "),
         ("group=lesion_id", "no column 'path' in"),
-        ("image_id", "expected auto, or what path, label, split, group, weight are called"),
+        ("image_id", "expected auto, or the names of path, label, split, group, weight, such as"),
         ("path=", "expected auto"),
         ("name=image_id", "expected auto"),
         ("path=image_id, path=dx", "expected auto"),

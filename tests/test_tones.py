@@ -115,7 +115,7 @@ def test_pictures_of_eight_bits_are_never_scaled(photos, tmp_path):
     assert pixels(tmp_path, "train").max() < 40
     assert "tones" not in json.loads((tmp_path / "prepared" / "facts.json").read_text())
     assert read_json(tmp_path, "audit.json")["levels"][1] < 32
-    with pytest.raises(ParamError, match=r"prepare.range is for pictures of more than 8 bits"):
+    with pytest.raises(ParamError, match=r"prepare.range is for images with more than 8 bits"):
         prepared(tmp_path, path=str(photos), range="0..32")
 
 

@@ -1,4 +1,4 @@
-"""What is in a data set besides good images: counts, duplicates, files that can't be read."""
+"""The audit of a data set: counts, duplicates, unreadable files and unusual images."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,17 +14,17 @@ from pipeline.dataset.sources import Source
 from pipeline.images.shards import Facts
 from pipeline.images.tones import HIGHEST, LOWEST
 
-# From where on test images look as if they came from elsewhere than training images.
-LEAST_TO_COMPARE = 10  # images
-SHARE_OFF = 0.5  # between the shares of a format, or of grey
-SPREADS_OFF = 1.5  # standard deviations between means
-LEAST_OFF = 8  # pixels, or levels of brightness
+# Above these, test images look as if they came from another source than training images.
+LEAST_TO_COMPARE = 10  # images per split
+SHARE_OFF = 0.5  # difference of the shares of a format, or of grey
+SPREADS_OFF = 1.5  # difference of the means, in standard deviations
+LEAST_OFF = 8  # difference of the means, in pixels or levels of brightness
 
 Ints = NDArray[np.int64]
 
 
 def clusters(numbers: NDArray[np.int64]) -> list[list[int]]:
-    """List the positions that share a number, a list each, where two or more do; -1 is none."""
+    """Return a list of positions for each number that occurs twice or more; -1 is ignored."""
     order = np.argsort(numbers, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(numbers[order])) + 1, len(order))
     starts = np.append(0, ends[:-1])
@@ -36,9 +36,9 @@ def clusters(numbers: NDArray[np.int64]) -> list[list[int]]:
 def looks(
     found: Source, surveyed: Survey, packed: Packed, ids: Ints, splits: Sequence[str], facts: Facts
 ) -> dict[str, Any]:
-    """Summarise how the images look: sides, formats, depth, range, brightness, odd ones.
+    """Summarise the images: sides, formats, bit depth, range, brightness, unusual images.
 
-    `ids` are the rows of the images that could be read, `splits` theirs.
+    `ids` are the rows of the readable images, `splits` are their splits.
     """
     short, long = surveyed.short[ids], surveyed.long[ids]
     formats = Counter(surveyed.formats[i] for i in surveyed.format[ids])
@@ -70,7 +70,7 @@ def looks(
 
 
 def _elsewhere(surveyed: Survey, packed: Packed, ids: Ints, splits: NDArray[np.str_]) -> list[str]:
-    """Say where test images look as if they came from elsewhere than training images."""
+    """Describe how val and test images look as if they came from another source than train."""
     lines = []
     train = splits == "train"
     for split in ("val", "test"):
@@ -108,12 +108,12 @@ def report(
     looks: dict[str, Any],
     unreadable: dict[str, str],
 ) -> dict[str, Any]:
-    """Gather the audit of a data set, as it is written to audit.json.
+    """Return the audit of a data set, as it is written to audit.json.
 
-    `unreadable` gives the reason of each path, in whichever order threads met them. Equal files
-    share a number in `copies`, near duplicates one in `alike`. Both are listed by path;
-    `across_splits` and `across_labels` are those that would make a score too good or a label wrong.
-    An empty split is that of a copy that was left out.
+    `unreadable` maps paths to reasons, in any order. Equal files share a number in `copies`, near
+    duplicates one in `alike`. Both are listed by path. Those `across_splits` would raise a score
+    wrongly; those `across_labels` have a wrong label. Copies that were left out have an empty
+    split.
     """
 
     def listed(numbers: NDArray[np.int64]) -> dict[str, list[list[str]]]:

@@ -1,19 +1,19 @@
-"""What audit.json holds, in a few lines."""
+"""A summary of audit.json in a few lines."""
 
 from typing import Any
 
-MOST_CLASSES = 20  # that have a line each
+MOST_CLASSES = 20  # that are listed on a line each
 FEW_LEVELS = 64
 ODD = {
-    "one_colour": "of one colour",
-    "clipped": "with values beyond the range",
-    "nan": "with values that are no numbers, taken as black",
-    "negative": "with negative values",
+    "one_colour": "images of one colour",
+    "clipped": "images with values outside the range",
+    "nan": "images with NaN values, which become black",
+    "negative": "images with negative values",
 }
 
 
 def summary(report: dict[str, Any]) -> list[str]:
-    """Say in a few lines what audit.json holds."""
+    """Return a few lines that summarise audit.json."""
     layout: list[str] = report["layout"]
     classes, counts = report["classes"], list(report["classes"].values())
     if len(classes) > MOST_CLASSES:
@@ -28,12 +28,12 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def findings(report: dict[str, Any]) -> list[str]:
-    """Say in a few lines what was found besides the counts."""
+    """Return a few lines that summarise all but the counts."""
     lines = _missing(report["classes"])
     found = report["sides"]
     lines.append(
-        f"sides: {found['shortest']} to {found['longest']} pixels, the shorter one "
-        f"{found['median_short']:g} in the median; {found['enlarged']} images enlarged"
+        f"sides: {found['shortest']} to {found['longest']} pixels, median of the shorter side "
+        f"{found['median_short']:g}; {found['enlarged']} images enlarged"
     )
     lines += _looks(report)
     for name in ("skipped_not_images", "skipped_unreadable", "skipped_copies"):
@@ -51,7 +51,7 @@ def findings(report: dict[str, Any]) -> list[str]:
 
 
 def _looks(report: dict[str, Any]) -> list[str]:
-    """Say what is odd about how images look."""
+    """Return the lines about unusual images."""
     lines = []
     if report["tones"]:
         lines.append(f"tones: {report['tones']}")
@@ -60,7 +60,7 @@ def _looks(report: dict[str, Any]) -> list[str]:
     low, high = report["levels"]
     if not report["tones"] and high - low < FEW_LEVELS:
         lines.append(
-            f"the images use the levels {low} to {high} of 256: detail may have been lost before"
+            f"the images use only levels {low} to {high} of 256: detail may have been lost before"
         )
     lines += report["elsewhere"]
     for name, said in ODD.items():
@@ -70,19 +70,19 @@ def _looks(report: dict[str, Any]) -> list[str]:
 
 
 def _missing(classes: dict[str, dict[str, int]]) -> list[str]:
-    """Say which classes have no images in a split that others have images in."""
+    """Return a line for each class without images in a split that other classes have."""
     missing = {
         split: [c for c, of in classes.items() if split not in of] for split in _splits(classes)
     }
     if len(classes) > MOST_CLASSES:
         return [
-            f"no {_first(names)} ({len(names)} classes) in {split}: nothing there tells how well "
-            "they are recognised"
+            f"no {_first(names)} ({len(names)} classes) in {split}: how well they are recognised "
+            "is not measured there"
             for split, names in missing.items()
             if names
         ]
     return [
-        f"no {label} in {split}: nothing there tells how well it is recognised"
+        f"no {label} in {split}: how well it is recognised is not measured there"
         for label in classes
         for split, names in missing.items()
         if label in names

@@ -1,4 +1,4 @@
-"""From a file to pixels: decoded once, upright, square, 8 bits."""
+"""Decode image files to pixels: upright, square, 8 bits."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,31 +13,31 @@ from pipeline.images.shards import Fit, Pixels
 from pipeline.images.tones import LEVELS, PLAIN, Seen, Tones
 from pipeline.stage_runtime.errors import DataError
 
-# A picture may claim any size in its header; Pillow warns from here on and refuses only later.
+# A header may claim any size; Pillow warns from here on and refuses only larger ones.
 MOST_PIXELS = 89_478_485
 
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 CLEAR_MODES = frozenset({"LA", "PA", "RGBA", "La", "RGBa"})
-CLIPPED = 0.01  # of an image's values beyond the range, from which it is said
+CLIPPED = 0.01  # share of an image's values outside the range above which it is reported
 WHOLE = (0.0, 65535.0)  # the range of 16-bit colour, of which Pillow reads the upper byte
 
 
 class Header(NamedTuple):
-    """What a file says of itself before it is decoded."""
+    """The properties of an image file that are known before it is decoded."""
 
     grey: bool
     short: int  # pixels of the shorter side
     long: int
     format: str = ""
     deep: bool = False  # more than 8 bits a value
-    clear: bool = False  # with transparent parts, perhaps
+    clear: bool = False  # may have transparent parts
 
 
 class Decoded(NamedTuple):
-    """A picture as it is packed."""
+    """An image as it is packed."""
 
     pixels: Pixels
-    clipped: float  # the share of its values beyond the set's range
+    clipped: float  # the share of its values outside the data set's range
 
 
 def header(file: Path) -> Header:
@@ -53,7 +53,7 @@ def header(file: Path) -> Header:
 
 
 def measured(file: Path) -> Seen:
-    """Measure what the range and the background of a set are chosen by.
+    """Measure what the choice of a data set's range and background depends on.
 
     Raises DataError if the file can't be read as an image.
     """
@@ -73,16 +73,16 @@ def decode(file: Path, size: int, fit: Fit, channels: int, tones: Tones = PLAIN)
     """Decode an image, turn it upright by its EXIF orientation and fit it to a square.
 
     `squash` changes the aspect ratio, `crop` keeps the middle square, `pad` adds black borders.
-    `tones` say how more than 8 bits become 8, and what transparent parts become. Returns uint8,
+    `tones` set the conversion to 8 bits and the background of transparent parts. Returns uint8,
     (H, W) for one channel, else (H, W, 3).
 
-    Raises DataError naming the file if it can't be read as an image, or has another depth.
+    Raises DataError naming the file if it can't be read as an image, or has another bit depth.
     """
     return decoded(file, size, fit, channels, tones).pixels
 
 
 def decoded(file: Path, size: int, fit: Fit, channels: int, tones: Tones) -> Decoded:
-    """Decode an image like `decode`, and count what lay beyond the range."""
+    """Decode an image like `decode`, and return the share of its values outside the range too."""
     with _opened(file) as image:
         _refuse_depth(file, image, tones)
         try:
@@ -111,9 +111,9 @@ def _opened(file: Path) -> Image.Image:
         image.close()
         raise DataError(f"{file}: claims {width} x {height} pixels; make it smaller")
     try:
-        # A telephone's MPO is a JPEG with more pictures behind it that no viewer shows.
+        # A phone's MPO is a JPEG followed by more images, which no viewer shows.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except Exception as error:  # counting them reads on
+    except Exception as error:  # counting frames reads more of the file
         image.close()
         raise DataError(f"{file}: can't be read as an image ({_said(error)})") from None
     if frames > 1:
@@ -127,7 +127,7 @@ def _is_deep_grey(image: Image.Image) -> bool:
 
 
 def _is_deep_colour(image: Image.Image) -> bool:
-    """Tell colour of 16 bits a channel, of which Pillow reads the upper eight, by its decoder."""
+    """Return whether a colour image has 16 bits per channel; Pillow reads the upper eight."""
     if _is_deep_grey(image):
         return False
     for tile in getattr(image, "tile", ()):
@@ -144,7 +144,7 @@ def _is_clear(image: Image.Image) -> bool:
 
 
 def _refuse_depth(file: Path, image: Image.Image, tones: Tones) -> None:
-    """Refuse a picture of another depth than its set's, whose values mean something else."""
+    """Refuse an image of another bit depth than its data set's: its values mean something else."""
     if _is_deep_colour(image):
         if (tones.low, tones.high) != WHOLE:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Archives of images: fetched once, checked, unpacked without leaving their folder."""
+"""Archives of images: fetch them once, verify them, and unpack them safely."""
 
 import hashlib
 import os
@@ -20,33 +20,33 @@ from pipeline.stage_runtime.progress import track
 from pipeline.stage_runtime.settings import cache_folder
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-MOST_GROWTH = 200  # times an archive's own size; pictures hardly shrink in an archive
+MOST_GROWTH = 200  # limit on unpacked / archive size; images hardly shrink in an archive
 CHUNK = 1 << 16  # bytes; a chunk that was cut off is fetched again
 TIMEOUT = 30  # seconds without a byte
 UTF8_NAMES = 0x800  # the flag of a member of a zip file
 
 
 def images_at(path: Path, url: str, sha256: str) -> Path:
-    """Give the folder of the images: an archive, from a URL or at `path`, is unpacked first.
+    """Return the folder of the images; an archive, from a URL or at `path`, is unpacked first.
 
-    Raises DataError if that can't be done, or the archive isn't the one that `sha256` names.
+    Raises DataError if that fails, or if the archive's SHA-256 is not `sha256`.
     """
     if not url:
         return unpacked(path) if path.name.lower().endswith(ARCHIVES) and path.is_file() else path
     archive = fetched(url, sha256)
     if not sha256:
         raise DataError(
-            f"prepare.sha256 is empty; set it to {hash_of(archive)}, so that another file at "
-            "prepare.url is noticed"
+            f"prepare.sha256 is empty; set it to {hash_of(archive)}, so that a change of the file "
+            "at prepare.url is noticed"
         )
     return unpacked(archive)
 
 
 def fetched(url: str, sha256: str = "") -> Path:
-    """Fetch an archive into the cache folder unless it is there, going on where a try was cut off.
+    """Fetch an archive to the cache folder unless it is there; resume an interrupted download.
 
-    An empty `sha256` takes it as it is. Raises DataError if it can't be fetched, or isn't the one
-    that `sha256` names.
+    An empty `sha256` accepts any archive. Raises DataError if it can't be fetched, or if its
+    SHA-256 is not `sha256`.
     """
     name = PurePosixPath(urlparse(url).path).name
     if urlparse(url).scheme not in ("http", "https") or not name.lower().endswith(ARCHIVES):
@@ -58,7 +58,7 @@ def fetched(url: str, sha256: str = "") -> Path:
         if not file.is_file():
             resumed = part.exists()
             _download(url, part)
-            # What was begun may have been another version of the file: once more from the start.
+            # The first part may be of another version of the file: fetch all of it again.
             if resumed and sha256 and hash_of(part) != sha256:
                 part.unlink()
                 _download(url, part)
@@ -66,17 +66,19 @@ def fetched(url: str, sha256: str = "") -> Path:
         digest = hash_of(file)
         if sha256 and digest != sha256:
             file.unlink()
-            raise DataError(f"{url}: its SHA-256 is {digest}, prepare.sha256 says {sha256}")
+            raise DataError(
+                f"{url}: its SHA-256 is {digest}, not {sha256}; correct prepare.sha256 or the URL"
+            )
     return file
 
 
 def unpacked(archive: Path) -> Path:
-    """Unpack an archive into the cache folder unless that was done; give where its content is.
+    """Unpack an archive to the cache folder unless that was done; return the folder of its content.
 
-    A single folder at its top is passed through. Nothing is written outside; links and devices
+    A single folder at the top is skipped. Nothing is written outside the target; links and devices
     are refused.
 
-    Raises DataError naming the archive, and the member, if it is damaged or not to be trusted.
+    Raises DataError naming the archive, and the member, if it is damaged or unsafe.
     """
     target = sources_folder() / hash_of(archive)[:16]
     with hold(sources_folder(), "unpack"):
@@ -87,7 +89,7 @@ def unpacked(archive: Path) -> Path:
                 os.replace(fresh, target)
             except (EOFError, zipfile.BadZipFile, tarfile.TarError):
                 raise DataError(
-                    f"{archive}: is damaged, or no zip or tar archive; fetch or archive it anew"
+                    f"{archive}: damaged, or not a zip or tar archive; fetch or create it again"
                 ) from None
             except (OSError, RuntimeError) as error:
                 raise DataError(f"{archive}: can't be unpacked ({one_line(error)})") from None
@@ -98,12 +100,12 @@ def unpacked(archive: Path) -> Path:
 
 
 def sources_folder() -> Path:
-    """Return the folder of fetched sets, an entry of the cache: a run that fetches holds it."""
+    """Return the folder of fetched data sets, a cache entry that is locked by runs that fetch."""
     return cache_folder() / "sources"
 
 
 def is_within(path: PurePosixPath) -> bool:
-    """Tell whether a path stays within the folder that it is relative to."""
+    """Return whether a path stays within the folder that it is relative to."""
     return not path.is_absolute() and ".." not in path.parts
 
 
@@ -113,7 +115,7 @@ def _download(url: str, part: Path) -> None:
     try:
         with requests.get(url, headers=asked, stream=True, timeout=TIMEOUT) as answer:
             if have and answer.status_code == requests.codes.requested_range_not_satisfiable:
-                return  # all of it is here
+                return  # already complete
             answer.raise_for_status()
             goes_on = answer.status_code == requests.codes.partial_content
             total = int(answer.headers.get("Content-Length", 0))
@@ -123,7 +125,7 @@ def _download(url: str, part: Path) -> None:
                     out.write(chunk)
     except requests.RequestException as error:
         reason = one_line(error, 120)
-        raise DataError(f"{url}: can't be fetched ({reason}); run again to go on") from None
+        raise DataError(f"{url}: can't be fetched ({reason}); run again to resume") from None
 
 
 def _unpack(archive: Path, target: Path) -> None:
@@ -135,7 +137,7 @@ def _unpack(archive: Path, target: Path) -> None:
             _refuse(archive, [(info.filename, info.file_size) for info in members])
             twice = [n for n, k in Counter(i.filename for i in members).items() if k > 1]
             if twice:
-                raise DataError(f"{archive}: holds {twice[0]!r} twice; archive it anew")
+                raise DataError(f"{archive}: contains {twice[0]!r} twice; create it again")
             for member in members:
                 content.extract(member, target)  # links become plain files
         return
@@ -145,10 +147,11 @@ def _unpack(archive: Path, target: Path) -> None:
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
-    """Give a member's name as it was meant: older programs wrote backslashes, and other letters.
+    """Return a member's intended name: older programs wrote backslashes and other encodings.
 
-    Without the mark of UTF-8, bytes may be that all the same, a DOS code page, as the standard
-    says, or Windows-1252. The letters of the first lie below 0xA6, but for one, of the last above.
+    Without the UTF-8 flag, the name may still be UTF-8, or in a DOS code page, as the standard
+    says, or Windows-1252. Letters of DOS code pages are below 0xA6, except one; those of
+    Windows-1252 are above.
     """
     name = member.orig_filename
     if not member.flag_bits & UTF8_NAMES and not name.isascii():
@@ -164,12 +167,12 @@ def _zip_name(member: zipfile.ZipInfo) -> str:
 def _sizes(archive: Path, content: tarfile.TarFile) -> Iterator[tuple[str, int]]:
     for member in content:
         if not (member.isfile() or member.isdir()):
-            raise DataError(f"{archive}: {member.name} is a link or device; archive it anew")
+            raise DataError(f"{archive}: {member.name} is a link or device; leave it out")
         yield member.name, member.size
 
 
 def _refuse(archive: Path, members: Iterable[tuple[str, int]]) -> None:
-    """Refuse members that lie outside, and an archive that would grow without bounds."""
+    """Refuse members outside the folder, and archives that are too large when unpacked."""
     total, most = 0, MOST_GROWTH * archive.stat().st_size
     for name, size in members:
         path = PurePosixPath(name.replace("\\", "/"))
@@ -177,4 +180,4 @@ def _refuse(archive: Path, members: Iterable[tuple[str, int]]) -> None:
             raise DataError(f"{archive}: {name} would be written outside its folder; not unpacked")
         total += size
         if total > most:
-            raise DataError(f"{archive}: would grow beyond {most:,} bytes; not unpacked")
+            raise DataError(f"{archive}: its content exceeds {most:,} bytes; not unpacked")

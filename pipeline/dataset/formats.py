@@ -1,4 +1,4 @@
-"""Which files are pictures, by their content, and what other files are."""
+"""Which files are images, by their content, and what other files are."""
 
 import os
 from contextlib import suppress
@@ -8,18 +8,18 @@ from typing import IO
 
 from PIL import Image
 
-# Still images that Pillow reads without running another program, as it does for PostScript.
+# Still images that Pillow reads without running another program (it does for PostScript).
 FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "FITS", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000"),
     *("MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP"),
 )
-# Files called so are taken for pictures without a look: of a million it would take long. What they
-# hold tells their format all the same.
+# Files with these suffixes count as images without being opened, which takes long for a million.
+# Their format is still recognised by their content.
 SUFFIXES = frozenset({
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".dib"),
     *(".tif", ".tiff", ".webp", ".avif", ".jp2", ".j2k", ".jpx", ".qoi", ".tga"),
 })  # fmt: skip
-# Cameras' own formats are TIFFs whose first picture is a small preview.
+# Raw formats of cameras are TIFFs whose first image is a small preview.
 RAW = frozenset({
     *(".cr2", ".cr3", ".nef", ".nrw", ".arw", ".srf", ".dng", ".orf", ".rw2", ".raf", ".pef"),
     *(".srw", ".3fr", ".erf", ".kdc", ".raw"),
@@ -45,13 +45,13 @@ KINDS = (
 
 
 def suffix(file: str) -> str:
-    """Give the end of a file's name, with its dot, in lower case."""
+    """Return a file name's suffix, with its dot, in lower case."""
     return os.path.splitext(file)[1].lower()
 
 
 @cache
 def known() -> tuple[str, ...]:
-    """Give the formats that can be read here: HEIC too where pillow-heif is installed."""
+    """Return the formats that can be read here, with HEIC if pillow-heif is installed."""
     Image.init()
     with suppress(ImportError):
         import pillow_heif
@@ -61,16 +61,16 @@ def known() -> tuple[str, ...]:
 
 
 def opened(file: Path | IO[bytes], kinds: list[str] | tuple[str, ...] | None = None) -> Image.Image:
-    """Open an image of one of these formats, by its content; of any that Pillow reads if none.
+    """Open an image of one of these formats, by its content; None allows all that Pillow reads.
 
-    Pillow's own limit on pixels, which warns first and raises later, is off: `decode` has one.
+    Pillow's own limit on pixels, which first only warns, is disabled: `decode` has one.
     """
     Image.MAX_IMAGE_PIXELS = None
     return Image.open(file, formats=kinds)
 
 
 def what_else(file: Path) -> str:
-    """Say what a file is that isn't called like a picture; empty where it is one all the same."""
+    """Return what a file without an image suffix is; empty if it is an image after all."""
     if file.suffix.lower() in RAW:
         return f"a camera's raw picture; {CONVERT}"
     try:
@@ -81,7 +81,7 @@ def what_else(file: Path) -> str:
     if not start:
         return "empty"
     try:
-        # Not TGA: it has no mark to know it by.
+        # Not TGA, which has no magic number.
         opened(file, [name for name in known() if name != "TGA"]).close()
     except Exception:
         text = b"<svg" if b"<svg" in start else start

@@ -1,4 +1,4 @@
-"""What the folders of a set are: splits, classes, groups, told by their names and their places."""
+"""What the folders of a data set are: splits, classes or groups, by their names and positions."""
 
 import re
 import sys
@@ -11,49 +11,49 @@ from pathlib import Path
 from pipeline.images.shards import SPLITS
 from pipeline.stage_runtime.errors import DataError, ParamError, suggest
 
-# The words that people call their splits by.
+# Common names of splits.
 WORDS = {
     **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "development"), "val"),
     **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "heldout"), "test"),
 }
-# Words beside them that say nothing: training_set, TestImages, val2017.
+# Words beside them that are ignored: training_set, TestImages, val2017.
 NEUTRAL = {
     *("set", "sets", "data", "dataset", "split", "folder", "samples", "the"),
     *("image", "images", "img", "imgs", "pictures", "photos", "jpg", "jpeg", "png"),
 }
-LIKE_SPLITS = 0.8  # of the sub-folders in common from which top folders look like splits
+LIKE_SPLITS = 0.8  # share of common sub-folders from which top folders look like splits
 AUTO, NONE = "auto", "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image: where it lies, what it shows, and what must stay together with it."""
+    """One image: its path, its label, and the group that must stay in one split."""
 
     path: str  # relative to the source's folder, with forward slashes
     label: str
     split: str = ""  # empty: to be assigned
-    group: str = ""  # empty: by its content
+    group: str = ""  # empty: that of its near duplicates
     weight: float = 1.0
 
 
 @dataclass
 class _Plan:
-    """How many levels of folders to pass over, and which are what."""
+    """How many levels of folders to skip, and what the others are."""
 
-    passed: int  # levels above all others
-    splits: dict[str, str] = field(default_factory=dict)  # a folder's name to its split
-    below: bool = False  # the splits lie below the classes
-    wrapped: bool = False  # one more folder lies between split and classes
+    passed: int  # levels to skip, above all others
+    splits: dict[str, str] = field(default_factory=dict)  # folder name to split
+    below: bool = False  # the splits are below the classes
+    wrapped: bool = False  # one more folder is between split and classes
 
 
 def split_of(word: str) -> str:
-    """Tell the split that a word names: train, val or test, or empty for none."""
+    """Return the split that a word names: train, val, test, or empty for none."""
     return _of_tokens(_tokens(word))
 
 
 def splits_of(names: Iterable[str]) -> dict[str, str]:
-    """Tell which of a set's folders are splits; words that all of them share say nothing."""
+    """Map those folders that are splits to their split; words that all share are ignored."""
     names = sorted(names)
     tokens = {name: _tokens(name) for name in names}
     shared = set.intersection(*(set(of) for of in tokens.values())) if len(names) > 1 else set()
@@ -86,16 +86,16 @@ def _of_tokens(tokens: Sequence[str]) -> str:
 
 @dataclass
 class Layout:
-    """What the folders of a set are."""
+    """What the folders of a data set are."""
 
     items: list[Item]
-    said: list[str]  # what was taken for what, in words
+    said: list[str]  # how the folders were interpreted, in words
     _plan: "_Plan"
 
     def without(self, others: Iterable[str]) -> list[tuple[str, list[str]]]:
-        """List classes that have a folder but no image, with what lies there instead.
+        """List the classes that have a folder but no image, with the folder's other content.
 
-        `others` are files that are no images, and empty folders with a slash at their end.
+        `others` are files that aren't images, and empty folders with a trailing slash.
         """
         labels = {item.label for item in self.items}
         gone: dict[str, list[str]] = {}
@@ -111,11 +111,11 @@ class Layout:
 
 
 def read(path: Path, images: Sequence[str], splits: str) -> Layout:
-    """Give every image its class, split and group by the folders it lies in, and say which is what.
+    """Return each image's class, split and group, by its folders, and describe the folders.
 
     `images` are relative to `path`, `splits` is the param: auto, none, or NAME:SPLIT, ...
 
-    Raises DataError where the folders can't be told apart, ParamError for a param that is none.
+    Raises DataError if the folders are ambiguous, ParamError if the param is invalid.
     """
     above = [image.split("/")[:-1] for image in images]
     plan, lines = _passed_over(above, splits), []
@@ -129,7 +129,7 @@ def read(path: Path, images: Sequence[str], splits: str) -> Layout:
 
 
 def _passed_over(above: Sequence[Sequence[str]], splits: str) -> _Plan:
-    """Find the folders that hold all others, such as an archive's own one."""
+    """Find the folders that contain all others, such as an archive's own folder."""
     passed, given = 0, _given(splits)
     while True:
         names = {of[passed] if len(of) > passed else "" for of in above}
@@ -144,9 +144,9 @@ def _passed_over(above: Sequence[Sequence[str]], splits: str) -> _Plan:
 
 
 def _given(splits: str) -> dict[str, str]:
-    """Read the param: a folder's name to its split.
+    """Parse the param: folder names to splits.
 
-    Raises ParamError for a text of another form.
+    Raises ParamError for any other text.
     """
     if splits in (AUTO, NONE):
         return {}
@@ -165,7 +165,7 @@ def _given(splits: str) -> dict[str, str]:
 def _find_splits(
     path: Path, images: Sequence[str], above: Sequence[Sequence[str]], splits: str, plan: _Plan
 ) -> None:
-    """Put into the plan which folders are splits."""
+    """Find out which folders are splits, and store them in the plan."""
     top = sorted({of[0] for of in above if of})
     if splits == NONE:
         return
@@ -182,7 +182,7 @@ def _find_splits(
         plan.splits = splits_of(top)
         if plan.splits and (others := sorted(set(top) - set(plan.splits))):
             raise DataError(
-                f"{path}: {others[0]} lies beside {sorted(plan.splits)[0]}, which looks like a "
+                f"{path}: {others[0]} is beside {sorted(plan.splits)[0]}, which looks like a "
                 "split; move it away, or set prepare.splits: none if both are classes"
             )
         twice = [s for s, times in Counter(plan.splits.values()).items() if times > 1]
@@ -198,7 +198,7 @@ def _find_splits(
     for image, of in zip(images, above, strict=True):
         if len(of) == 1:
             raise DataError(
-                f"{path / image}: lies in {of[0]}, a split, but in no class folder; move it into "
+                f"{path / image}: is in {of[0]}, a split, but not in a class folder; move it into "
                 "one, or set prepare.splits: none if that is a class"
             )
     inner = {name: {of[1] for of in above if of and of[0] == name} for name in plan.splits}
@@ -207,7 +207,7 @@ def _find_splits(
 
 
 def _look_below(path: Path, above: Sequence[Sequence[str]], plan: _Plan) -> None:
-    """Find splits below the classes, and refuse top folders that are splits by another name."""
+    """Find splits below the classes, and refuse top folders that seem to be splits."""
     below: dict[str, set[str]] = {}
     for of in above:
         if of:
@@ -237,13 +237,13 @@ def _item(path: Path, image: str, above: Sequence[str], plan: _Plan) -> Item:
         split = plan.splits[below.pop(0)]
         below = below[1:] if plan.wrapped else below
     if not below:
-        raise DataError(f"{path / image}: lies in no class folder; move it into one")
+        raise DataError(f"{path / image}: is not in a class folder; move it into one")
     group = "/".join(below) if len(below) > 1 else ""
     return Item(image, sys.intern(below[0]), split, group)
 
 
 def _said(items: Sequence[Item], above: Sequence[Sequence[str]], plan: _Plan) -> list[str]:
-    """Say what was taken for what, with counts."""
+    """Describe how the folders were interpreted, with counts."""
     lines = []
     if plan.splits:
         level = 1 if plan.below else 0

@@ -1,4 +1,4 @@
-"""Near duplicates: pictures that are the same but for size, compression or a touch of light."""
+"""Near duplicates: images that are equal except for size, compression or brightness."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ from scipy.fft import dctn
 from pipeline.dataset.split import components
 from pipeline.stage_runtime.files import Rowwise
 
-SIDE = 32  # pixels a side of the thumbnails that are compared
-# Of 16 bits each: hashes that differ in at most 7 bits differ in at most one bit in one of them.
+SIDE = 32  # side of the compared thumbnails, in pixels
+# Of 16 bits each: hashes that differ in at most 7 bits differ in at most one bit in some band.
 BANDS = 4
 MOST_BITS = 7
-LEAST_CORRELATION = 0.99  # between thumbnails, once the hashes are as close as that
+LEAST_CORRELATION = 0.99  # between the thumbnails of images whose hashes are close
 BATCH = 128
 AT_ONCE = 100_000  # pairs of hashes held in memory
 
@@ -24,9 +24,10 @@ Places = NDArray[np.int64]
 
 
 def clusters(images: Rowwise, hashes: Hashes) -> NDArray[np.int64]:
-    """Number the cluster of near duplicates of each image (N, H, W[, 3]); -1 for one on its own.
+    """Return each image's cluster of near duplicates, a number; -1 if it has none.
 
-    Two are in one cluster if a chain of near duplicates links them. The hashes are (N,).
+    Two images (N, H, W[, 3]) are in one cluster if a chain of near duplicates links them. The
+    hashes are (N,).
     """
     pairs = near_duplicates(images, hashes)
     numbers = components(pairs[:, 0], pairs[:, 1], len(images))
@@ -34,11 +35,11 @@ def clusters(images: Rowwise, hashes: Hashes) -> NDArray[np.int64]:
 
 
 def near_duplicates(images: Rowwise, hashes: Hashes) -> Pairs:
-    """Find pairs of images (N, H, W[, 3]) that show the same: (P, 2), each pair once.
+    """Return the pairs of near duplicates among images (N, H, W[, 3]): (P, 2), each pair once.
 
     Candidates have perceptual hashes (N,) that differ in at most 7 of 64 bits; they are kept if
-    their grey thumbnails correlate. That finds other sizes, compressions and brightnesses of one
-    picture, no cut-outs of it. Of many images with one hash each is compared with the first.
+    their grey thumbnails correlate. This finds images of another size, compression or brightness,
+    but not crops. If many images have the same hash, each is compared with the first.
     """
     _, first, of = np.unique(hashes, return_index=True, return_inverse=True)
     pairs = [np.stack([first[of], np.arange(len(hashes))], 1)]  # equal hashes, by their first
@@ -57,7 +58,7 @@ def near_duplicates(images: Rowwise, hashes: Hashes) -> Pairs:
 def _close(hashes: NDArray[np.uint64]) -> Iterator[Pairs]:
     """Yield pairs of positions whose hashes, all different, differ in at most MOST_BITS.
 
-    Some pairs come more than once. Source: Norouzi et al. 2012, Fast Search in Hamming Space with
+    Some pairs occur more than once. Source: Norouzi et al. 2012, Fast Search in Hamming Space with
     Multi-Index Hashing.
     """
     for band in range(BANDS):
@@ -66,7 +67,7 @@ def _close(hashes: NDArray[np.uint64]) -> Iterator[Pairs]:
         keys = keys[order]
         starts = np.searchsorted(keys, np.arange(2**16 + 1))
         for flip in (0, *(1 << bit for bit in range(16))):
-            # Partners of the hash at a place: from `first` up to `end`, each pair from one side.
+            # The partners of the hash at a place are those from `first` to `end`, each pair once.
             first = starts[keys ^ flip] if flip else np.arange(1, len(keys) + 1)
             end = np.where(keys & flip, first, starts[(keys ^ flip) + 1])
             for place, partner in _ranges(first, end - first):
@@ -77,7 +78,7 @@ def _close(hashes: NDArray[np.uint64]) -> Iterator[Pairs]:
 
 
 def _ranges(first: Places, counts: Places) -> Iterator[tuple[Places, Places]]:
-    """Yield each place with each of the `counts` numbers from its `first` on, many at a time."""
+    """Yield each place with each of its `counts` numbers from `first` on, many at a time."""
     upto = counts.cumsum()
     parts = np.searchsorted(upto, np.arange(AT_ONCE, upto[-1] if len(upto) else 0, AT_ONCE))
     for places in np.split(np.arange(len(counts)), np.unique(parts)):
@@ -96,12 +97,12 @@ def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def hashes_of(images: NDArray[np.uint8]) -> Hashes:
-    """Hash what images (N, H, W[, 3]) show: the signs of low frequencies around their median.
+    """Return perceptual hashes of images (N, H, W[, 3]): low frequencies against their median.
 
     Source: Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions.
     """
     low = dctn(_thumbnails(images), axes=(1, 2))[:, :8, :8].reshape(len(images), 64)
-    # The first is the mean brightness, which says nothing.
+    # The first is the mean brightness, which is left out of the median.
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
@@ -112,5 +113,5 @@ def _correlations(images: Rowwise, pairs: Pairs) -> NDArray[np.float64]:
     a, b = (_thumbnails(images[pairs[:, side]]).reshape(len(pairs), -1) for side in (0, 1))
     a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
     scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    # Two flat pictures are alike if they are equally bright, which is not said here.
+    # Flat images have no correlation; they are never near duplicates here.
     return np.asarray(np.where(scale > 0, (a * b).sum(1) / np.maximum(scale, 1e-12), 0.0))

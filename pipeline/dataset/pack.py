@@ -25,32 +25,32 @@ from pipeline.stage_runtime.progress import Breakdown, say, track
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.settings import threads
 
-# Of every image of a shard, an array each.
+# What is recorded of every image of a shard, in one array each.
 NOTED = {
     **{"digests": np.uint8, "hashes": np.uint64, "read": np.bool_, "clipped": np.float32},
     **{"lowest": np.uint8, "highest": np.uint8, "mean": np.float32},
 }
-AT_ONCE = 128  # images that threads are given to work on, which wait in memory
+AT_ONCE = 128  # images that are given to threads at a time, whose results wait in memory
 
 T = TypeVar("T")
 Sides = NDArray[np.int64]
 
 
 class One(NamedTuple):
-    """An image as it is packed, and what is noted of it."""
+    """An image as it is packed, and what is recorded of it."""
 
     content: bytes
     digests: NDArray[np.uint8]  # SHA-256 of the file, (32,)
-    hashes: np.uint64  # of what it shows
-    read: bool  # False: it couldn't be
-    clipped: float  # the share of its values beyond the set's range
-    lowest: int  # of its packed pixels, but for a thousandth at either end
+    hashes: np.uint64  # perceptual
+    read: bool  # False: unreadable
+    clipped: float  # the share of its values outside the data set's range
+    lowest: int  # of its packed pixels, without a thousandth at either end
     highest: int
     mean: float
 
 
 class Packed(NamedTuple):
-    """What is noted of all images, in their order."""
+    """What is recorded of all images, in order."""
 
     digests: NDArray[np.uint8]  # (N, 32)
     hashes: NDArray[np.uint64]  # (N,)
@@ -60,42 +60,43 @@ class Packed(NamedTuple):
     highest: NDArray[np.uint8]
     mean: NDArray[np.float32]
     pixels: str  # SHA-256 over all shards
-    decoded: int  # images, beside those that an earlier run had packed
+    decoded: int  # images, without those that an earlier run had packed
 
 
 @dataclass
 class Survey:
-    """What headers say of all images, and what had to be measured, before any is packed."""
+    """The headers of all images, and the necessary measurements, before any is packed."""
 
-    short: Sides  # pixels of the shorter side, (N,); 0: it can't be read
+    short: Sides  # pixels of the shorter side, (N,); 0: unreadable
     long: Sides
     grey: NDArray[np.bool_]  # (N,), and so on
     deep: NDArray[np.bool_]  # more than 8 bits a value
-    format: NDArray[np.int64]  # a place in `formats`
+    format: NDArray[np.int64]  # an index into `formats`
     formats: list[str]
-    seen: dict[int, Seen]  # of deep and of transparent pictures
+    seen: dict[int, Seen]  # of deep and of transparent images
     unreadable: dict[str, str]  # why, by path
 
     @property
     def read(self) -> NDArray[np.bool_]:
-        """Tell which could be read, (N,)."""
+        """Return which images are readable, (N,)."""
         return self.short > 0
 
     @property
     def is_grey(self) -> bool:
-        """Tell whether all that can be read are grey."""
+        """Return whether all readable images are grey."""
         return bool(self.grey[self.read].all())
 
     @property
     def is_deep(self) -> bool:
-        """Tell whether most pictures have more than 8 bits a value."""
+        """Return whether most images have more than 8 bits per value."""
         return 2 * int(self.deep[self.read].sum()) > int(self.read.sum())
 
 
 def survey(found: Source) -> Survey:
-    """Read every header that can be read, and measure pictures that are deep or transparent.
+    """Read all headers, and measure images that are deep or transparent.
 
-    Of two depths the rarer one's pictures count as not readable: their values mean something else.
+    If there are two bit depths, images of the rarer one count as unreadable: their values mean
+    something else.
     """
 
     def look(item: Item) -> tuple[Header, Seen | None] | DataError:
@@ -107,7 +108,7 @@ def survey(found: Source) -> Survey:
             return error
 
     unreadable, seen, formats = dict[str, str](), dict[int, Seen](), dict[str, int]()
-    columns = tuple(array("q") for _ in range(5))  # of a million images lists would be large
+    columns = tuple(array("q") for _ in range(5))  # lists of a million images would be large
     for i, one in enumerate(_in_threads(look, found.items)):
         if isinstance(one, DataError):
             unreadable[found.items[i].path] = str(one)
@@ -137,16 +138,16 @@ def survey(found: Source) -> Survey:
 def pack(
     resume: Resume, found: Source, facts: Facts, unreadable: dict[str, str], out: Path
 ) -> Packed:
-    """Read, hash, decode and pack every file, a shard at a time, into `out`.
+    """Read, hash, decode and pack every file, a shard at a time, to `out`.
 
-    Shards that an earlier run had done are kept; adds to `unreadable`.
+    Shards that an earlier run completed are kept. Unreadable files are added to `unreadable`.
     """
     n, shards = len(found.items), resume.folder / _of_tones("shards", facts.tones)
     parts = {shards / f"{i // SHARD:05}": slice(i, min(i + SHARD, n)) for i in range(0, n, SHARD)}
     missing = {shard: part for shard, part in parts.items() if not _is_whole(shard, facts)}
     left = sum(part.stop - part.start for part in missing.values())
     if left < n:
-        say(f"going on at {n - left} of {n}")
+        say(f"resuming at {n - left} of {n}")
 
     def made() -> Iterator[Item]:
         for shard, part in missing.items():
@@ -156,7 +157,7 @@ def pack(
     sizes = Counter(item.label for part in missing.values() for item in found.items[part])
     by_class = Breakdown[Item](lambda item: item.label, sizes)
     for _ in track(made(), left, "decode", parts=by_class) if left else ():
-        pass  # it is done when all have gone by
+        pass  # iterating writes the shards
     noted: dict[str, list[NDArray[Any]]] = {name: [] for name in NOTED}
     pixels = sha256()
     for shard in parts:
@@ -168,17 +169,17 @@ def pack(
     joined = {name: np.concatenate(of_shards) for name, of_shards in noted.items()}
     for i in np.flatnonzero(~joined["read"]):
         if found.items[i].path not in unreadable:
-            _packable(found, found.items[i], facts, unreadable)  # an earlier run's, for the reason
+            _packable(found, found.items[i], facts, unreadable)  # again, for the reason
     return Packed(**joined, pixels=pixels.hexdigest(), decoded=left)
 
 
 def _of_tones(name: str, tones: Tones) -> str:
-    """Name a folder after the tones of what it holds, which a second look may change."""
+    """Name a folder after the tones of its content, which may change once splits are drawn."""
     return name if tones == PLAIN else f"{name}-{sha256(repr(tones).encode()).hexdigest()[:8]}"
 
 
 def _is_whole(shard: Path, facts: Facts) -> bool:
-    """Tell whether an earlier run's shard has all its files."""
+    """Return whether an earlier run's shard has all its files."""
     noted = [shard / name for name in (*(f"{name}.npy" for name in NOTED), "sha256")]
     return all(file.exists() for file in (*shard_files(shard, shard.name, facts), *noted))
 
@@ -186,7 +187,7 @@ def _is_whole(shard: Path, facts: Facts) -> bool:
 def _write_shard(
     folder: Path, found: Source, part: slice, facts: Facts, unreadable: dict[str, str]
 ) -> Iterator[Item]:
-    """Write some images and what is noted of them into a folder; yields each item once done."""
+    """Write some images and what is recorded of them to a folder; yield each item once done."""
     items = found.items[part]
     n, digest = len(items), sha256()
     ones: list[One] = []
@@ -200,13 +201,13 @@ def _write_shard(
     for name, dtype in NOTED.items():
         np.save(folder / f"{name}.npy", np.array([getattr(one, name) for one in ones], dtype))
     (folder / "sha256").write_bytes(digest.digest())
-    for file in folder.iterdir():  # before the folder gets its name, also after a power cut
+    for file in folder.iterdir():  # on disk before the folder is renamed, also after a power cut
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
 
 
 def _packable(found: Source, item: Item, facts: Facts, unreadable: dict[str, str]) -> One:
-    """Read, hash, decode and fit one file; a black image, and the reason, where that can't be."""
+    """Read, hash, decode and fit one file; if unreadable, use a black image and add the reason."""
     file, digest = found.folder / item.path, bytes(32)
     pixels, clipped, read = np.zeros(facts.shape, np.uint8), 0.0, False
     try:
@@ -228,7 +229,7 @@ def _packable(found: Source, item: Item, facts: Facts, unreadable: dict[str, str
 
 
 def _in_threads(work: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
-    """Work on items in threads, in their order; some at a time."""
+    """Yield the results of work on items, in order, from threads, some at a time."""
     with ThreadPoolExecutor(threads()) as pool:
         for start in range(0, len(items), AT_ONCE):
             yield from pool.map(work, items[start : start + AT_ONCE])

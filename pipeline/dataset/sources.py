@@ -1,4 +1,4 @@
-"""Where images come from: a source lists them, it decodes nothing."""
+"""Sources of images: a source lists images without decoding them."""
 
 import hashlib
 import importlib.metadata
@@ -14,17 +14,17 @@ from pipeline.dataset.layout import Item
 from pipeline.stage_runtime.errors import DataError
 from pipeline.stage_runtime.files import hash_of, walk
 
-# A few GIFs among photographs are what a web site shows in place of a lost one: the ants and bees
-# have one. Sets of GIFs are read.
+# A few GIFs among photographs are placeholders of web sites for lost ones: the ants and bees have
+# one. Data sets of GIFs are read.
 FEW_GIFS = 0.01
 STRAY = "a GIF among other pictures, perhaps put in place of a lost one; convert it if it is meant"
 
 # Neighbouring solar cells were cut from one module. The data set doesn't name the module; runs of
-# one wafer type, cut every 60 rows, stand in for it (an inference from how alike neighbours are).
+# one wafer type, cut every 60 rows, replace it (inferred from how similar neighbours are).
 ELPV_ROWS_A_MODULE = 60
 
 # The ants and bees of PyTorch's transfer-learning tutorial, and the SHA-256 over the names and the
-# SHA-256 of its 397 photographs: what the archive holds matters, not how it was packed.
+# SHA-256 of its 397 photographs: the content of the archive matters, not how it was packed.
 HYMENOPTERA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 HYMENOPTERA_FILES = "41771d210287175073b7b183f7b57163e019b854f530d8edd91705379c9212ae"
 
@@ -36,15 +36,15 @@ class Source:
     folder: Path
     items: list[Item]
     not_images: dict[str, str] = field(default_factory=dict)  # and what they are
-    layout: list[str] = field(default_factory=list)  # what was taken for what, in words
+    layout: list[str] = field(default_factory=list)  # how the folders were interpreted, in words
     gone: dict[str, str] = field(default_factory=dict)  # classes with a folder but no image
 
 
 def elpv() -> Source:
     """List the 2,624 solar cells of the package `elpv-dataset`: functional or defective.
 
-    A cell is defective above a probability of 0.5, and weighs max(p, 1 - p): how sure the raters
-    were. Source: Deitsch et al. 2019, arXiv 1807.02894.
+    A cell is defective above a probability p of 0.5. Its weight is max(p, 1 - p), the confidence of
+    the raters. Source: Deitsch et al. 2019, arXiv 1807.02894.
 
     Raises DataError if the package isn't installed.
     """
@@ -72,15 +72,15 @@ def elpv() -> Source:
 def folder(path: Path, splits: str = layout.AUTO) -> Source:
     """List a folder of class sub-folders, with or without folders of splits above or below them.
 
-    A folder below the class names a group of images that belong together. Hidden files are passed
-    over; every other file that holds no still image is listed in `not_images`.
+    A folder below the class is a group of images that belong together. Hidden files are ignored;
+    every other file that is not a still image is listed in `not_images`.
 
     Raises DataError if the folder is missing, empty, or has images outside any class folder.
     """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; set prepare.path to the folder of your images")
     tree = walk(path)
-    # As texts, of which a million take a tenth of the memory of paths; folder by folder.
+    # As strings, which take a tenth of the memory of paths; folder by folder.
     files = sorted(tree.files, key=lambda file: file.replace("/", "\0"))
     others = {f: what_else(path / f) for f in files if suffix(f) not in SUFFIXES}
     gifs = [file for file in files if suffix(file) == ".gif" and not others.get(file)]
@@ -111,9 +111,9 @@ def folder(path: Path, splits: str = layout.AUTO) -> Source:
 
 
 def csv(path: Path, file: str = "", columns: str = layout.AUTO) -> Source:
-    """List the images that a table in a folder names: the one there, or the `file`.
+    """List the images that a table in a folder names: the only one there, or `file`.
 
-    `columns` is the param: auto, or what they are called.
+    `columns` is the param: auto, or the names of the columns.
 
     Raises DataError if the folder is missing, or naming the line that can't be used.
     """

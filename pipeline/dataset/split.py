@@ -1,4 +1,4 @@
-"""Cut images into train, validation and test so that what belongs together stays together."""
+"""Split images into train, validation and test, without dividing groups."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-DRAWS = 400  # more no longer brings the class counts of 44 groups closer
+DRAWS = 400  # more draws don't improve the class counts of 44 groups
 
 
 def draw(
@@ -16,13 +16,13 @@ def draw(
     """Choose whole groups that hold about `fraction` of each class.
 
     Of many seeded random orders of the groups, each cut where it comes closest to the fraction of
-    all images, take the one whose class counts are closest to it. With groups of one image this
-    is a stratified random split. Labels and groups are (N,); returns the chosen (N,).
+    all images, the one whose class counts are closest to it is used. If all groups are single
+    images, this is a stratified random split. Labels and groups are (N,); returns a mask (N,).
 
     Raises ValueError if there are fewer than two groups.
     """
     numbers, group_of = np.unique(groups, return_inverse=True)
-    # In the order of their numbers as texts, which earlier versions had: the same groups are drawn.
+    # Sorted as strings, as in earlier versions, so that the same groups are drawn.
     group_of = np.argsort(np.argsort(numbers.astype(np.bytes_)))[group_of]
     sizes = np.bincount(group_of)
     n_groups = len(sizes)
@@ -39,7 +39,7 @@ def draw(
         cut = int(np.abs(ends[:-1] - target.sum()).argmin()) + 1
         drawn = np.zeros(n_groups, bool)
         drawn[order[:cut]] = True
-        # Over the images: an array of groups and classes would be large where both are many.
+        # Counted over images: an array of groups x classes could be large.
         counts = np.bincount(labels[drawn[group_of]], minlength=len(target))
         off = float((np.abs(counts - target) / np.maximum(target, 1)).max())
         if off < best:
@@ -48,7 +48,7 @@ def draw(
 
 
 def _stratified(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Choose from each class its share, by largest remainder; at least one of two or more."""
+    """Choose each class's share by largest remainder; at least one of two or more images."""
     counts = np.bincount(labels)
     exact = counts * fraction
     take = np.floor(exact).astype(int)
@@ -85,6 +85,6 @@ def components(ones: NDArray[np.int64], others: NDArray[np.int64], n: int) -> ND
 
 
 def numbered(names: Iterable[str]) -> NDArray[np.int64]:
-    """Give equal names equal numbers, (N,); an empty name gets -1."""
+    """Return a number for each name, (N,): equal for equal names, -1 for an empty one."""
     numbers: dict[str, int] = {"": -1}
     return np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.int64)

@@ -1,4 +1,4 @@
-"""A CSV file that names images: which columns are used, whatever its separator and encoding."""
+"""A CSV file that names images, with any common separator, encoding and column names."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from pipeline.stage_runtime.files import files_below
 
 TABLES = (".csv", ".tsv", ".tab")
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-# What the columns are, and what others call them.
+# The columns, and other common names for them.
 COLUMNS = {
     "path": ("file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imagename"),
     "label": (
@@ -41,24 +41,23 @@ BOMS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-si
 
 
 def is_table(name: str) -> bool:
-    """Tell whether a file is called like a table."""
+    """Return whether a file has the suffix of a table."""
     return name.lower().endswith(TABLES)
 
 
 def items_of(folder: Path, table: str = "", called: str = AUTO) -> tuple[list[Item], list[str]]:
-    """List the images that a table in a folder names, and say what of it was used.
+    """List the images that a table in a folder names, and describe which parts of it were used.
 
-    `table` is the file, where there are several; `called` the param of the columns: auto, or what
-    they are called, such as path=image_id, label=dx.
+    `table` is the file if there are several; `called` is the param: auto, or the names of the
+    columns, such as path=image_id, label=dx.
 
-    Columns, in any case: path (relative to the folder, or a file's name alone, also without its
-    suffix, where only one below the folder has it), label, and if given split (train, val, test or
-    empty: to be cut from train), group (what must stay in one split) and weight (above 0). The
-    separator is a comma, semicolon, tab or bar, the encoding UTF-8, UTF-16 with its mark, or else
-    Windows-1252.
+    The columns, in upper or lower case, are path (relative to the folder; or only the file's name,
+    with or without suffix, if it is unique below the folder), label, and optionally split (train,
+    val, test, or empty: drawn from train), group (must stay in one split) and weight (above 0). The
+    separator is a comma, semicolon, tab or bar. The encoding is UTF-8, UTF-16 with a byte order
+    mark, or else Windows-1252.
 
-    Raises DataError naming the line that can't be used, ParamError for a table or column that isn't
-    there.
+    Raises DataError naming the line that can't be used, ParamError for a missing table or column.
     """
     file, given = _table(folder, table), _given(called)
     text, encoding = _text(file)
@@ -67,7 +66,7 @@ def items_of(folder: Path, table: str = "", called: str = AUTO) -> tuple[list[It
         rows = list(_rows(text, separator))
     except csv.Error as error:
         raise DataError(
-            f"{file}: can't be read as CSV ({one_line(error)}); write it anew"
+            f"{file}: can't be read as CSV ({one_line(error)}); export it again"
         ) from None
     if not rows:
         raise DataError(f"{file}: is empty; expected the columns path and label")
@@ -121,9 +120,9 @@ def _table(folder: Path, named: str) -> Path:
 
 
 def _given(called: str) -> dict[str, str]:
-    """Read the param: a column of ours to what it is called; empty for auto.
+    """Parse the param: columns to their names in the table; empty for auto.
 
-    Raises ParamError for a text of another form.
+    Raises ParamError for any other text.
     """
     if called == AUTO:
         return {}
@@ -132,8 +131,8 @@ def _given(called: str) -> dict[str, str]:
         name, equals, theirs = (text.strip() for text in part.partition("="))
         if name not in COLUMNS or not equals or not theirs or name in found:
             raise ParamError(
-                f"params.yaml: prepare.columns = {called!r}: expected auto, or what "
-                f"{', '.join(COLUMNS)} are called, such as path=image_id, label=dx"
+                f"params.yaml: prepare.columns = {called!r}: expected auto, or the names of "
+                f"{', '.join(COLUMNS)}, such as path=image_id, label=dx"
             )
         found[name] = theirs
     return {**{name: name for name in NEEDED}, **found}
@@ -149,11 +148,11 @@ def _text(file: Path) -> tuple[str, str]:
             continue
         if "\0" not in text:
             return text, encoding
-    raise DataError(f"{file}: neither UTF-8 nor Windows-1252, or no text; save it as UTF-8")
+    raise DataError(f"{file}: not a text in UTF-8 or Windows-1252; save it as UTF-8")
 
 
 def _separator(text: str, wanted: set[str]) -> str:
-    """Choose the separator whose header has the columns wanted, else the most frequent one."""
+    """Return the separator whose header has the wanted columns, else the most frequent one."""
 
     def fitness(separator: str) -> tuple[int, int]:
         try:
@@ -167,7 +166,7 @@ def _separator(text: str, wanted: set[str]) -> str:
 
 
 def _rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Give the rows that aren't blank, with the number of the line that each ends at."""
+    """Yield the rows that aren't blank, with the number of the line where each ends."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     for cells in reader:
         if any(cell.strip() for cell in cells):
@@ -188,8 +187,8 @@ def _columns(
 ) -> dict[str, int]:
     """Find the columns by name; `first` are the cells of the first line.
 
-    Raises DataError if a needed one is missing, or one is twice, ParamError if one that the param
-    names is missing.
+    Raises DataError if a required column is missing or a column occurs twice, ParamError if one
+    that the param names is missing.
     """
     names = [_plain(name) for name in header]
     wanted = {name: _plain(theirs) for name, theirs in (given or {n: n for n in COLUMNS}).items()}
@@ -208,16 +207,16 @@ def _columns(
 
 
 def _what_to_do(missing: str, paths: "_Paths", header: Sequence[str], first: Sequence[str]) -> str:
-    """Say what to do where a needed column is missing, by what the table has instead."""
+    """Return what to do if a required column is missing, from the columns that the table has."""
     cell = header[0].strip().replace("\\", "/") if header else ""
     if cell and (paths.folder / cell).is_file():
-        return "no header, its first line names a file; put path,label above it"
+        return "no header: its first line names a file; put path,label above it"
     shown = [h.strip() for h in header if h.strip()]
     meant = {
         name: next((h for h in shown if _plain(h) in (name, *COLUMNS[name])), "...")
         for name in NEEDED
     }
-    if "path" not in [_plain(h) for h in shown]:  # whatever it is called: it names files
+    if "path" not in [_plain(h) for h in shown]:  # the column that names files
         files = [h.strip() for h, c in zip(header, first, strict=False) if paths.named(c)]
         meant["path"] = next(iter(files), meant["path"])
     has = ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
@@ -228,7 +227,7 @@ def _what_to_do(missing: str, paths: "_Paths", header: Sequence[str], first: Seq
 
 
 def _said(file: Path, header: Sequence[str], columns: dict[str, int]) -> str:
-    """Say which columns are used, which aren't, and which of those look meant."""
+    """Describe which columns are used, which aren't, and which of those look misnamed."""
     used = [name if header[i] == name else f"{name} ({header[i]!r})" for name, i in columns.items()]
     others = [
         h.strip() or f"column {i + 1}" for i, h in enumerate(header) if i not in columns.values()
@@ -254,11 +253,11 @@ def _item(
     columns: dict[str, int],
     separator: str,
 ) -> Item:
-    """Check one line; `where` names it in errors."""
+    """Return the item of one line; `where` names the line in errors."""
     if len(cells) != len(header):
         raise DataError(
-            f"{where}: {len(cells)} cells, the header has {len(header)}; quote a cell that holds a "
-            f"{SEPARATORS[separator]}, one label an image"
+            f"{where}: {len(cells)} cells, the header has {len(header)}; quote cells that "
+            f"contain a {SEPARATORS[separator]}, and give one label per image"
         )
     row = {name: cells[i].strip() for name, i in columns.items()}
     name = paths.find(row["path"], where)
@@ -274,28 +273,28 @@ def _item(
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise DataError(f"{where}: weight {given!r} is no number above 0")
+        raise DataError(f"{where}: weight {given!r} is not a number above 0")
     return Item(name, row["label"], split, row.get("group", ""), weight)
 
 
 class _Paths:
-    """The files below a folder, found by what a table calls them."""
+    """The files below a folder, found by their names in a table."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.by_name: dict[str, str] = {}  # of those that the table doesn't give whole
+        self.by_name: dict[str, str] = {}  # for those whose full path isn't given
 
     def named(self, given: str) -> str:
-        """Give the file that a cell names, as `find` does; empty if it names none."""
+        """Return the file that a cell names, like `find`; empty if it names none."""
         try:
             return self.find(given.strip(), "")
         except DataError:
             return ""
 
     def find(self, given: str, where: str) -> str:
-        """Give a file's path as it is on the disk, relative to the folder.
+        """Return a file's path as it is on disk, relative to the folder.
 
-        Raises DataError if there is none, or it lies outside, or it may be any of several.
+        Raises DataError if there is none, if it is outside the folder, or if several match.
         """
         name = PurePosixPath(given.replace("\\", "/"))
         if not name.parts or not is_within(name):
@@ -304,7 +303,7 @@ class _Paths:
             )
         if (self.folder / name).is_file():
             return name.as_posix()
-        # The same letters in another Unicode form: macOS takes accents apart, others don't.
+        # The same letters in another Unicode form: macOS decomposes accents, others don't.
         called = _composed(name.as_posix())
         alike = self._by_form.get(called) or self._by_name.get(called) or []
         if len(alike) == 1:
@@ -313,7 +312,7 @@ class _Paths:
             return alike[0]
         if alike:
             raise DataError(
-                f"{where}: {given!r} may be any of {len(alike)} files ({', '.join(alike[:2])}); "
+                f"{where}: {given!r} matches {len(alike)} files ({', '.join(alike[:2])}); "
                 "give its folder and suffix, or rename all but one"
             )
         folded = called.casefold()
@@ -335,7 +334,7 @@ class _Paths:
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
-        """By the end of their paths: without suffix, without folder, without both."""
+        """Map the ends of paths to files: without suffix, without folder, without both."""
         images = [(PurePosixPath(name), name) for name in self._names if suffix(name) in SUFFIXES]
         ends = ({str(p.with_suffix("")), p.name, p.stem} - {name} for p, name in images)
         return _grouped(

@@ -1,4 +1,4 @@
-"""The classification sets of torchvision, written out as a folder of images once."""
+"""The classification data sets of torchvision, written once to a folder of images."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from pipeline.stage_runtime.cache_entries import hold
 from pipeline.stage_runtime.errors import DataError, ParamError, one_line, suggest
 from pipeline.stage_runtime.progress import track
 
-Splits = dict[str, dict[str, Any]]  # our split ("" for none) to the arguments of theirs
+Splits = dict[str, dict[str, Any]]  # our split ("" for none) to torchvision's arguments
 
 TRAIN_OR_NOT: Splits = {"train": {"train": True}, "test": {"train": False}}
 TWO: Splits = {"train": {"split": "train"}, "test": {"split": "test"}}
@@ -50,12 +50,12 @@ SETS: dict[str, Splits] = {
 
 
 def published(name: str, path: Path) -> Path:
-    """Give a folder of a torchvision set's images as PNG: SPLIT/CLASS/*.png, or CLASS/*.png.
+    """Return a folder of a data set's images as PNG: SPLIT/CLASS/*.png, or CLASS/*.png.
 
-    Its files are looked for at `path`, as torchvision lays them out, and else downloaded (and
-    checked) by torchvision into the cache folder. The images are written there once.
+    Its files are expected at `path`, as torchvision lays them out; otherwise torchvision downloads
+    (and verifies) them to the cache folder. The images are written there once.
 
-    Raises ParamError for a name that is none of SETS, DataError if the set can't be had.
+    Raises ParamError for a name that is not in SETS, DataError if the data set can't be fetched.
     """
     if name not in SETS:
         known = [f"torchvision/{known}" for known in SETS]
@@ -84,7 +84,7 @@ def _opened(name: str, arguments: dict[str, Any], path: Path) -> Any:
     root.mkdir(exist_ok=True)
     try:
         return make(root=str(root), download=True, **arguments)
-    except Exception as error:  # each set fetches in its own way
+    except Exception as error:  # each data set raises others
         said = one_line(error, 120)
         raise DataError(
             f"prepare.source: torchvision/{name}: can't be fetched ({said}); "
@@ -93,7 +93,7 @@ def _opened(name: str, arguments: dict[str, Any], path: Path) -> Any:
 
 
 def _write(name: str, images: Any, folder: Path, split: str) -> None:
-    """Write a set's images; a class is called as the set calls it, or else by its number."""
+    """Write a data set's images; a class has its name in the data set, or else its number."""
     names = getattr(images, "classes", None) or getattr(images, "categories", None) or []
     width = len(str(len(images)))
     numbers = range(len(images))

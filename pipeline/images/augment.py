@@ -1,4 +1,4 @@
-"""Augmentation as a function of seed, epoch and image: in any order, resumed or not, the same."""
+"""Augmentation as a function of seed, epoch and image: the same in any order, resumed or not."""
 
 import math
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from torch import Tensor
 from pipeline.stage_runtime.schema import Key
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
-# How many kinds of `dihedral` each allows: flips, then flips with quarter turns.
+# The number of kinds of `dihedral` that each allows: flips, then flips with quarter turns.
 KINDS: dict[Flips, int] = {"none": 1, "horizontal": 2, "both": 4, "dihedral": 8}
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What may be done to a training image without changing what it shows."""
+    """How a training image may be augmented without changing its class."""
 
     flips: Annotated[Flips, Key("flips")]  # both: also vertical; dihedral: also quarter turns
     # The smallest share of the area that a random crop keeps; 1 is off.
@@ -72,7 +72,7 @@ def views(flips: Flips, n: int) -> Sequence[int]:
 
 
 def _uniform(ids: NDArray[np.int64], epoch: int, seed: int) -> NDArray[np.float64]:
-    """Draw seven numbers in [0, 1) an image from a counter-based generator."""
+    """Draw seven numbers in [0, 1) per image from a counter-based generator."""
     key = np.array([seed, epoch], np.uint64)
     return np.stack(
         [

@@ -1,4 +1,4 @@
-"""The labelled images of one split: what a row of index.csv says of each."""
+"""The labelled images of one split, from the rows of index.csv."""
 
 from dataclasses import dataclass
 

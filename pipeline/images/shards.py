@@ -1,4 +1,4 @@
-"""The packed images: shards of squares, raw or as JPEG, and the index that names their rows."""
+"""The packed images: shards of square images, raw or as JPEG, and the index of their rows."""
 
 import csv
 import io
@@ -34,10 +34,10 @@ QUALITY = 95  # of JPEG, without subsampling of colours
 
 @dataclass(frozen=True)
 class Facts:
-    """What later stages must know of the packed images, written once by prepare."""
+    """The properties of the packed images that later stages need, written once by prepare."""
 
     classes: list[str]
-    size: int  # pixels a side
+    size: int  # side in pixels
     fit: Fit
     channels: int  # 1 for grey, else 3
     storage: Storage
@@ -46,28 +46,28 @@ class Facts:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the shape of an image: (H, W) for grey ones, else (H, W, 3)."""
+        """Return the shape of an image: (H, W) if grey, else (H, W, 3)."""
         return (self.size, self.size) if self.channels == 1 else (self.size, self.size, 3)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the facts as they are written."""
+        """Return the facts as they are written."""
         facts = {name: value for name, value in vars(self).items() if name != "tones"}
         return {**facts, **self.tones.facts()}
 
 
 class Shard(NamedTuple):
-    """Some images on the disk."""
+    """Some images on disk."""
 
     content: NDArray[np.uint8]  # (n, H, W[, 3]), or the bytes of n JPEG files
-    ends: NDArray[np.int64]  # where in these bytes each ends, (n,)
+    ends: NDArray[np.int64]  # the end of each in these bytes, (n,)
 
 
 class Images:
-    """Some of the packed images, (N, H, W) or (N, H, W, 3), read when they are asked for.
+    """Some of the packed images, (N, H, W) or (N, H, W, 3), read on access.
 
-    Takes what an array of them takes first: a row, a slice, or an array of rows.
+    The index is a row, a slice, or an array of rows.
 
-    Raises DataError if they aren't there, or aren't such images.
+    Raises DataError if the images are missing or of another shape.
     """
 
     def __init__(self, prepared: Path, facts: Facts, rows: NDArray[np.int64]) -> None:
@@ -93,16 +93,16 @@ class Images:
 
     @property
     def key(self) -> str:
-        """Give a hash of these images."""
+        """Return a hash of these images."""
         return sha256(self._facts.pixels.encode() + self._rows.tobytes()).hexdigest()
 
     def key_with(self, labels: NDArray[np.int64]) -> str:
-        """Give a hash of these images and their labels (N,)."""
+        """Return a hash of these images and their labels (N,)."""
         return sha256(self.key.encode() + labels.astype("<i8").tobytes()).hexdigest()
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(threads())  # Pillow lets go of the interpreter
+        return ThreadPoolExecutor(threads())  # Pillow releases the GIL
 
     def _opened(self, number: int, last: int) -> Shard:
         file, *more = shard_files(self._folder, f"{number:05}", self._facts)
@@ -118,7 +118,7 @@ class Images:
             with reading(ends_file, "prepare"):
                 ends = np.load(ends_file)
                 if (np.diff(ends, prepend=0) < 0).any() or ends[-1] > len(content):
-                    raise ValueError("not where images end")
+                    raise ValueError("invalid ends of images")
         if last >= len(ends if more else content):
             raise DataError(f"{file}: fewer images than index.csv has; run `dvc checkout --force`")
         return Shard(content, ends)
@@ -133,7 +133,7 @@ class Images:
                 if found.size != (self._facts.size, self._facts.size):
                     raise ValueError(f"an image of {found.size} pixels")
                 pixels = np.asarray(found)
-            except OSError:  # as Pillow calls any damage
+            except OSError:  # which Pillow raises for any damage
                 raise ValueError("no image at its place") from None
             if pixels.shape != self.shape[1:]:
                 raise ValueError(f"an image of shape {pixels.shape}")
@@ -141,7 +141,7 @@ class Images:
 
 
 def shard_files(folder: Path, name: str, facts: Facts) -> list[Path]:
-    """Name the files of a shard: an array, or JPEG files in a row and where each ends."""
+    """Return the files of a shard: an array, or concatenated JPEG files and the end of each."""
     if facts.storage == "raw":
         return [folder / f"{name}.npy"]
     return [folder / f"{name}.jpgs", folder / f"{name}-ends.npy"]
@@ -151,9 +151,9 @@ def shard_files(folder: Path, name: str, facts: Facts) -> list[Path]:
 def shard_writer(
     folder: Path, name: str, n: int, facts: Facts
 ) -> Iterator[Callable[[bytes], None]]:
-    """Write a shard of n images: gives a function that takes one after the other, encoded.
+    """Write a shard of n images; yield a function that writes the next encoded image.
 
-    Raises OSError naming the file where there is no room.
+    Raises OSError naming the file if the disk is full.
     """
     file, *more = shard_files(folder, name, facts)
     sizes: list[int] = []
@@ -175,7 +175,7 @@ def shard_writer(
 
 
 def encoded(pixels: Pixels, storage: Storage) -> bytes:
-    """Encode an image (H, W) or (H, W, 3) as shards hold it."""
+    """Encode an image (H, W) or (H, W, 3) as stored in a shard."""
     if storage == "raw":
         return pixels.tobytes()
     file = io.BytesIO()
@@ -202,11 +202,11 @@ def read_facts(prepared: Path) -> Facts:
 def read_splits(
     prepared: Path, labelled: Sequence[str], others: Sequence[str] = ()
 ) -> tuple[list[Rows], list[Images]]:
-    """Read index.csv once: the rows of the `labelled` splits, and the images of all splits named.
+    """Read index.csv once: the rows of the `labelled` splits, and the images of all given splits.
 
-    No label of the other splits is looked at; only evaluate may read those of test.
+    The labels of the `others` aren't read; only evaluate may read those of test.
 
-    Raises DataError if a label is none of the classes, or prepare didn't run, or a file is damaged.
+    Raises DataError if a label is not a class, if prepare didn't run, or if a file is damaged.
     """
     facts, index = read_facts(prepared), prepared / "index.csv"
     classes = {name: i for i, name in enumerate(facts.classes)}
@@ -242,17 +242,17 @@ def read_splits(
 
 
 def read_rows(prepared: Path, split: str) -> Rows:
-    """Read the rows of one split, labels included. Raises DataError as `read_splits`."""
+    """Read the rows of one split, labels included. Raises DataError like `read_splits`."""
     return read_splits(prepared, [split])[0][0]
 
 
 def read_images(prepared: Path, split: str) -> Images:
-    """Open the images of one split, without a look at labels. Raises DataError as `read_splits`."""
+    """Open the images of one split without reading labels. Raises DataError like `read_splits`."""
     return read_splits(prepared, (), [split])[1][0]
 
 
 def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:
-    """Raise ParamError where a stage wants more pixels than prepare kept."""
+    """Raise ParamError if a stage's images are larger than the packed ones."""
     if image_size > packed_size:
         raise ParamError(
             f"params.yaml: {stage}.image_size = {image_size} is more than prepare.size = "

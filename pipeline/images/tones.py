@@ -1,7 +1,7 @@
-"""How grey and colour become 8 bits: one range and one background for a whole set.
+"""Conversion of images to 8 bits, with one range and one background for the whole data set.
 
-Pictures of 8 bits are taken as they are. Of deeper ones (12 or 16 bits, 32-bit whole numbers,
-floats) the values from `low` to `high` fill the 256 levels, and what lies beyond is clipped.
+Images of 8 bits are unchanged. In deeper images (12 or 16 bits, 32-bit integers, floats), the
+values from `low` to `high` are scaled to the 256 levels, and values outside are clipped.
 """
 
 import re
@@ -17,30 +17,30 @@ from pipeline.stage_runtime.errors import ParamError
 Background = Literal["white", "black", "grey"]
 LEVELS: dict[str, int] = {"white": 255, "black": 0, "grey": 128}
 AUTO = "auto"
-DARKEST, BRIGHTEST = 0.001, 0.999  # of an image's values: a hot pixel isn't its brightest
-# Of those over the images: a few overexposed ones don't set the range of all.
+DARKEST, BRIGHTEST = 0.001, 0.999  # quantiles of an image's values: a hot pixel doesn't count
+# Percentiles of these quantiles over the images: a few overexposed images don't count.
 LOWEST, HIGHEST = 1, 99
-HIDDEN = 0.1  # of the way from black to white: what differs less from its background can't be seen
-MOST_HIDDEN = 0.1  # of the transparent pictures, on white
+HIDDEN = 0.1  # contrast, from 0 to 1, below which an image is invisible on its background
+MOST_HIDDEN = 0.1  # share of the transparent images that may be invisible on white
 
 Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Tones:
-    """What the pictures of a set are brought to 8 bits by."""
+    """How the images of a data set are converted to 8 bits."""
 
-    low: float | None = None  # None: the pictures have 8 bits
+    low: float | None = None  # None: the images have 8 bits
     high: float | None = None
-    background: Background = "white"  # behind what is transparent
+    background: Background = "white"  # behind transparent parts
 
     def facts(self) -> dict[str, Any]:
-        """Give the `tones` of a set's facts; nothing where all is as it nearly always is."""
+        """Return the `tones` of a data set's facts; empty for the usual ones."""
         return {} if self == PLAIN else {"tones": asdict(self)}
 
     @property
     def words(self) -> str:
-        """Say it for a person; empty where all is as it nearly always is."""
+        """Return the tones in words; empty for the usual ones."""
         parts = []
         if self.low is not None:
             parts.append(f"values {self.low:g} to {self.high:g} become 0 to 255")
@@ -49,26 +49,26 @@ class Tones:
         return ", ".join(parts)
 
 
-PLAIN = Tones()  # as nearly all sets are
+PLAIN = Tones()  # of nearly all data sets
 
 
 class Seen(NamedTuple):
-    """What was measured of a picture that is deep, or transparent, before it is packed."""
+    """What was measured of a deep or transparent image before it is packed."""
 
-    low: float = np.nan  # its values, but for a thousandth at either end
+    low: float = np.nan  # of its values, without a thousandth at either end
     high: float = np.nan
     nans: int = 0
     negatives: int = 0
-    contrasts: tuple[float, ...] = ()  # with each of LEVELS, from 0 to 1; none: all is opaque
+    contrasts: tuple[float, ...] = ()  # with each of LEVELS, from 0 to 1; empty: opaque
 
 
 def of_facts(facts: dict[str, Any]) -> Tones:
-    """Take the tones from an artifact's facts, and out of them."""
+    """Remove the tones from an artifact's facts and return them."""
     return Tones(**facts.pop("tones", {}))
 
 
 def measured(values: Values) -> Seen:
-    """Measure a deep picture's values (H, W)."""
+    """Measure a deep image's values (H, W)."""
     numbers = values[np.isfinite(values)]
     nans = values.size - numbers.size
     if not numbers.size:
@@ -79,9 +79,9 @@ def measured(values: Values) -> Seen:
 
 
 def contrasts(grey: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> tuple[float, ...]:
-    """Give how far a picture's visible parts are from each background, (H, W) both.
+    """Return the contrast of an image's visible parts with each background; both are (H, W).
 
-    Nothing where no pixel is transparent, or none is visible.
+    Empty if no pixel is transparent, or none is visible.
     """
     weights = alpha.astype(np.float64)
     if alpha.min() == 255 or not weights.any():
@@ -91,7 +91,7 @@ def contrasts(grey: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> tuple[float,
 
 
 def range_of(seen: Sequence[Seen]) -> tuple[float, float]:
-    """Choose the range of a set from its training images: robust percentiles over them."""
+    """Return the range of a data set: robust percentiles over its training images."""
     lows = [one.low for one in seen if np.isfinite(one.low)]
     highs = [one.high for one in seen if np.isfinite(one.high)]
     if not lows:
@@ -120,7 +120,7 @@ def given_range(text: str) -> tuple[float, float] | None:
 
 
 def background_of(seen: Sequence[Seen]) -> Background:
-    """Choose the background before which the fewest pictures can't be seen; white if few."""
+    """Return the background on which the fewest images are invisible; white if few are on it."""
     clear = np.array([one.contrasts for one in seen if one.contrasts])
     if not len(clear):
         return "white"
@@ -130,7 +130,7 @@ def background_of(seen: Sequence[Seen]) -> Background:
 
 
 def eight_bits(values: Values, tones: Tones) -> tuple[NDArray[np.uint8], float]:
-    """Scale values (H, W) to 8 bits; gives the share that was clipped, too. NaN becomes black."""
+    """Scale values (H, W) to 8 bits; return them and the clipped share. NaN becomes black."""
     assert tones.low is not None
     assert tones.high is not None
     scaled = (values - tones.low) * (255 / (tones.high - tones.low))
