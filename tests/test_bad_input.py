@@ -146,7 +146,7 @@ def one_folder_each(photos: Path) -> None:
 SPOILT_IMAGES = [
     (shutil.rmtree, {}, "photos: no such folder; set prepare.path to the folder of your images"),
     (emptied, {}, "photos: no images here; expected ...photos/CLASS/*.jpg"),
-    (one_class, {}, "photos: one class only (['class0']); two or more are needed"),
+    (one_class, {}, "photos: only one class (['class0']); at least two are needed"),
     (small_class, {}, "class 'class1' has 2 training images and needs 5 (prepare.least_per_class)"),
     (
         unreadable_jpeg,
@@ -165,11 +165,11 @@ SPOILT_IMAGES = [
         "prepare.not_images: skip",
     ),
     (animation, {}, "class1/moving.gif: holds 2 pictures; keep one in a file of its own; move"),
-    (no_class_folder, {}, "photos/alone.png: lies in no class folder; move it into one"),
+    (no_class_folder, {}, "photos/alone.png: is not in a class folder; move it into one"),
     (
         split_beside_class,
         {},
-        "photos: class1 lies beside train, which looks like a split; move it away, or set "
+        "photos: class1 is beside train, which looks like a split; move it away, or set "
         "prepare.splits: none if both are classes",
     ),
     (
@@ -246,7 +246,7 @@ def test_probe_refuses_folds_that_leave_one_class_to_learn_from(finished, tmp_pa
 
 @pytest.mark.parametrize(("name", "before"), [("extract", "prepare"), ("probe", "extract")])
 def test_a_stage_names_the_one_to_run_before_it(name, before, tmp_path):
-    line = f"facts.json: not there; run `dvc repro {before}`"
+    line = f"facts.json: no such file; run `dvc repro {before}`"
     refuses(DataError, line, name, paths(tmp_path)[name], read_params())
 
 
@@ -282,9 +282,9 @@ def relabelled(finished: Path, tmp_path: Path, change: Callable[[str], str]) -> 
 SPOILT_PARAMS = [
     ("prepare", "prepare: {siez: 64}", "unknown key prepare.siez; did you mean size?"),
     ("stage2", "stage2: {bach_size: 8}", "unknown key stage2.bach_size; did you mean batch_size"),
-    ("stage1", "augment: {zoom: 1.0}", "unknown key augment.zoom; known are: crop, "),
+    ("stage1", "augment: {zoom: 1.0}", "unknown key augment.zoom; expected one of: crop, "),
     ("extract", "backbone: {nmae: x}", "unknown key backbone.nmae; did you mean name"),
-    ("prepare", "prepare: {1: 2}", "unknown key prepare.1; known are: background, "),
+    ("prepare", "prepare: {1: 2}", "unknown key prepare.1; expected one of: background, "),
     ("prepare", "prepare: []", "no section 'prepare:'"),
     ("prepare", "prepare: {size: big}", "prepare.size = 'big': input should be a valid integer"),
     ("prepare", "prepare: {size: '64'}", "prepare.size = '64': input should be a valid integer"),
@@ -378,7 +378,7 @@ def test_a_misspelt_section_is_hinted_at(tmp_path):
 
 
 def test_a_section_is_missed_beside_keys_that_are_no_words(tmp_path):
-    line = "params.yaml: no section 'prepare:'; known are: 1"
+    line = "params.yaml: no section 'prepare:'; expected one of: 1"
     params = through_a_file({1: 2}, tmp_path)
     refuses(ParamError, line, "prepare", paths(tmp_path)["prepare"], params)
 
@@ -405,7 +405,7 @@ def test_a_params_file_that_is_no_mapping_is_refused(content, line, tmp_path):
 def test_a_key_that_stands_twice_is_named(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text("stage1:\n  lr: 0.1\n  epochs: 3\n  lr: 0.2\n")
-    with pytest.raises(ParamError, match=r"'lr' stands twice in one section.*line 4"):
+    with pytest.raises(ParamError, match=r"'lr' occurs twice in one section.*line 4"):
         read_params_file(file)
 
 
@@ -439,7 +439,7 @@ def test_no_stage_asks_for_more_pixels_than_prepare_kept(name, finished, tmp_pat
         ("stage1", "unfreeze", ["bloks.4"], "no module is called 'bloks.4'; did you mean blocks.4"),
         ("stage1", "unfreeze", ["layer9.*"], "no module is called 'layer9.*'; "),
         ("extract", "depths", ["blocks.44"], "no module is called 'blocks.44'; did you mean"),
-        ("extract", "depths", ["classifier"], "classifier gives no feature maps; choose a block"),
+        ("extract", "depths", ["classifier"], "classifier outputs no feature maps; choose a block"),
     ],
 )
 def test_an_unknown_module_is_named_with_near_ones(name, key, modules, line, finished, tmp_path):
@@ -754,8 +754,8 @@ def earlier_version(tensors: Tensors, meta: dict[str, Any]) -> None:
             other_images,
             "the validation images and labels have SHA-256 ..., stage 1 had 000000000000",
         ),
-        (other_loss, "on validation, stage 1 said ...; run `dvc repro -f stage1`"),
-        (other_accuracy, "on validation, stage 1 said ...; run `dvc repro -f stage1`"),
+        (other_loss, "on validation, stage 1 had ...; run `dvc repro -f stage1`"),
+        (other_accuracy, "on validation, stage 1 had ...; run `dvc repro -f stage1`"),
         (earlier_version, "the weights have SHA-256 ..., stage 1 had None"),
     ],
 )
@@ -925,7 +925,7 @@ def test_predict_names_a_missing_model_in_one_line(finished):
 
 
 def test_an_interrupted_command_says_how_to_go_on():
-    with pytest.raises(SystemExit, match="interrupted; the same"), one_line_errors(INTERRUPTED):
+    with pytest.raises(SystemExit, match="interrupted; run the same"), one_line_errors(INTERRUPTED):
         raise KeyboardInterrupt
 
 

@@ -606,7 +606,7 @@ def test_what_a_failed_stage_lost_comes_back_by_the_command_that_its_message_nam
     )
     assert done.returncode != 0
     [recover] = re.findall(
-        r"error: models/stage1/history.*`(.+)` brings the earlier outputs", done.stderr
+        r"error: models/stage1/history.*`(.+)` restores the earlier outputs", done.stderr
     )
     for part in recover.split("; "):
         program, *rest = part.split()

@@ -119,14 +119,14 @@ def damage_ends(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (damage_ends, "00000-ends.npy: damaged (ValueError: not where images end"),
-        (lambda f: (f / "00000-ends.npy").unlink(), "00000-ends.npy: not there"),
+        (damage_ends, "00000-ends.npy: damaged (ValueError: invalid ends of images"),
+        (lambda f: (f / "00000-ends.npy").unlink(), "00000-ends.npy: no such file"),
         (lambda f: (f / "00000.jpgs").write_bytes(b""), "00000.jpgs: damaged"),
         (
             lambda f: (f / "00000.jpgs").write_bytes(b"x" * 99_999),
             "damaged (ValueError: no image",
         ),
-        (lambda f: (f / "00006.jpgs").unlink(), "00006.jpgs: not there; run `dvc repro prepare`"),
+        (lambda f: (f / "00006.jpgs").unlink(), "00006.jpgs: no such file; run `dvc repro prep"),
     ],
 )
 def test_a_damaged_shard_of_jpeg_is_named(damage, line, photos, tmp_path):

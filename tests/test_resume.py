@@ -402,7 +402,7 @@ def test_who_asks_for_what_another_run_computes_waits_and_takes_it(project, capf
     assert os.waitpid(first, 0)[1] == 0
     assert (elsewhere / "out" / "model").read_text() == "of the first"
     said = capfd.readouterr().out
-    assert said.count("stage: another run computes the same; waiting for it") == 1
+    assert said.count("stage: another run is computing the same; waiting for it") == 1
 
 
 @pytest.mark.parametrize(

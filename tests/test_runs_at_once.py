@@ -117,7 +117,7 @@ def test_three_experiments_that_are_killed_go_on_in_other_folders_and_end_as_alo
     for process in running.values():
         said, _ = process.communicate(timeout=60)
         assert process.returncode != 0
-        assert "error: stage2 was ended by SIGKILL" in said
+        assert "error: stage2 was killed by SIGKILL" in said
     assert len(list(cache.glob("resume/stage2-*/training.safetensors"))) == len(RATES)
 
     again = {name: experiment(clone, name, cache) for name, clone in clones.items()}

@@ -95,7 +95,7 @@ def test_who_is_asked_to_end_does_and_says_how_to_go_on(number, start, tmp_path)
     working = child(tmp_path)
     process.send_signal(number)
     _, said = process.communicate(timeout=10)
-    assert said == "interrupted; the same command goes on where it was\n"
+    assert said == "interrupted; run the same command to resume\n"
     assert process.returncode == 1
     assert ends(working)
 
@@ -111,8 +111,8 @@ def test_what_the_system_kills_is_said_in_a_line(start, tmp_path):
     process = start()
     os.kill(child(tmp_path), signal.SIGKILL)
     _, said = process.communicate(timeout=10)
-    assert said.startswith("error: sleeper was ended by SIGKILL, as the system does when memory")
-    assert said.endswith("dvc checkout` brings the earlier outputs back\n")
+    assert said.startswith("error: sleeper was killed by SIGKILL, which the system sends when mem")
+    assert said.endswith("dvc checkout` restores the earlier outputs\n")
     assert said.count("\n") == 1
     assert process.returncode == 137
 
@@ -120,7 +120,7 @@ def test_what_the_system_kills_is_said_in_a_line(start, tmp_path):
 def test_memory_that_is_refused_is_said_in_a_line(start):
     process = start(seconds=0, extra="bytes(1 << 60)")
     _, said = process.communicate(timeout=10)
-    assert said.startswith("error: out of memory; use smaller images or batches; the same command")
+    assert said.startswith("error: out of memory; use smaller images or batches; run the same")
     assert (said.count("\n"), process.returncode) == (1, 1)
 
 
@@ -130,8 +130,8 @@ def test_a_second_one_in_the_same_folder_is_refused_and_names_the_first(start, t
     second = start()
     _, said = second.communicate(timeout=30)
     assert said == (
-        f"error: sleeper runs in this folder already (process {working}); wait for it, or end it "
-        "with kill\n"
+        f"error: sleeper is already running in this folder (process {working}); wait for it, or "
+        "end it with kill\n"
     )
 
 

@@ -36,7 +36,7 @@ from pipeline.training.fit import EXPLODED, DivergedError
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("seed: 0\n" + "# x\n" * 300_000, "1,200,008 bytes; params take no more than 100,000"),
+        ("seed: 0\n" + "# x\n" * 300_000, "1,200,008 bytes; at most 100,000 are allowed"),
         ("a: " + "[" * 20_000, "not readable as YAML"),
         ("seed: !!python/object/apply:os.system ['touch executed']", "could not determine a const"),
         ("seed: !!python/name:os.system", "could not determine a constructor for the tag"),
@@ -44,7 +44,7 @@ from pipeline.training.fit import EXPLODED, DivergedError
         ("seed: 2026-13-45", "not readable as YAML"),
         ("? [a, b]\n: 1", "not readable as YAML"),
         ("seed: 1\x00", "not readable as YAML"),
-        ("seed: 0\nseed: 1", "'seed' stands twice in one section"),
+        ("seed: 0\nseed: 1", "'seed' occurs twice in one section"),
     ],
     ids=["a megabyte", "brackets", "call", "name", "include", "date", "key", "zero byte", "twice"],
 )
@@ -125,13 +125,13 @@ def test_an_image_that_claims_to_be_huge(content, line, photos, tmp_path):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("=cmd|' calc'!A0", "begins with '=', as spreadsheets' formulas do; rename it"),
+        ("=cmd|' calc'!A0", "begins with '=', like a spreadsheet formula; rename it"),
         ("+1+1", "begins with '+'"),
         ("-2+3", "begins with '-'"),
         ("@SUM(1)", "begins with '@'"),
-        ("red\x1b[2Jgreen", "has control characters in it; rename it"),
-        ("two\nlines", "has control characters in it; rename it"),
-        (b"latin\xe9".decode(errors="surrogateescape"), "has bytes that are no UTF-8 in it"),
+        ("red\x1b[2Jgreen", "contains control characters; rename it"),
+        ("two\nlines", "contains control characters; rename it"),
+        (b"latin\xe9".decode(errors="surrogateescape"), "contains bytes that are not UTF-8"),
     ],
     ids=["=cmd", "+1+1", "-2+3", "@SUM", "escape", "line break", "not UTF-8"],
 )
@@ -172,7 +172,7 @@ def test_a_tar_bomb_is_refused_before_it_is_read_to_its_end(tmp_path, monkeypatc
     file = tmp_path / "bomb.tar"
     with tarfile.open(file, "w"):
         pass
-    with pytest.raises(DataError, match="would grow beyond 2,048,000 bytes; not unpacked"):
+    with pytest.raises(DataError, match="its content exceeds 2,048,000 bytes; not unpacked"):
         fetch.unpacked(file)
 
 
@@ -272,7 +272,7 @@ def test_a_class_that_validation_has_none_of_is_said(tmp_path, capsys):
     shutil.rmtree(tmp_path / "given" / "val" / "class1")
     params = read_params(prepare={"path": str(tmp_path / "given")})
     call("prepare", paths(tmp_path)["prepare"], params)
-    assert "no class1 in val: nothing there tells how well" in capsys.readouterr().out
+    assert "no class1 in val: how well it is recognised is not measured" in capsys.readouterr().out
 
 
 # Disks
@@ -316,7 +316,7 @@ def test_a_stage_on_a_full_disk_ends_in_a_line_and_goes_on_with_room(small_disk,
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE": f"{small_disk}/cache"}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    line = "00000.npy: No space left on device; the same command goes on where it was; `git"
+    line = "00000.npy: No space left on device; run the same command to resume; `git"
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (small_disk / "prepared").exists()
@@ -343,5 +343,5 @@ def test_a_folder_that_cannot_be_written_to_is_named(photos, tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: data/prepared.part: Not a directory; the same command")
+    assert done.stderr.startswith("error: data/prepared.part: Not a directory; run the same")
     assert done.stderr.count("\n") == 1

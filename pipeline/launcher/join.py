@@ -1,10 +1,10 @@
-"""Share the work of the stages that another host runs.
+"""Take part in the stages that another host runs.
 
     PIPELINE_MEET=10.0.0.1:29400 python -m pipeline join
 
-In the project's folder, which all hosts see at the same place, with its caches. PIPELINE_MEET is
-where the host meets the others that runs `PIPELINE_HOSTS=1:2 PIPELINE_MEET=... dvc repro`. It waits
-for stages until it is ended (Ctrl-C).
+Run it in the project's folder, which all hosts must see at the same path, including its caches.
+PIPELINE_MEET is the rendezvous endpoint, as on the host that runs `PIPELINE_HOSTS=1:2
+PIPELINE_MEET=... dvc repro`. The command waits for stages until you press Ctrl-C.
 """
 
 import os
@@ -15,17 +15,17 @@ from pipeline.launcher.launch import LOST, SHARED, offered, take_part
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import meeting_point
 
-LOOK = 0.5  # seconds between two looks
+LOOK = 0.5  # seconds between two queries
 
 
 def main() -> None:
-    """Take part in each stage that is offered, and again when it starts anew without a lost host.
+    """Take part in each offered stage, and again when it restarts after a host was lost.
 
-    Where one host is enough, not in a stage that runs already: it would have to start anew.
+    If one host is enough, a stage that is already running is skipped: it would have to restart.
     """
     parser_of("join", __doc__ or "").parse_args()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else warns of names of addresses
-    with one_line_errors("left; the stage goes on without this host if it may"):
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it warns about host names
+    with one_line_errors("left; the stage continues without this host if PIPELINE_HOSTS allows it"):
         meet, done = meeting_point(), ""
         say(f"waiting for stages from {meet[0]}:{meet[1]}")
         running = offered(meet)
@@ -41,4 +41,4 @@ def main() -> None:
             code, last = take_part(work, meet, leads=False), (work.run, work.attempt)
             if code != LOST:
                 done = work.run
-                say(f"{stage}: " + ("done" if code == 0 else "given up here"))
+                say(f"{stage}: " + ("done" if code == 0 else "failed here"))

@@ -1,8 +1,8 @@
-"""Start several processes on one stage: by PyTorch's elastic launcher, what torchrun runs.
+"""Start several processes for one stage, with PyTorch's elastic launcher, as torchrun does.
 
-On this host alone, or on several that meet (`python -m pipeline join` on the others): there the one
-that runs DVC offers each stage, and goes on with who is left when a host is lost. Or by a command
-such as srun.
+They run on this host alone, or on several (`python -m pipeline join` on the others): the host that
+runs DVC offers each stage, and continues with the remaining hosts if one is lost. Alternatively, a
+command such as srun starts them.
 """
 
 import json
@@ -32,19 +32,19 @@ from pipeline.stage_runtime.settings import (
     world_size,
 )
 
-# Stages that several processes may share, where they are wanted.
+# Stages that several processes can share.
 SHARED = ("extract", "stage1", "stage2", "evaluate")
 LOST = ProcessGroupError.exit_code
 OFFER = "pipeline/offer"  # a key in the store of the host that runs DVC
-REACH_SECONDS = 5  # to reach that store, and for hosts to come once enough are there
+REACH_SECONDS = 5  # to reach that store, and for more hosts to join once there are enough
 
 
 @dataclass(frozen=True)
 class Work:
-    """A stage that is shared, as the host that runs DVC offers it."""
+    """A shared stage, as the host that runs DVC offers it."""
 
     run: str
-    attempt: int  # a run has several, one more than hosts it lost
+    attempt: int  # from 0; each lost host of a run adds one
     stage: str
     arguments: Sequence[str]
     least: int  # hosts
@@ -52,19 +52,19 @@ class Work:
 
 
 def is_shared() -> bool:
-    """Tell whether several processes are wanted."""
+    """Return whether several processes are requested."""
     return processes() > 1 or hosts().most > 1 or bool(launcher())
 
 
 def launch(stage: str, arguments: Sequence[str]) -> int:
-    """Run a stage in several processes; gives the exit code.
+    """Run a stage in several processes; return the exit code.
 
-    One that dies ends the others: the stage goes on from what it saved when it is started again.
-    Raises SettingError where hosts can't meet.
+    If a process dies, the others are ended; when started again, the stage resumes from its saved
+    state. Raises SettingError if the hosts can't connect.
     """
     if launcher():
         return _by_command(stage, arguments)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else warns of names of addresses
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it warns about host names
     least, most = hosts()
     run = uuid.uuid4().hex
     if most == 1:
@@ -78,37 +78,37 @@ def launch(stage: str, arguments: Sequence[str]) -> int:
     except RuntimeError as error:
         said = one_line(error, 120)
         raise SettingError(
-            f"PIPELINE_MEET = {meet[0]}:{meet[1]}: can't listen there ({said}); it has to be an "
-            "address of this host, and a port that is free"
+            f"PIPELINE_MEET = {meet[0]}:{meet[1]}: can't listen there ({said}); set it to an "
+            "address of this host and a free port"
         ) from None
     if least > 1:
-        say(f"waiting for {least} hosts; `python -m pipeline join` makes one take part")
+        say(f"waiting for {least} hosts; run `python -m pipeline join` on the others")
     for attempt in count():
         work = Work(run, attempt, stage, arguments, least, most)
         store.set(OFFER, json.dumps(asdict(work)))
         code = take_part(work, meet, leads=True)
         if code != LOST:
             return code
-        say("a host is lost; going on with those that are left")
+        say("a host was lost; continuing with the remaining ones")
     raise AssertionError("counting doesn't end")
 
 
 def offered(meet: tuple[str, int]) -> Work | None:
-    """Ask the host that runs DVC for the stage it shares; None while there is none."""
+    """Return the stage that the host that runs DVC offers; None while there is none."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
-        # First by hand: PyTorch warns at length where nobody listens.
+        # First without PyTorch, which prints long warnings if nothing listens there.
         socket.create_connection(meet, REACH_SECONDS).close()
         limit = timedelta(seconds=REACH_SECONDS)
         store = TCPStore(*meet, is_master=False, multi_tenant=True, timeout=limit)
         return Work(**json.loads(store.get(OFFER)))
-    except (OSError, RuntimeError, ValueError, TypeError):  # nobody, or nobody of ours
+    except (OSError, RuntimeError, ValueError, TypeError):  # no listener, or another program
         return None
 
 
 def take_part(work: Work, meet: tuple[str, int], leads: bool) -> int:
-    """Run this host's processes of a stage; gives 0, LOST where others are gone, or 1."""
+    """Run this host's processes of a stage; return 0, LOST if other processes are gone, or 1."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -139,7 +139,7 @@ def take_part(work: Work, meet: tuple[str, int], leads: bool) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "pipeline", work.stage, *work.arguments)
         except ChildFailedError as error:
-            # Who failed has said why.
+            # The failed process has printed why.
             codes = {failure.exitcode for failure in error.failures.values()}
             return LOST if codes == {LOST} else 1
         except SignalException:
@@ -147,9 +147,9 @@ def take_part(work: Work, meet: tuple[str, int], leads: bool) -> int:
         except (RendezvousError, DistError) as error:
             if leads:
                 raise SettingError(
-                    f"PIPELINE_HOSTS = {work.least}:{work.most}: not so many hosts came "
-                    f"({type(error).__name__}); start `python -m pipeline join` there, or ask "
-                    "for fewer"
+                    f"PIPELINE_HOSTS = {work.least}:{work.most}: too few hosts joined "
+                    f"({type(error).__name__}); run `python -m pipeline join` on the others, or "
+                    "set a lower number"
                 ) from None
             return LOST
     return 0
@@ -167,13 +167,13 @@ def _by_command(stage: str, arguments: Sequence[str]) -> int:
 
 
 def refuse_lone_tasks() -> None:
-    """Raise SettingError where srun started several tasks that nothing makes one group.
+    """Raise SettingError if srun started several tasks that form no process group.
 
-    Of the step, not the job: a batch script has the job's variables too, and is one process.
+    The variable is the step's, not the job's: a batch script has the job's too, and is one process.
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and world_size() == 1:
         raise SettingError(
-            f"srun started {tasks} tasks that do not know each other; have it start one torchrun "
-            "a host, as docs/processes.md shows"
+            f"srun started {tasks} tasks that form no process group; have it start one torchrun "
+            "per host, as docs/processes.md shows"
         )

@@ -1,4 +1,4 @@
-"""Run a stage from the command line: by itself, in several processes, from where it was."""
+"""Run a stage from the command line, in one or several processes, from its resume state."""
 
 import inspect
 import os
@@ -29,17 +29,17 @@ from pipeline.stage_runtime.settings import cache_folder, rank, world_size
 
 
 def main(stage: Stage) -> None:
-    """Run a stage from the command line; a user's error ends it with one line and exit code 1.
+    """Run a stage from the command line; a user error is printed as one line.
 
-    What the stage returns is written to its `--timing` file, with the seconds it took in all.
+    What the stage returns is written to its `--timing` file, with the total seconds that it took.
     Set PIPELINE_DEBUG=1 to see the traceback of an error.
     """
-    about = f"{inspect.getdoc(stage)}\n\n`dvc repro {stage.__name__}` runs it, as dvc.yaml says."
+    about = f"{inspect.getdoc(stage)}\n\n`dvc repro {stage.__name__}` runs it as set in dvc.yaml."
     parser = parser_of(stage.__name__, about)
     parser.add_argument(
         "--params", type=Path, default=Path("params.yaml"), help="(default: %(default)s)"
     )
-    parser.add_argument("--timing", type=Path, required=True, help="written: how long it took")
+    parser.add_argument("--timing", type=Path, required=True, help="written: its run time")
     hints = get_type_hints(stage, include_extras=True)
     for name in path_names(stage):
         what = "written" if hints[name] == Out else "read"
@@ -50,7 +50,7 @@ def main(stage: Stage) -> None:
         be_interruptible()
         refuse_lone_tasks()
         chosen = arguments(stage, read_params(params))
-        launched = LAUNCHED in os.environ  # by a process of ours, which sees to the next two
+        launched = LAUNCHED in os.environ  # by a parent process, which handles the next two
         one_at_a_time = not launched and rank() == 0
         spread_out = not launched and world_size() == 1 and stage.__name__ in SHARED and is_shared()
         with stage_lock(stage.__name__) if one_at_a_time else nullcontext():
@@ -61,12 +61,12 @@ def main(stage: Stage) -> None:
 
 
 def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path) -> None:
-    """Run a stage, or put its outputs back that another run finished."""
+    """Run a stage, or restore its outputs if another run finished it."""
     name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
     inputs = [path for n, path in paths.items() if hints[n] is Path]
     with held_resume(name, {**paths, **params}, inputs, sources(stage, params)) as resume:
         if broadcast(rank() == 0 and resume.put_back()):
-            say(f"{name} was finished, but not recorded: its outputs are back")
+            say(f"{name} had finished, but DVC had not recorded it: its outputs are restored")
         else:
             _compute(stage, paths, params, timing, resume)
 
@@ -74,11 +74,11 @@ def _run(stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: P
 def _compute(
     stage: Stage, paths: dict[str, Path], params: dict[str, Any], timing: Path, resume: Resume
 ) -> None:
-    """Run a stage from where it was, and keep what it wrote until DVC has recorded it."""
+    """Run a stage from its resume state, and keep its outputs until DVC has recorded them."""
     started, start = time.time(), time.perf_counter()
     name, hints = stage.__name__, get_type_hints(stage, include_extras=True)
     resumes = {n: resume for n, hint in hints.items() if hint is Resume}
-    if rank() > 0:  # does its part; what it would write, the first one writes
+    if rank() > 0:  # computes its part; the first process writes the outputs
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
             outs = {n: Path(scratch, n) for n in paths if hints[n] == Out}
             stage(**{**paths, **outs}, **params, **resumes)

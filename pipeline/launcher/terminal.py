@@ -1,4 +1,4 @@
-"""What a person sees while a stage or command works; plain lines where there is no terminal."""
+"""Terminal output of stages and commands: lines and progress bars; in files and pipes, lines."""
 
 import sys
 import time
@@ -12,22 +12,22 @@ from pipeline.stage_runtime.progress import Update, duration
 from pipeline.stage_runtime.progress import rate as rate_of
 from pipeline.stage_runtime.settings import rank
 
-LINE_SECONDS = 60  # between two lines of progress where there is no bar
+LINE_SECONDS = 60  # between two lines of progress if there is no bar
 console = Console(highlight=False, soft_wrap=True)
 
 
 class Terminal:
-    """A terminal, or a file or pipe in place of one, which gets lines alone."""
+    """A terminal, or a file or pipe in its place, which gets only lines."""
 
     def say(self, line: str) -> None:
-        """Print one line, markup-free, whole even where it is longer than the terminal."""
+        """Print one line, without markup and without wrapping."""
         console.print(line, markup=False)
 
     @contextmanager
     def progress(self, name: str, total: int) -> Iterator[Update]:
-        """Show a bar that goes when all is done; where there can be none, a line a minute.
+        """Show a bar that disappears at the end; if there can be none, a line per minute.
 
-        Lines alone are wanted with NO_COLOR, and on a terminal that can't move its cursor.
+        With NO_COLOR, and on a terminal that can't move its cursor, only lines are printed.
         """
         start = said = time.perf_counter()
         alive = sys.stdout.isatty() and not console.no_color and not console.is_dumb_terminal

@@ -1,8 +1,8 @@
-"""Entries of the local cache that several runs share: a folder each, with a lock beside it.
+"""Entries of the local cache, which several runs share: a folder each, with a lock beside it.
 
-A run holds the entry that it works on, and only entries that nobody holds are deleted. Locks are
-created, taken and deleted under the lock of the whole root, which is held for a moment only. So an
-entry and its lock can be deleted together: no other process is about to take that lock.
+A run locks the entry that it works on, and only unlocked entries are deleted. Locks are created,
+acquired and deleted under the lock of the root folder, which is held briefly. An entry and its lock
+can therefore be deleted together: no other process is about to acquire that lock.
 """
 
 import os
@@ -20,20 +20,20 @@ from pipeline.stage_runtime.settings import cache_bytes, rank
 
 ROOT_LOCK = ".lock"
 DELETED = ".deleted-"  # begins the name of an entry that is being deleted
-LOOK = 0.2  # seconds between looks at an entry that another run holds
+LOOK = 0.2  # seconds between attempts to lock an entry that another run holds
 
 
 @contextmanager
 def hold(folder: Path, name: str) -> Iterator[None]:
-    """Create an entry and hold it; wait for another run that holds it, and say so once.
+    """Create an entry and lock it; if another run holds it, print so once and wait.
 
-    Of several processes that share a stage the first one holds it for all.
+    If several processes share a stage, the first one holds the lock for all.
     """
     lock = _lock_of(folder)
     said = False
     while not broadcast(rank() == 0 and _take(folder, lock)):
         if not said:
-            say(f"{name}: another run computes the same; waiting for it")
+            say(f"{name}: another run is computing the same; waiting for it")
         said = True
         time.sleep(LOOK)
     try:
@@ -44,7 +44,7 @@ def hold(folder: Path, name: str) -> Iterator[None]:
 
 
 def discard(own: Path, useless: Callable[[Path], bool]) -> None:
-    """Delete those of the other entries beside `own` that nobody holds and that are useless."""
+    """Delete the unlocked entries beside `own` that are `useless`."""
     with _whole(own.parent):
         for folder in _others(own):
             if _is_free(folder) and useless(folder):
@@ -52,9 +52,9 @@ def discard(own: Path, useless: Callable[[Path], bool]) -> None:
 
 
 def make_room(own: Path, needed: float = 0, count_held: bool = True) -> None:
-    """Delete other entries, those used longest ago first, until `needed` bytes fit beside them.
+    """Delete other entries, least recently used first, until `needed` more bytes fit.
 
-    Entries that a run holds are never deleted. They count as taken, or not with `count_held=False`.
+    Entries that a run holds are never deleted. Their size counts unless `count_held=False`.
     """
     with _whole(own.parent):
         others = [f for f in _others(own) if count_held or _is_free(f)]
@@ -68,7 +68,7 @@ def make_room(own: Path, needed: float = 0, count_held: bool = True) -> None:
 
 
 def _whole(root: Path) -> FileLock:
-    """Return the lock of a whole root, to be held for a moment."""
+    """Return the lock of the root folder, to be held briefly."""
     root.mkdir(parents=True, exist_ok=True)
     return FileLock(root / ROOT_LOCK)
 
@@ -89,8 +89,8 @@ def _take(folder: Path, lock: FileLock) -> bool:
 
 
 def _others(own: Path) -> list[Path]:
-    """List the other entries. Only under the lock of the whole root, as all that follows."""
-    for left in own.parent.glob(f"{DELETED}*"):  # by a process that was killed
+    """List the other entries. Needs the lock of the root folder, like all functions below."""
+    for left in own.parent.glob(f"{DELETED}*"):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     folders = (path for path in own.parent.iterdir() if path.is_dir())
     return [path for path in folders if path != own and not path.name.startswith(".")]
@@ -100,14 +100,14 @@ def _is_free(folder: Path) -> bool:
     try:
         with _lock_of(folder).acquire(blocking=False):
             return True
-    except OSError:  # Timeout is one
+    except OSError:  # includes Timeout
         return False
 
 
 def _delete(folder: Path) -> bool:
     """Delete an entry with its lock; return False if a run holds it or the system refuses.
 
-    It loses its name first, so that no entry is ever found half deleted.
+    The entry is renamed first, so that no half-deleted entry is ever found.
     """
     lock = _lock_of(folder)
     try:
@@ -115,13 +115,13 @@ def _delete(folder: Path) -> bool:
             gone = folder.rename(folder.with_name(f"{DELETED}{folder.name}"))
             shutil.rmtree(gone, ignore_errors=True)
             Path(lock.lock_file).unlink()
-    except OSError:  # Timeout is one
+    except OSError:  # includes Timeout
         return False
     return True
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes of an entry on disk; its run may be renaming files there."""
+    """Return an entry's size on disk in bytes, while its run may be renaming files there."""
     size = 0
     for here, _, names in os.walk(folder):
         for name in names:

@@ -1,8 +1,8 @@
-"""The processes that share a stage's work, and what they do together.
+"""The process group that shares a stage's work, and its collective operations.
 
-There is one, but with PIPELINE_PROCESSES, or where torchrun or Kubernetes start several: then each
-runs the same stage, on its part of every batch, and all come to the same numbers. Only the first
-writes. Every function here is called by all of them, in the same order.
+By default there is one process. PIPELINE_PROCESSES, torchrun or Kubernetes start several: each runs
+the same stage on its shard of every batch, and all compute the same results. Only the first one
+writes. Every function here is called by all processes, in the same order.
 """
 
 import json
@@ -27,22 +27,21 @@ Arrays = Sequence[NDArray[Any]]
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Meet the other processes, and part once all are done.
+    """Join the process group, and leave it once all processes are done.
 
-    Raises TeamError where others are gone, or don't answer.
+    Raises ProcessGroupError if another process is gone or doesn't answer.
     """
     from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
-    # Gloo would take the interface that this machine's name leads to, often one to nobody else.
+    # Gloo's default is the interface of the host name, which other hosts often can't reach.
     interface = interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
     try:
-        # Gradients on GPUs by NCCL, which raises an error here where one is lost, and all else by
-        # Gloo.
+        # NCCL for gradients on GPUs, with an error if a process is lost; Gloo for everything else.
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         on_gpus = torch.cuda.is_available() and device_asked() != "cpu"
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
@@ -55,14 +54,14 @@ def process_group() -> Iterator[None]:
         if "gloo" not in said and not isinstance(error, dist.DistError):
             raise
         raise ProcessGroupError(
-            f"process {rank()} lost the others that share this stage ({said[:120]})"
+            f"process {rank()} lost the other processes of this stage ({said[:120]})"
         ) from None
 
 
 def address_towards(host: str, port: int) -> str:
-    """Give the address of this machine from which it reaches another.
+    """Return the address from which this machine reaches another.
 
-    Raises TeamError if there is no way to it.
+    Raises ProcessGroupError if there is no route to it.
     """
     try:
         family, _, _, _, there = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
@@ -74,27 +73,27 @@ def address_towards(host: str, port: int) -> str:
 
 
 def interface_towards(host: str, port: int) -> str:
-    """Name this machine's network interface towards another machine."""
+    """Return the network interface through which this machine reaches another."""
     import psutil
 
     own = address_towards(host, port)
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == own for address in addresses):
             return str(name)
-    return "lo"  # 127.0.0.2 and the like stand nowhere
+    return "lo"  # 127.0.0.2 and the like are not listed
 
 
 def barrier() -> None:
-    """Wait until all are here: what the first wrote before is there for all after."""
+    """Wait for all processes; afterwards all see what the first one wrote before."""
     if world_size() > 1:
         import torch
         import torch.distributed as dist
 
-        dist.all_reduce(torch.zeros(1))  # on processors, also where gradients are on GPUs
+        dist.all_reduce(torch.zeros(1))  # on CPUs, even if gradients are on GPUs
 
 
 def broadcast(value: T) -> T:
-    """Give all what the first one says: what JSON can hold."""
+    """Return the first process's value in all processes; it must be valid JSON."""
     if world_size() == 1:
         return value
     import torch
@@ -110,9 +109,9 @@ def broadcast(value: T) -> T:
 
 
 def all_gather_batches(n: int, compute: Callable[[int], Arrays]) -> Iterator[Arrays]:
-    """Yield compute(0), ..., compute(n - 1) in order to all, each computed by one of them.
+    """Yield compute(0), ..., compute(n - 1) in order in all processes; one computes each.
 
-    All have the same shapes and types.
+    All results have the same shapes and types.
     """
     size = world_size()
     if size == 1:
@@ -134,15 +133,15 @@ def all_gather_batches(n: int, compute: Callable[[int], Arrays]) -> Iterator[Arr
 
 
 def shard(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Give this process's part of a batch."""
+    """Return this process's shard of a batch."""
     return rows[rank() :: world_size()]
 
 
 def all_reduce_gradients(model: "nn.Module", *numbers: float) -> list[float]:
-    """Add up the gradients of all processes, and these numbers, whose sums it gives.
+    """Sum the gradients and the numbers over all processes; return the sums of the numbers.
 
-    One message: what each parameter's gradient is on the whole batch, if the loss was divided by
-    its size.
+    All of it is one message. The sums are the gradients of the whole batch if each process divided
+    its loss by the size of the whole batch.
     """
     if world_size() == 1:
         return list(numbers)

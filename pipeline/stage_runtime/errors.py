@@ -1,13 +1,13 @@
-"""What can go wrong for a user, one class per kind.
+"""User errors, one class per kind.
 
 PipelineError
-├── ParamError        params.yaml: a key or a value
-├── SettingError      the environment: a variable that says where and how fast
-├── NetworkError      a network fails while it runs, whatever the images
-├── TeamError         processes that share a stage: one is gone, or can't be reached
-├── DataError         the images, their folders, their labels
-├── WeightsError      pretrained weights: not there, or not of this network
-└── CheckpointError   a checkpoint of ours: not one, or of another network
+├── ParamError         a key or a value in params.yaml
+├── SettingError       an environment variable
+├── NetworkError       a network that fails to run, whatever the images
+├── ProcessGroupError  a process of the same stage that is gone or can't be reached
+├── DataError          the images, their folders, their labels
+├── WeightsError       pretrained weights: missing, or of another network
+└── CheckpointError    a checkpoint: damaged, or of another network
 
 Each message is one line: what is wrong, where, and what to do.
 """
@@ -16,20 +16,20 @@ import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-# How the processor's allocator, CUDA, its libraries and ONNX Runtime say that memory ran out.
+# The messages of the CPU allocator, CUDA, its libraries and ONNX Runtime when memory runs out.
 NO_MEMORY = (
     *("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED"),
     *("Failed to allocate memory", "bad_alloc"),
 )
 
 RECOVER = (
-    "the same command goes on where it was; `git checkout models; dvc checkout` brings the earlier "
-    "outputs back"
+    "run the same command to resume; `git checkout models; dvc checkout` restores the earlier "
+    "outputs"
 )
 
 
 class PipelineError(Exception):
-    """A user's error; the command line prints it as one line and exits with this code."""
+    """A user error; the command line prints it as one line and exits with `exit_code`."""
 
     exit_code = 1
 
@@ -39,17 +39,17 @@ class ParamError(PipelineError):
 
 
 class SettingError(PipelineError):
-    """A variable of the environment is wrong."""
+    """An environment variable is wrong."""
 
 
 class NetworkError(PipelineError):
-    """A network fails while it runs, at every usual size of images."""
+    """A network fails to run at every usual image size."""
 
 
 class ProcessGroupError(PipelineError):
     """Another process of the same stage is gone, or can't be reached."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: with those who are left it may go on
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the remaining processes may continue
 
 
 class DataError(PipelineError):
@@ -65,9 +65,9 @@ class CheckpointError(PipelineError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out: Python's, PyTorch's or ONNX Runtime's.
+    """Return whether an error of Python, PyTorch or ONNX Runtime means that memory ran out.
 
-    PyTorch raises a plain RuntimeError on the processor, and a class of its own on a GPU.
+    PyTorch raises a plain RuntimeError on the CPU, and a class of its own on a GPU.
     """
     if isinstance(error, PipelineError):
         return False
@@ -81,15 +81,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException, most: int = 80) -> str:
-    """Return what an error says in one line of at most `most` characters, or else its class."""
+    """Return an error's message as one line of at most `most` characters, or else its class."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def suggest(word: str, known: Iterable[str], most: int = 3) -> str:
-    """Name the known words nearest to `word`, for the end of an error message."""
+    """Return the known words closest to `word`, for the end of an error message."""
     known = [str(name) for name in known]
     close = get_close_matches(word, known, n=most, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-    return f"known are: {shown}"
+    return f"expected one of: {shown}"

@@ -1,4 +1,4 @@
-"""Files written whole, and arrays that have their room on the disk before they are filled."""
+"""Atomic writes, arrays whose disk space is allocated in advance, and the files below a folder."""
 
 import csv
 import hashlib
@@ -18,11 +18,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from pipeline.stage_runtime.errors import DataError, PipelineError, one_line
 
-BLOCK = 2**20  # bytes that are written at once
+BLOCK = 2**20  # bytes that are written at a time
 
 
 class Rowwise(Protocol):
-    """An array, or what gives some rows of one when they are asked for."""
+    """An array, or an object that returns rows of one by their indices."""
 
     def __len__(self) -> int: ...
 
@@ -31,7 +31,7 @@ class Rowwise(Protocol):
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder`, which takes its place when all went well."""
+    """Yield a temporary folder beside `folder`, which replaces it if no error was raised."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -44,14 +44,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file whole: who reads it sees the old or the new one, never a half."""
+    """Write a file atomically: readers see the old or the new content, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")
     try:
         with part.open("wb") as out:
             out.write(content)
             out.flush()
-            os.fsync(out.fileno())  # so that a power cut doesn't leave the new name to no content
+            os.fsync(out.fileno())  # so that a power cut doesn't leave an empty file
         part.replace(file)
     except OSError:
         part.unlink(missing_ok=True)
@@ -59,25 +59,25 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file whole, in UTF-8."""
+    """Write a text file atomically, in UTF-8."""
     write_bytes(file, text.encode())
 
 
 def write_csv(file: Path, lines: Iterable[Sequence[object]]) -> None:
-    """Write lines of values, the header first, as a CSV file, whole."""
+    """Write rows, the header first, to a CSV file, atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     write_text(file, text.getvalue())
 
 
 def hash_of(file: Path) -> str:
-    """Give a file's SHA-256."""
+    """Return a file's SHA-256."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def is_formula(cell: str) -> bool:
-    """Tell whether spreadsheets take a cell for a formula; a number is none.
+    """Return whether spreadsheets take a cell for a formula; numbers are not formulas.
 
     Source: OWASP, CSV Injection.
     """
@@ -91,31 +91,32 @@ def is_formula(cell: str) -> bool:
 
 
 def path_cell(path: str) -> str:
-    """Return a path as a cell of a CSV file, with its folder before it where it looks like more."""
+    """Return a path as a cell of a CSV file, with ./ before it if it looks like a formula."""
     return f"./{path}" if is_formula(path) else path
 
 
 def shown(name: str) -> str:
-    r"""Return a file's name as text, of which bytes that are no UTF-8 are written as \xff."""
+    r"""Return a file's name as text, in which bytes that are not UTF-8 are written as \xff."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def text_cell(text: str) -> str:
-    """Return a text as a cell of a CSV file, behind an apostrophe where it looks like a formula."""
+    """Return a text as a cell of a CSV file, after an apostrophe if it looks like a formula."""
     return f"'{text}" if is_formula(text) else text
 
 
 def write_json(file: Path, content: object) -> None:
-    """Write a JSON file whole, in the order given, the same bytes for the same content."""
+    """Write a JSON file atomically, with keys in the order given and reproducible bytes."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def new_array(file: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
     """Create a memory-mapped array on disk, to be filled.
 
-    Its room is taken at once: on a full disk, writing to a mapping ends the process without a word.
+    Its disk space is allocated at once: on a full disk, writing to a mapping kills the process
+    without a message.
 
-    Raises OSError naming the file if there is no room.
+    Raises OSError naming the file if the disk is full.
     """
     try:
         array = np.lib.format.open_memmap(file, "w+", np.dtype(dtype), shape)
@@ -129,7 +130,7 @@ def new_array(file: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[A
 
 
 def _take_room(file: BinaryIO, begin: int, end: int) -> None:
-    """Give a file of zeros from `begin` on all its blocks. Raises OSError if the disk is full."""
+    """Allocate a file's blocks of zeros from `begin` on. Raises OSError if the disk is full."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, end)
         return
@@ -140,18 +141,18 @@ def _take_room(file: BinaryIO, begin: int, end: int) -> None:
 
 @dataclass
 class Tree:
-    """What lies below a folder, relative to it, with forward slashes; hidden things left out."""
+    """The content of a folder: relative paths with forward slashes, without hidden files."""
 
     files: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)  # folders with nothing in them
-    odd: dict[str, str] = field(default_factory=dict)  # what is neither file nor folder, and why
+    odd: dict[str, str] = field(default_factory=dict)  # neither file nor folder, and what it is
 
 
 def walk(path: Path) -> Tree:
-    """Find all files below a folder, through linked folders too, each once.
+    """Find all files below a folder, each once; links to folders are followed.
 
-    A folder's own files come first, then its folders, both in the order of their names: of two
-    links to one folder it decides which is taken.
+    A folder's files come first, then its folders, both sorted by name. If two links lead to one
+    folder, this order decides which one is followed.
 
     Raises DataError naming a folder that can't be read.
     """
@@ -167,7 +168,7 @@ def walk(path: Path) -> Tree:
             with os.scandir(path / below) as entries:
                 found = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
         except FileNotFoundError:
-            continue  # gone meanwhile, or never there
+            continue  # deleted meanwhile, or never there
         except OSError as error:
             raise DataError(
                 f"{path / below}: can't be read ({error.strerror}); change its permissions, or "
@@ -190,12 +191,12 @@ def walk(path: Path) -> Tree:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # links that go round in a circle
+    except OSError:  # circular links
         return False
 
 
 def _odd(entry: os.DirEntry[str]) -> str:
-    """Say what an entry is that is no regular file, which might hang whoever reads it."""
+    """Return what an entry is if it isn't a regular file, whose reading might block."""
     try:
         if entry.is_file():
             return ""
@@ -206,18 +207,18 @@ def _odd(entry: os.DirEntry[str]) -> str:
 
 
 def files_below(path: Path) -> Iterator[Path]:
-    """Find all regular files below a folder, relative to it, as `walk` does."""
+    """Yield all regular files below a folder, relative to it, as `walk` finds them."""
     yield from map(Path, walk(path).files)
 
 
 def link(file: Path, target: Path) -> None:
-    """Put a file at a second place without copying it where the disk allows that."""
+    """Hard-link a file to a second path, or copy it if the disk doesn't support links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     part.unlink(missing_ok=True)
     try:
         os.link(file, part)
-    except OSError:  # another disk, or one without links
+    except OSError:  # another disk, or one without hard links
         shutil.copyfile(file, part)
     part.replace(target)
     part.unlink(missing_ok=True)  # still there if both are the same file already
@@ -225,11 +226,11 @@ def link(file: Path, target: Path) -> None:
 
 @contextmanager
 def reading(file: Path, stage: str) -> Iterator[None]:
-    """Turn what reading a stage's file may raise into a DataError that says what to do."""
+    """Convert errors from reading a stage's output into a DataError that says what to do."""
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"{file}: not there; run `dvc repro {stage}`") from None
+        raise DataError(f"{file}: no such file; run `dvc repro {stage}`") from None
     except (PipelineError, OSError):
         raise
     except Exception as error:  # damaged bytes raise anything; a NumPy header even SyntaxError

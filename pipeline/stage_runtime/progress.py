@@ -1,7 +1,7 @@
-"""What stages and commands say, and how far they are: handed to whoever shows it.
+"""Messages and progress of stages and commands, passed on to a display.
 
-How it is shown (launcher/terminal.py) can't change a result, so no stage depends on it. Until a
-display is set, lines are printed, and progress isn't shown.
+The display (launcher/terminal.py) can't change a result, so no stage depends on it. Until one is
+set, lines are printed, and progress isn't shown.
 """
 
 import time
@@ -18,23 +18,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Breakdown(Generic[T]):
-    """What items belong to, such as classes, and how many each has in all."""
+    """The parts that items belong to, such as classes, and each part's number of items."""
 
     of: Callable[[T], str]
     sizes: Mapping[str, int]
 
 
-Update = Callable[[int, str], None]  # how many are done, and of what the last one was
+Update = Callable[[int, str], None]  # takes the number of items done and the last one's part
 
 
 class Display(Protocol):
-    """What shows lines and progress."""
+    """An object that shows lines and progress."""
 
     def say(self, line: str) -> None:
         """Show a line."""
 
     def progress(self, name: str, total: int) -> AbstractContextManager[Update]:
-        """Show how far something with `total` items is, as often as it is told."""
+        """Show the progress of a task with `total` items at each update."""
 
 
 class Printed:
@@ -49,16 +49,16 @@ class Printed:
         return nullcontext(lambda done, present: None)
 
 
-_displays: list[Display] = [Printed()]  # the last one shows
+_displays: list[Display] = [Printed()]  # the last one is used
 
 
 def show_on(display: Display) -> None:
-    """Show on this display from now on."""
+    """Use this display from now on."""
     _displays.append(display)
 
 
 def say(line: str) -> None:
-    """Say one line. Of several processes that share a stage the first one speaks."""
+    """Show one line. If several processes share a stage, only the first one does."""
     if rank() == 0:
         _displays[-1].say(line)
 
@@ -71,10 +71,10 @@ def track(
     parts: Breakdown[T] | None = None,
     summary: bool = True,
 ) -> Iterator[T]:
-    """Pass items on while showing how many of `total` are done, how fast, and the time left.
+    """Yield the items while showing how many of `total` are done, how fast, and the time left.
 
-    An item counts for `width(item)`. With `parts` it shows how far the present one is, too. At the
-    end a line says how long they took, if there is to be a `summary`.
+    An item counts as `width(item)`. With `parts`, the progress of the current part is shown too.
+    With `summary`, a line at the end reports the total time.
     """
     start = time.perf_counter()
     done, of_part, present = 0, Counter[str](), ""
@@ -93,14 +93,14 @@ def track(
 
 
 def rate(items: int, seconds: float) -> str:
-    """Write a speed as people say it: 120/s, or 2.5 s each where an item takes longer."""
+    """Format a rate: 120/s, or 2.5 s each if an item takes longer than a second."""
     if items and seconds > items:
         return f"{seconds / items:.1f} s each"
     return f"{items / max(seconds, 1e-9):.0f}/s"
 
 
 def duration(seconds: float) -> str:
-    """Write a time as people say it: 8.2 s, 1 min 40 s, 2 h 5 min."""
+    """Format a duration: 8.2 s, 1 min 40 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,9 +1,10 @@
-"""How far a stage got, kept outside its outputs, so that after a kill it goes on from there.
+"""Resume state: what a killed stage needs to continue, stored outside its outputs.
 
-The state lies in the local cache, in a folder named by a hash of all that the stage's result
-depends on: another param, line of the stage's own code, input or number of threads starts anew.
-The project's folder is no part of it, so a run goes on in another one. A finished stage's outputs
-stay there too, until DVC has recorded them: killed in between, they are put back.
+The state is a folder in the local cache. Its name is a hash of all that the stage's result depends
+on: with other params, code of the stage, inputs or number of threads, the stage starts from the
+beginning. The path of the project's folder is not part of it, so a run can resume in another one.
+The state also keeps a finished stage's outputs until DVC has recorded them; if DVC is killed before
+that, they are restored.
 """
 
 import hashlib
@@ -39,11 +40,11 @@ from pipeline.stage_runtime.settings import (
 T = TypeVar("T")
 Array = NDArray[Any]
 CODE = Path(__file__).parents[1]
-DAY = 24 * 3600.0  # seconds that a finished stage's outputs are kept for who runs the same
+DAY = 24 * 3600.0  # seconds for which a finished stage's outputs are kept for identical runs
 
 
 class Resume:
-    """What one run of a stage keeps; an empty folder where it begins."""
+    """The resume state of one run of a stage; an empty folder at its start."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,17 +52,17 @@ class Resume:
     def filled(
         self, names: Sequence[str], n: int, compute: Callable[[int], Iterable[Sequence[Array]]]
     ) -> list[Array]:
-        """Fill arrays (n, ...) row by row, of which `compute(first)` yields the next few of each.
+        """Fill arrays (n, ...) in order; `compute(first)` yields the next few rows of each.
 
-        Rows that an earlier run filled aren't asked for again. Gives the arrays to be read, none
-        where n is 0.
+        Rows that an earlier run filled aren't computed again. Returns the arrays, to be read; none
+        if n is 0.
         """
         if rank() > 0:
             return self._followed(names, n, compute)
         arrays, done = self._begun(names, n)
         broadcast(done)
         if done:
-            say(f"going on at {done} of {n}")
+            say(f"resuming at {done} of {n}")
         saved = time.monotonic()
         for parts in compute(done) if done < n else ():
             if not arrays:
@@ -85,7 +86,7 @@ class Resume:
     def _followed(
         self, names: Sequence[str], n: int, compute: Callable[[int], Iterable[Sequence[Array]]]
     ) -> list[Array]:
-        """Do a part of the work, and read what the first process wrote of all."""
+        """Compute this process's part, and return the arrays that the first process wrote."""
         done = broadcast(0)
         for _ in compute(done) if done < n else ():
             pass
@@ -93,15 +94,15 @@ class Resume:
         return [np.load(self.file(name), mmap_mode="r") for name in names] if n else []
 
     def is_filled(self, name: str, n: int) -> bool:
-        """Tell whether all rows of an array are there."""
+        """Return whether all rows of an array are filled."""
         return self._progress().get(name) == n and bool(self._begun([name], n)[1])
 
     def file(self, name: str) -> Path:
-        """Give where an array lies."""
+        """Return the path of an array."""
         return self.folder / f"{name}.npy"
 
     def remember(self, name: str, compute: Callable[[], T]) -> T:
-        """Compute a value once: numbers, texts, lists, dictionaries, as JSON holds them."""
+        """Return a value, which must be valid JSON; compute it unless an earlier run did."""
         file = self.folder / "values" / hashlib.sha256(name.encode()).hexdigest()[:20]
         if not broadcast("value" in _read(file)):
             computed = compute()
@@ -112,7 +113,7 @@ class Resume:
         return value
 
     def keep(self, outs: Sequence[Path], timing: Path, since: float) -> None:
-        """Keep what a stage wrote since then, in place of how far it got."""
+        """Keep what a stage wrote since `since`, and delete the state of its progress."""
         files = [*_written(outs, since), timing]
         for i, file in enumerate(files):
             link(file, self.folder / "outs" / str(i))
@@ -126,13 +127,13 @@ class Resume:
                 _delete(path)
 
     def put_back(self) -> bool:
-        """Put the outputs of a finished stage back; tells whether there were any."""
+        """Restore the outputs of a finished stage; return whether there were any."""
         if not _is_finished(self.folder):
             return False
         try:
             for i, file in enumerate(_read(self.folder / "kept.json")["files"]):
                 link(self.folder / "outs" / str(i), Path(file))
-        except (FileNotFoundError, KeyError):  # somebody cleaned up: the stage runs once more
+        except (FileNotFoundError, KeyError):  # someone deleted files: the stage runs again
             self.clear()
             return False
         return True
@@ -143,7 +144,7 @@ class Resume:
             _delete(path)
 
     def _begun(self, names: Sequence[str], n: int) -> tuple[list[Array], int]:
-        """Open arrays that are partly filled; none if one of them isn't whole."""
+        """Return partly filled arrays and their number of rows; none if one is damaged."""
         progress = self._progress()
         done = min(progress.get(name, 0) for name in names)
         if not done:
@@ -177,20 +178,20 @@ def held_resume(
     inputs: Sequence[Path],
     sources: Sequence[Path] = (),
 ) -> Iterator[Resume]:
-    """Hold the state of a stage with these arguments, on these inputs, for as long as it runs.
+    """Hold the state of a stage with these arguments and inputs while the stage runs.
 
-    Waits for another run that holds it. Inputs count by their content, sources, which are read
-    once, by size and time. Processes that share a stage share its state, which the first one keeps.
+    Waits for another run that holds it. Inputs are compared by content; sources, which are read
+    once, by size and time. Processes that share a stage share its state, which the first one holds.
 
-    Raises TeamError where a process doesn't see the first one's cache.
+    Raises ProcessGroupError if a process doesn't see the first one's cache.
     """
     key = broadcast(_key(arguments, inputs, sources) if rank() == 0 else "")
     own = cache_folder() / "resume" / f"{stage}-{key[:24]}"
     with hold(own, stage):
         if not own.is_dir():
             raise ProcessGroupError(
-                f"{own.absolute()}: not seen by process {rank()}; processes that share a stage "
-                "need one folder at one place, and one PIPELINE_CACHE"
+                f"{own.absolute()}: not visible to process {rank()}; processes that share a stage "
+                "need the same project folder at the same path, and the same PIPELINE_CACHE"
             )
         resume = Resume(own)
         if rank() == 0:
@@ -199,10 +200,10 @@ def held_resume(
 
 
 def _clean_up(resume: Resume, stage: str) -> None:
-    """Delete states that nobody goes on with, but none that a run holds.
+    """Delete states that are no longer needed, but none that a run holds.
 
-    A finished one goes when DVC has recorded its outputs here, or after a day. Others stay as long
-    as those that no run holds fit into the cache; the ones used longest ago go first.
+    A finished state is deleted when DVC has recorded its outputs here, or after a day. Unfinished
+    states stay while all unlocked ones fit into the cache; the least recently used go first.
     """
     own, lock = resume.folder, Path("dvc.lock")
     recorded = lock.read_text(encoding="utf-8") if lock.exists() else ""
@@ -224,21 +225,21 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _is_recorded(folder: Path, lock: str) -> bool:
-    """Tell whether dvc.lock has the outputs that a state keeps: no two runs take equally long."""
+    """Return whether dvc.lock has a state's timings: no two runs take equally long."""
     recorded = _read(folder / "kept.json").get("recorded")
     return isinstance(recorded, str) and recorded in lock
 
 
 def _age(folder: Path) -> float:
-    """Return for how many seconds a stage has been finished."""
+    """Return the number of seconds since a stage finished."""
     return time.time() - (folder / "kept.json").stat().st_mtime
 
 
 def _key(arguments: dict[str, Any], inputs: Sequence[Path], sources: Sequence[Path]) -> str:
     """Hash all that a stage's result depends on.
 
-    Paths count as they are given, most often relative, and not by the folder that they start from.
-    The number of processes doesn't count where a stage may go on with fewer when a host is lost.
+    Paths are hashed as given, usually relative, without the folder that they start from. The number
+    of processes is left out if a stage may continue with fewer when a host is lost.
     """
     depends = [
         sorted((name, repr(value)) for name, value in arguments.items()),
@@ -253,19 +254,23 @@ def _key(arguments: dict[str, Any], inputs: Sequence[Path], sources: Sequence[Pa
 
 
 def _processor() -> str:
-    """Name what this processor can do, which decides how it rounds: hosts may share a cache."""
+    """Return the processor's model and features, which determine its rounding.
+
+    Hosts with other processors may share a cache.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # another system than Linux
+    except OSError:  # not Linux
         return platform.processor()
     told = ("model name", "flags", "Features")
     return "\n".join(sorted({line for line in lines if line.startswith(told)}))
 
 
 def own_code() -> list[Path]:
-    """List the code that this process has loaded of the project, and what names the versions.
+    """List the project's code that this process has loaded, and the file that pins the versions.
 
-    What starts or shows a stage can't change its result. Templates beside a module are code, too.
+    Code that starts or displays a stage can't change its result and is left out. Templates beside a
+    module count as code.
     """
     loaded = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
     files = {Path(file) for file in loaded if file.startswith(f"{CODE}{os.sep}")}
@@ -277,7 +282,7 @@ def own_code() -> list[Path]:
 
 
 def _contents(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
-    """List the files at some paths, with their places below the path and hashes of their bytes."""
+    """List the files at some paths: the path, the relative path below it, and the SHA-256."""
     places = [(path, file) for path in paths for file in _files_at(path)]
     with ThreadPoolExecutor(threads()) as pool:
         hashed = pool.map(lambda place: _digest(place[0] / place[1]), places)
@@ -286,7 +291,7 @@ def _contents(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
 
 
 def _digest(file: Path) -> str:
-    """Return the SHA-256 of a file; nothing for a link to nothing."""
+    """Return the SHA-256 of a file; empty for a dangling link."""
     try:
         return hash_of(file)
     except FileNotFoundError:
@@ -294,24 +299,24 @@ def _digest(file: Path) -> str:
 
 
 def _sizes_and_times(path: Path) -> list[tuple[str, int, int]]:
-    """List the files at a path with their sizes and times, by which DVC knows them too."""
+    """List the files at a path with their sizes and times, which DVC compares too."""
     found = []
     for file in _files_at(path):
         try:
             stat = (path / file).stat()
-        except OSError:  # a link to nothing
+        except OSError:  # a dangling link
             continue
         found.append((str(file), stat.st_size, stat.st_mtime_ns))
     return found
 
 
 def _files_at(path: Path) -> list[Path]:
-    """List the files below a folder, relative to it, in order; a file is itself."""
+    """List the files below a folder, relative to it, sorted; for a file, only itself."""
     return [Path()] if path.is_file() else sorted(files_below(path))
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds a dictionary; empty if it isn't there or isn't readable."""
+    """Read a JSON file that holds a dictionary; empty if it is missing or unreadable."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -320,7 +325,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _written(outs: Sequence[Path], since: float) -> list[Path]:
-    """List the files that came to these places since then: others may write there too."""
+    """List the files written below these paths since `since`: others may write there too."""
     files = (f for out in outs for f in ([out] if out.is_file() else sorted(out.rglob("*"))))
     return [f for f in files if f.is_file() and f.stat().st_ctime >= since - 1]
 

@@ -1,10 +1,10 @@
-"""From params.yaml and dvc.yaml to one validated call: a stage's signature is its schema.
+"""Validate a stage's arguments from params.yaml and dvc.yaml: its signature is the schema.
 
 A stage is a function with keyword-only, typed arguments. Those of type `Path` come from the
-command line, and so from dvc.yaml; all others come from params.yaml, from the section with the
-stage's name, or from where `Key` says. An argument whose type is a dataclass takes each of its
-fields so. There are no defaults: params.yaml is the only place that holds a value. An argument of
-type `Resume` is how far an earlier run got, one of type `Params` all of params.yaml.
+command line, and thus from dvc.yaml; all others come from params.yaml, from the section with the
+stage's name, or from the key that `Key` names. If an argument's type is a dataclass, each of its
+fields is read in this way. There are no defaults: params.yaml is the only place that holds a value.
+An argument of type `Resume` is the resume state, one of type `AllParams` is all of params.yaml.
 """
 
 import reprlib
@@ -23,41 +23,41 @@ from pipeline.stage_runtime.errors import ParamError, suggest
 from pipeline.stage_runtime.resume import Resume
 
 Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
-AllParams = Annotated[dict[str, Any], "all"]  # of params.yaml, for who shows them
+AllParams = Annotated[dict[str, Any], "all"]  # of params.yaml, to be shown
 Stage = Callable[..., dict[str, float]]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no number from a string, no NaN
-MOST_BYTES = 100_000  # of params.yaml; ours has five thousand
+MOST_BYTES = 100_000  # of params.yaml; the default one has five thousand
 SHOWN = 120  # characters of a value in a message
 
 
 @dataclass(frozen=True)
 class Key:
-    """Where in params.yaml an argument is found, if not in its stage's own section."""
+    """The key in params.yaml of an argument that is not in its stage's own section."""
 
     path: str
     foreign: bool = False  # in a section that another stage reads and checks as a whole
 
 
 STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
-# What params.yaml consists of: single values, and a section a stage or subject.
+# The top level of params.yaml: single values, and one section per stage or subject.
 TOP = (
     *("seed", "precision", "sample_weight", "class_weight", "flips", "augment"),
     *("prepare", "backbone", "extract", "probe", "stage1", "stage2", "evaluate"),
 )
-READS = "reads"  # marks a param that names files: what lies there is data
+READS = "reads"  # marks a param that names files, which the stage reads as data
 Seed = Annotated[int, Key("seed"), Interval(ge=0, lt=2**32)]
 
 
 def load_yaml(text: str) -> Any:
-    """Read YAML as DVC does: version 1.2, in which 5e-5 is a number and `no` a word, and no code.
+    """Read YAML as DVC does: version 1.2, where 5e-5 is a number and `no` a word, without code.
 
-    Raises YAMLError, of which DuplicateKeyError is one: YAML would take the last in silence.
+    Raises YAMLError, including DuplicateKeyError: other readers silently take the last of two keys.
     """
     return YAML(typ="safe", pure=True).load(text)
 
 
 def short(value: object) -> str:
-    """Write a value out, but not at any length."""
+    """Return the repr of a value, shortened."""
     writer = reprlib.Repr()
     writer.maxlevel, writer.maxstring, writer.maxother = 3, SHOWN, SHOWN
     text = writer.repr(value)
@@ -76,7 +76,7 @@ class Param:
 
 
 def stage_params(stage: Stage) -> list[Param]:
-    """List what a stage takes from params.yaml, in the order of its signature."""
+    """List the params of a stage, in the order of its signature."""
     params = []
     for argument, hint in get_type_hints(stage, include_extras=True).items():
         if argument == "return" or hint in (Path, Out, Resume, AllParams):
@@ -104,7 +104,7 @@ def path_names(stage: Stage) -> list[str]:
 
 
 def sources(stage: Stage, params: dict[str, Any]) -> list[Path]:
-    """List where a stage's params point to, for it to read."""
+    """List the paths in a stage's params that the stage reads."""
     hints = get_type_hints(stage, include_extras=True)
     return [Path(params[n]) for n, h in hints.items() if READS in getattr(h, "__metadata__", ())]
 
@@ -112,18 +112,18 @@ def sources(stage: Stage, params: dict[str, Any]) -> list[Path]:
 def read_params(file: Path) -> dict[str, Any]:
     """Read params.yaml as nested dictionaries.
 
-    Raises ParamError if it is missing, isn't YAML or isn't sections of keys.
+    Raises ParamError if it is missing, isn't YAML or doesn't consist of sections.
     """
     try:
         if (size := file.stat().st_size) > MOST_BYTES:
-            raise ParamError(f"{file}: {size:,} bytes; params take no more than {MOST_BYTES:,}")
+            raise ParamError(f"{file}: {size:,} bytes; at most {MOST_BYTES:,} are allowed")
         params = load_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamError(f"{file}: no such file; run this in the project's folder") from None
     except DuplicateKeyError as error:
         key = str(error.problem).split('"')[1]
         raise ParamError(
-            f"{file}: {key!r} stands twice in one section (line {error.problem_mark.line + 1}); "
+            f"{file}: {key!r} occurs twice in one section (line {error.problem_mark.line + 1}); "
             "remove one"
         ) from None
     except MarkedYAMLError as error:
@@ -149,7 +149,7 @@ def read_params(file: Path) -> dict[str, Any]:
 
 
 def flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """List nested dictionaries' values under dotted keys."""
+    """Yield the values of nested dictionaries with dotted keys."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from flat(value, f"{above}{key}.")
@@ -158,10 +158,10 @@ def flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def arguments(stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
-    """Take a stage's arguments from the params, checked against its signature.
+    """Return a stage's arguments from the params, validated by its signature.
 
-    Raises ParamError naming the key and the value: unknown, missing, of a wrong type or out of
-    range.
+    Raises ParamError naming the key and the value that is unknown, missing, of a wrong type or out
+    of range.
     """
     wanted = stage_params(stage)
     _refuse_unknown({param.key for param in wanted if not param.foreign}, params)
@@ -192,7 +192,7 @@ def _checked(param: Param, value: Any) -> Any:
         said = said[0].lower() + said[1:]
         raise ParamError(f"params.yaml: {param.key} = {short(value)}: {said}") from None
     except RecursionError:
-        raise ParamError(f"params.yaml: {param.key} holds itself") from None
+        raise ParamError(f"params.yaml: {param.key} contains itself") from None
 
 
 def _refuse_unknown(keys: set[str], params: dict[str, Any]) -> None:
