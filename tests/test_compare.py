@@ -88,8 +88,8 @@ def test_the_commands_lines_hold_every_run_and_what_changed(repo):
     assert "here against other: probe.svm_max_images 4000 → 999" in lines
     assert "here ran with probe.svm_max_images = 4000" in lines
     assert done.stderr == (
-        "here: its figures weren't made with its params.yaml (probe.svm_max_images = 999, run with "
-        "4000); run `dvc repro`\n"
+        "here: its results were not made with its params.yaml (probe.svm_max_images = 999, run "
+        "with 4000); run `dvc repro`\n"
     )
     assert sum(line.endswith("no more than noise") for line in lines) == 4
 
@@ -110,8 +110,9 @@ def test_a_run_whose_answers_are_not_here_is_compared_by_figures_alone(repo):
     done = compare(repo, "HEAD", ".")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert done.stderr == "HEAD: data/prepared isn't here (`dvc fetch` may have it)\n"
-    assert sum("(figures alone): can't be told from noise" in line for line in lines) == 4
+    assert done.stderr == "HEAD: data/prepared is missing (`dvc fetch` may have it)\n"
+    line = "(accuracies alone): can't be distinguished from noise"
+    assert sum(line in found for found in lines) == 4
 
 
 def test_a_run_without_answers_is_compared_by_figures_alone(repo):
@@ -121,10 +122,10 @@ def test_a_run_without_answers_is_compared_by_figures_alone(repo):
     done = compare(repo, "HEAD", ".")
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        f"here: no {file} here (`dvc fetch` may have it): figures alone"
+        f"here: {file} is missing (`dvc fetch` may have it): accuracies alone"
         for file in ("models/probe/out_of_fold.csv", "models/report/validation.csv")
     ]
-    assert done.stdout.count("(figures alone): can't be told from noise") == 4
+    assert done.stdout.count("(accuracies alone): can't be distinguished from noise") == 4
 
 
 def test_answers_of_other_images_than_the_index_are_named(repo):
@@ -135,7 +136,7 @@ def test_answers_of_other_images_than_the_index_are_named(repo):
     for judge in ((), ("--test",)):
         done = compare(repo, *judge, "HEAD", ".")
         assert done.returncode == 0, done.stderr
-        assert "is of other images than data/prepared/index.csv; run `dvc repro`" in done.stderr
+        assert "has other images than data/prepared/index.csv; run `dvc repro`" in done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -176,14 +177,14 @@ def test_groups_count_and_not_images():
     assert grouped.p_value > 10 * alone.p_value
     [none] = against(replace(run, groups=dict.fromkeys(of, 0)), base)
     assert (none.low, none.p_value, none.noise) == (None, None, None)
-    assert said(none).endswith("in too few groups): can't be told from noise")
+    assert said(none).endswith("in too few groups): can't be distinguished from noise")
 
 
 def test_other_validation_images_tell_nothing_by_themselves():
     base, run = run_of("a", "1" * 30 + "0" * 10), run_of("b", "1" * 39 + "0", start=100)
     [found] = against(run, base)
     assert (found.p_value, found.noise) == (None, None)
-    assert said(found).endswith("(other validation images): can't be told from noise")
+    assert said(found).endswith("(other validation images): can't be distinguished from noise")
 
 
 def test_probes_are_judged_by_what_cross_validation_held_out():

@@ -68,7 +68,7 @@ def test_the_run_cache_is_foretold(repo):
         (
             lambda repo: (repo / "models/probe/probe.safetensors").unlink(),
             "probe",
-            "its output models/probe/probe.safetensors is not there",
+            "its output models/probe/probe.safetensors is missing",
         ),
         (
             lambda repo: (repo / "pipeline/probe.py").open("a").write("# changed\n"),

@@ -153,11 +153,11 @@ def test_export_refuses_what_does_not_belong_together(finished, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for changes, line in (
-        ({"report": tmp_path / "metrics.json"}, "metrics.json: chose"),
-        ({"report": tmp_path / "none.json"}, "none.json: not there; run `dvc repro`"),
-        ({"prepared": tmp_path}, "facts.json: not there; run `dvc repro prepare`"),
-        ({"lock": tmp_path / "dvc.lock"}, "dvc.lock: not there; run `dvc repro`"),
-        ({"out": tmp_path / "mine"}, "mine: holds other things than an export"),
+        ({"report": tmp_path / "metrics.json"}, "metrics.json: it chose"),
+        ({"report": tmp_path / "none.json"}, "none.json: no such file; run `dvc repro`"),
+        ({"prepared": tmp_path}, "facts.json: no such file; run `dvc repro prepare`"),
+        ({"lock": tmp_path / "dvc.lock"}, "dvc.lock: no such file; run `dvc repro`"),
+        ({"out": tmp_path / "mine"}, "mine: contains other files than an export"),
     ):
         with pytest.raises(DataError, match=line):
             export(**{**given, "out": tmp_path / "export", **changes})

@@ -271,7 +271,7 @@ def test_all_of_a_folder_is_accounted_for_and_any_name_can_be_written(finished, 
     assert len(lines) == 6
     assert b"notes.txt" in done.stdout
     assert b"not an image" in done.stdout
-    assert b"is no regular file" in done.stdout
+    assert b"not a regular file" in done.stdout
     assert os.fsencode(strange) + b"/caf\xe9.png" in done.stdout  # the name's own bytes
     assert "caf\\xe9.png" in page.read_text(encoding="utf-8")
     ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}

@@ -21,7 +21,7 @@ def test_it_says_what_is_used_and_why(repo):
     assert ("GPU" if torch.cuda.is_available() else "processor") in lines["number format"]
     assert lines["images"].split()[1] == "32"
     assert "0.00 GB as raw" in lines["images"]
-    assert "fp32: outputs and gradients are off by" in done.stdout
+    assert "fp32: outputs and gradients differ by" in done.stdout
     assert len([line for line in done.stdout.splitlines() if line.endswith(" images/s")]) == 3
 
 
@@ -30,7 +30,7 @@ def test_it_says_what_the_environment_asks_for(repo, monkeypatch):
     for name, said in {"DEVICE": "cpu", "THREADS": "1", "PROCESSES": "2", "CACHE_GB": "3"}.items():
         monkeypatch.setenv(f"PIPELINE_{name}", said)
     said = tool(repo, "machine").stdout
-    assert "as PIPELINE_DEVICE says" in said
+    assert "set by PIPELINE_DEVICE" in said
     words = {line.split()[0]: line.split()[1] for line in said.splitlines()}
     assert (words["threads"], words["processes"], words["cache"]) == ("1", "2", "3")
 

@@ -87,7 +87,7 @@ def test_a_section_is_listed_with_its_values():
     [
         ("  path: data/raw", "  path: 2024", "prepare.path = 2024"),
         ("  path: data/raw", "  path: ~", "prepare.path = None"),
-        ("  path: data/raw", '  path: "~/mine"', "write the folder out, /"),
+        ("  path: data/raw", '  path: "~/mine"', "write it in full, /"),
         ("  lr: 5.0e-5", "  lr: quick", "stage2.lr = 'quick'"),
         ("seed: 0", "sed: 0", "seed is missing"),
     ],

@@ -115,8 +115,8 @@ def test_a_damaged_object_is_found_and_made_again(repo):
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     done = check_cache(repo)
     assert done.returncode == 1
-    assert f"damaged, and taken out: {digest}" in done.stdout
-    assert done.stderr == "error: 1 damaged; `dvc pull` or `dvc repro` brings them back\n"
+    assert f"damaged, and removed: {digest}" in done.stdout
+    assert done.stderr == "error: 1 damaged; `dvc pull` or `dvc repro` restores them\n"
     dvc(repo, "repro")
     assert expected == hashes(repo)
     assert content == file.read_bytes()

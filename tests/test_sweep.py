@@ -136,10 +136,10 @@ def test_a_sweep_ends_and_says_what_failed(tmp_path, where):
     assert done.stderr == "error: 1 of 2 runs failed: a--4\n"
     assert results(project) == {"a-3": 6}
     again = sweep(project, "-S", "a=3")
-    assert again.stdout.startswith("1 runs, 1 of them done before")
+    assert again.stdout.startswith("1 runs, 1 already finished")
     assert git(project, "status", "--short", ".") == ""
     (project / "params.yaml").write_text("a: 2\nb: 0.0\n")
-    line = "params.yaml isn't committed, and runs start from the last commit; commit\n"
+    line = "params.yaml is not committed, and runs start from the last commit; commit it first\n"
     assert sweep(project, "-S", "a=5").stderr == f"error: {Path(where[1], line)}"
 
 
@@ -161,7 +161,7 @@ def test_a_hundred_runs_killed_three_times_all_end(tmp_path):
     assert 0 < seen[0] < seen[1] < seen[2] < 100
     done = sweep(project, *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith(f"100 runs, {seen[2]} of them done before")
+    assert done.stdout.startswith(f"100 runs, {seen[2]} already finished")
     assert results(project) == {f"a-{a}": 2 * a for a in range(100)}
 
 
@@ -232,7 +232,7 @@ def test_figures_that_belong_to_other_params_are_said_and_merges_end(tmp_path):
     change(repo, "stage2.lr", 1e-5)
     commit(repo, "params alone")
     said = tool(repo, "compare", "HEAD~1", "HEAD")
-    assert "HEAD: its figures weren't made with its params.yaml (stage2.lr = 1e-05" in said.stderr
+    assert "HEAD: its results were not made with its params.yaml (stage2.lr = 1e-05" in said.stderr
     assert "run with 5e-05" in said.stderr
     assert "HEAD ran with stage2.lr = " in said.stdout
     git(repo, "checkout", "--quiet", "-")

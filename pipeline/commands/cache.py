@@ -1,10 +1,10 @@
-"""Read every object in DVC's cache again, and take out the damaged ones.
+"""Verify every object in DVC's cache, and remove the damaged ones.
 
     python -m pipeline cache
 
-DVC trusts what it once put into its cache: a disk that returns other bytes goes unnoticed there,
-and checkouts hand them out. What is taken out, `dvc pull` fetches from a remote, or `dvc repro`
-makes again, to the same bytes.
+DVC trusts its cache: if the disk returns other bytes than were written, it checks these out without
+notice. `dvc pull` fetches removed objects from a remote, or `dvc repro` recomputes them with the
+same bytes.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ from pipeline.stage_runtime.progress import say, track
 
 
 class NoCacheError(PipelineError):
-    """The folder holds no project of DVC's."""
+    """The folder holds no DVC project."""
 
 
 def objects(cache: Path) -> list[Path]:
-    """List the objects of a cache folder, of which each is named by the MD5 of its content."""
+    """List the objects of a cache folder; each is named by the MD5 of its content."""
     return [f for f in sorted(cache.glob("[0-9a-f][0-9a-f]/*")) if len(f.name.split(".")[0]) == 30]
 
 
 def damaged(files: list[Path]) -> Iterator[Path]:
-    """Yield the objects whose content isn't what their name says."""
+    """Yield the objects whose content doesn't match their name."""
     for file in track(files, len(files), "objects"):
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False))
@@ -36,7 +36,7 @@ def damaged(files: list[Path]) -> Iterator[Path]:
 
 
 def cache_of(root: Path) -> Path:
-    """Give the cache folder of the project at `root`. Raises NoCacheError if there is none."""
+    """Return the cache folder of the project at `root`. Raises NoCacheError if there is none."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -48,7 +48,7 @@ def cache_of(root: Path) -> Path:
 
 
 def main() -> None:
-    """Check, delete, say what to do; exit with 1 if anything was damaged."""
+    """Check all objects and delete damaged ones; exit with 1 if there are any."""
     parser_of("cache", __doc__ or "").parse_args()
     with one_line_errors():
         found = objects(cache_of(Path()))
@@ -56,6 +56,6 @@ def main() -> None:
         for file in spoilt:
             file.chmod(0o644)
             file.unlink()
-            say(f"damaged, and taken out: {file.parent.name}{file.name}")
+            say(f"damaged, and removed: {file.parent.name}{file.name}")
         if spoilt:
-            sys.exit(f"error: {len(spoilt)} damaged; `dvc pull` or `dvc repro` brings them back")
+            sys.exit(f"error: {len(spoilt)} damaged; `dvc pull` or `dvc repro` restores them")

@@ -1,20 +1,20 @@
-"""Put runs side by side, and say which differences are more than noise.
+"""Compare runs, and report which differences are more than noise.
 
-    python -m pipeline compare                    # the last commit, and what lies here
+    python -m pipeline compare                    # the last commit and the working tree
     python -m pipeline compare main exp-a exp-b   # commits, branches, tags or DVC's experiments
-    python -m pipeline compare . main --json      # . is what lies here
+    python -m pipeline compare . main --json      # . is the working tree
     python -m pipeline compare --experiments      # the last commit, and all experiments on it
     python -m pipeline compare main best --test   # once, at the end
 
-Runs are judged by images that nothing was trained on, and not by the test images: stages 1 and 2 by
-validation, the probes by the training images that cross-validation held out. A test split that
-choices were made by is none any more, so `--test` is for the choice that is made.
+Runs are not compared on the test images: stages 1 and 2 are compared on the validation images, the
+probes on their out-of-fold predictions for the training images. If a model is chosen by its test
+accuracy, that accuracy is too high, so use `--test` only after the choice is made.
 
-The first run is what the others are compared with: image by image where both have answers on the
-same ones and DVC's cache has these; else by figures alone, which can't be told from noise. Runs
-that differ in nothing but `seed` are put together as their mean and standard deviation, and
-compared as re-splits of one data set. With several comparisons at once, p-values are raised by
-Holm's method (Holm 1979).
+All runs are compared with the first one: image by image if both have predictions for the same
+images and DVC's cache holds these; otherwise by their accuracies alone, which can't be
+distinguished from noise. Runs that differ only in `seed` are shown as mean and standard deviation,
+and compared as re-splits of one data set. P-values of several comparisons are raised by Holm's
+method (Holm 1979).
 """
 
 import csv
@@ -45,7 +45,7 @@ Judge = Literal["validation", "test"]
 HERE = "."
 REPORT = "models/report/metrics.json"
 INDEX = "data/prepared/index.csv"
-# What each kind of images was answered, and what these images are called.
+# The predictions for each kind of images, and the name of these images.
 ANSWERS = {
     "out-of-fold": ("models/probe/out_of_fold.csv", "training images, out of fold"),
     "validation": ("models/report/validation.csv", "validation images"),
@@ -56,35 +56,35 @@ PROBES = ("probe_linear", "probe")
 MODELS = (*PROBES, "stage1", "stage2")
 NOISE = 0.05  # p from which a difference counts as noise
 SHOWN = 8  # changed params that are named
-MANY = 4  # runs from which on each has a line
+MANY = 4  # from this number of runs on, each has a line
 COST = (
-    "judged by the test images: every choice that is made by them makes them less of a test; "
-    "choose by validation (without --test), and look here once"
+    "compared on the test images: if you choose a model by its test accuracy, that accuracy is too "
+    "high; choose by validation (without --test), and use --test once"
 )
 
 
 class RunError(PipelineError):
-    """A revision holds no finished run, or its files aren't here."""
+    """A revision holds no finished run, or its files are missing."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run left."""
+    """The results of a finished run."""
 
     name: str
     params: dict[str, Any]  # flat
     chosen: str
-    accuracies: dict[str, float]  # a model's, on the images it is judged by; empty without any
-    # By kind of images and model: which images (by path and content) it has right.
+    accuracies: dict[str, float]  # of each model, on the images to compare on; empty without any
+    # By kind of images and model: whether each image (path and content) is classified correctly.
     right: dict[str, dict[str, dict[str, bool]]]
     groups: dict[str, int] = field(default_factory=dict)  # by image
     images: dict[str, int] = field(default_factory=dict)  # by split
-    stale: list[str] = field(default_factory=list)  # params as it ran, where params.yaml has others
+    stale: list[str] = field(default_factory=list)  # params it ran with, if params.yaml has others
 
 
 @dataclass(frozen=True)
 class Against:
-    """How a model of one run does against the same of another."""
+    """The comparison of a model of one run with the same model of another."""
 
     model: str
     run: str
@@ -92,17 +92,17 @@ class Against:
     accuracy: float  # the difference
     low: float | None
     high: float | None
-    p_value: float | None  # None: there is no telling
-    on: str  # which images, or why there is no telling
+    p_value: float | None  # None: it can't be tested
+    on: str  # which images, or why it can't be tested
 
     @property
     def noise(self) -> bool | None:
-        """Tell whether it is no more than noise; None where there is no telling."""
+        """Return whether it is no more than noise; None if it can't be tested."""
         return None if self.p_value is None else self.p_value >= NOISE
 
 
 def read(revision: str, judge: Judge = "validation") -> Run:
-    """Read a run of a revision, or of the folder itself.
+    """Read the run of a revision, or of the working tree.
 
     Raises RunError if there is none.
     """
@@ -111,7 +111,7 @@ def read(revision: str, judge: Judge = "validation") -> Run:
     from dvc.scm import SCM, SCMError
 
     files: DVCFileSystem | None = None
-    below = PurePosixPath()  # where the project lies in the repository
+    below = PurePosixPath()  # the project's path in the repository
 
     def text(path: str) -> str:
         if files is None:
@@ -128,7 +128,7 @@ def read(revision: str, judge: Judge = "validation") -> Run:
         stale = _stale(revision, params, text)
     except FileNotFoundError as error:
         path = error.filename or str(error)
-        raise RunError(f"{revision}: no {path} there; run `dvc repro`, and commit") from None
+        raise RunError(f"{revision}: it has no {path}; run `dvc repro`, and commit") from None
     except (DvcException, SCMError, ValueError) as error:
         raise RunError(f"{revision}: no run to read ({' '.join(str(error).split())})") from None
     tested = report[SPLIT_OF[judge]]
@@ -144,9 +144,9 @@ def read(revision: str, judge: Judge = "validation") -> Run:
 
 
 def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> list[str]:
-    """Name the params that a revision's figures weren't made with, and say so.
+    """List the params that differ from those a revision's results were made with, and print them.
 
-    Where params were committed and the graph wasn't run, dvc.lock has those that it ran by.
+    If params were committed without running the graph, dvc.lock has those that it ran with.
     """
     try:
         lock = load_yaml(text("dvc.lock")) or {}
@@ -157,14 +157,14 @@ def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> lis
     if others:
         shown = [f"{key} = {params[key]}, run with {ran[key]}" for key in others[:SHOWN]]
         _note(
-            f"{'here' if name == HERE else name}: its figures weren't made with its params.yaml "
+            f"{'here' if name == HERE else name}: its results were not made with its params.yaml "
             f"({', '.join(shown)}); run `dvc repro`"
         )
     return [f"{key} = {ran[key]}" for key in others]
 
 
 def _with_answers(run: Run, text: Callable[[str], str], judge: Judge) -> Run:
-    """Add what a run's models answered, as far as DVC's cache has it."""
+    """Add the predictions of a run's models, as far as DVC's cache has them."""
     images: dict[str, str] = {}
     groups: dict[str, int] = {}
     splits: Counter[str] = Counter()
@@ -174,18 +174,18 @@ def _with_answers(run: Run, text: Callable[[str], str], judge: Judge) -> Run:
             images[row["path"]] = f"{row['path']} {row['sha256']}"
             groups[images[row["path"]]] = int(row["group"])
             splits[row["split"]] += 1
-    except Exception:  # each layer of DVC has its own for what isn't in the cache
-        _note(f"{run.name}: data/prepared isn't here (`dvc fetch` may have it)")
+    except Exception:  # each layer of DVC raises its own for what isn't in the cache
+        _note(f"{run.name}: data/prepared is missing (`dvc fetch` may have it)")
         return run
     for kind in ("test",) if judge == "test" else ("out-of-fold", "validation"):
         file = ANSWERS[kind][0]
         try:
             rows = list(csv.DictReader(io.StringIO(text(file))))
         except Exception:
-            _note(f"{run.name}: no {file} here (`dvc fetch` may have it): figures alone")
+            _note(f"{run.name}: {file} is missing (`dvc fetch` may have it): accuracies alone")
             continue
         if any(row["path"] not in images for row in rows):
-            _note(f"{run.name}: {file} is of other images than {INDEX}; run `dvc repro`")
+            _note(f"{run.name}: {file} has other images than {INDEX}; run `dvc repro`")
             continue
         right[kind] = {
             model: {images[r["path"]]: r[model] == r["label"] for r in rows if r[model]}
@@ -200,7 +200,7 @@ def _note(line: str) -> None:
 
 
 def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Against]:
-    """Compare each model of a run with the same of another, as if it were the only comparison."""
+    """Compare each model of a run with the same model of another, without correction."""
     for model in (m for m in MODELS if m in run.accuracies and m in base.accuracies):
         kinds = ("out-of-fold", "validation") if judge == "validation" else ("test",)
         both = [
@@ -211,7 +211,7 @@ def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Agains
         same = [found for found in both if found[1] and found[1].keys() == found[2].keys()]
         if not same:
             apart = run.accuracies[model] - base.accuracies[model]
-            why = f"other {ANSWERS[judge][1]}" if both else "figures alone"
+            why = f"other {ANSWERS[judge][1]}" if both else "accuracies alone"
             yield Against(model, run.name, base.name, apart, None, None, None, why)
             continue
         kind, ours, theirs = same[0]
@@ -225,13 +225,13 @@ def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Agains
 
 
 def _images(run: Run, right: dict[str, bool]) -> tuple[list[str], NDArray[np.int64]]:
-    """List the images that were answered, in one order for all runs, and their groups."""
+    """List the images with predictions, in the same order for all runs, and their groups."""
     images = sorted(right)
     return images, np.array([run.groups[image] for image in images])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Raise p-values for being one of several (Holm 1979, Scandinavian Journal of Statistics 6)."""
+    """Correct p-values for multiple tests (Holm 1979, Scandinavian Journal of Statistics 6)."""
     raised, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values)):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -240,7 +240,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def corrected(found: Sequence[Against]) -> list[Against]:
-    """Raise the p-values of comparisons that are made at once."""
+    """Correct the p-values of comparisons that are made together."""
     tested = [one.p_value for one in found if one.p_value is not None]
     raised = iter(holm(tested))
     p_values = [None if one.p_value is None else next(raised) for one in found]
@@ -248,7 +248,7 @@ def corrected(found: Sequence[Against]) -> list[Against]:
 
 
 def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """Put runs together that differ in nothing but their seed."""
+    """Group the runs that differ only in their seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         rest = {key: value for key, value in run.params.items() if key != "seed"}
@@ -257,7 +257,7 @@ def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def changed(run: Run, base: Run) -> list[str]:
-    """Say which params differ, the old value first."""
+    """Describe which params differ, the old value first."""
     keys = [key for key in {**base.params, **run.params} if _value(base, key) != _value(run, key)]
     said = [f"{key} {_value(base, key)} → {_value(run, key)}" for key in keys]
     return said if len(said) <= SHOWN else [*said[:SHOWN], f"and {len(said) - SHOWN} more"]
@@ -268,7 +268,7 @@ def _value(run: Run, key: str) -> str:
 
 
 def experiments() -> list[str]:
-    """Name DVC's experiments on the last commit."""
+    """List the names of DVC's experiments on the last commit."""
     from dvc.repo import Repo
 
     found = [name for names in Repo().experiments.ls().values() for name, _ in names]
@@ -278,7 +278,7 @@ def experiments() -> list[str]:
 
 
 def table(runs: Sequence[Run], judge: Judge = "validation") -> list[str]:
-    """Lay the runs' accuracies out side by side; of many, a line each without intervals."""
+    """Return a table of the runs' accuracies; for many runs, one line each without intervals."""
     title = f"{judge} accuracy"
     if len(runs) >= MANY:
         lines = [[title, *MODELS, "chosen", f"against {runs[0].name}"]]
@@ -306,19 +306,19 @@ def _with_interval(run: Run, model: str, judge: Judge) -> str:
 
 
 def said(one: Against) -> str:
-    """Say a comparison in a line."""
+    """Describe a comparison in a line."""
     points = f"{one.model:<13} {100 * one.accuracy:+5.1f} points "
     if one.low is None or one.high is None or one.p_value is None:
-        return f"{points}({one.on}): can't be told from noise"
+        return f"{points}({one.on}): can't be distinguished from noise"
     verdict = "no more than noise" if one.noise else "more than noise"
     interval = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}; p = {one.p_value:.3f}"
     return f"{points}({interval}; {one.on}): {verdict}"
 
 
 def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> list[Against]:
-    """Compare each group's final models with the first group's, seed by seed where they share them.
+    """Compare each group's final models with the first group's, paired by the seeds they share.
 
-    Other seeds cut other splits of the same images: see `over_resplits`.
+    Other seeds draw other splits of the same images: see `over_resplits`.
     """
     base, *others = groups
     found = []
@@ -341,7 +341,7 @@ def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> li
 
 
 def seeds(groups: Sequence[Sequence[Run]], found: Sequence[Against]) -> list[str]:
-    """Give each group's means and standard deviations over its seeds, a line a group."""
+    """Return each group's means and standard deviations over its seeds, one line per group."""
     base = groups[0][0]
     rows = [["over seeds", "n", *MODELS, "chosen", "", ""]]
     for group in groups:
@@ -368,12 +368,12 @@ def _accuracy(run: Run, model: str) -> float:
 
 
 def main() -> None:
-    """Compare on the terminal."""
+    """Print the comparison on the terminal."""
     parser = parser_of("compare", __doc__ or "")
-    parser.add_argument("revisions", nargs="*", metavar="REV", help="the last commit and . if none")
-    parser.add_argument("--experiments", action="store_true", help="and those on the last commit")
-    parser.add_argument("--test", action="store_true", help="judge by the test images: at the end")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("revisions", nargs="*", metavar="REV", help="(default: HEAD and .)")
+    parser.add_argument("--experiments", action="store_true", help="add those on the last commit")
+    parser.add_argument("--test", action="store_true", help="use the test images, at the end")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     judge: Judge = "test" if options.test else "validation"
     with one_line_errors():
@@ -404,7 +404,7 @@ def main() -> None:
 
 
 def _differences(runs: Sequence[Run], found: Sequence[Against]) -> Iterator[str]:
-    """Say how the runs differ from the first one: of many only what is more than noise."""
+    """Describe how the runs differ from the first; for many, only what is more than noise."""
     base, *others = runs
     if len(runs) >= MANY:
         clear = [one for one in found if one.noise is False]
@@ -412,7 +412,7 @@ def _differences(runs: Sequence[Run], found: Sequence[Against]) -> Iterator[str]
         width = max(len(run.name) for run in runs)
         yield from (f"{one.run:<{width}}  {said(one)}" for one in clear)
         if untold := sum(one.noise is None for one in found):
-            yield f"{untold} can't be told from noise: of other images, or figures alone"
+            yield f"{untold} can't be distinguished from noise: other images, or accuracies alone"
         return
     for run in others:
         params = ", ".join(changed(run, base)) or "same params"

@@ -1,10 +1,10 @@
-"""Write the code that each stage depends on into dvc.yaml, from the imports of its file.
+"""Write the source files that each stage imports into dvc.yaml.
 
     python -m pipeline dependencies            # after a new import
     python -m pipeline dependencies --check    # exit code 1 if dvc.yaml has others
     python -m pipeline dependencies --table    # docs/files.md
 
-A folder is listed where the stage imports every module in it, else its files are.
+A folder is listed if the stage imports every module in it, otherwise its files are.
 """
 
 import ast
@@ -25,7 +25,7 @@ GRAPH = Path("dvc.yaml")
 
 @cache
 def imported(file: str) -> frozenset[str]:
-    """Name all that a file may import, `from a import b` as both a and a.b, wherever it stands."""
+    """Return all names that a file may import; `from a import b` counts as a and as a.b."""
     names = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -52,7 +52,7 @@ def closure(stage: str) -> set[str]:
 
 
 def grouped(files: Iterable[str]) -> list[str]:
-    """Put folders in place of their files where all of them are there, in the order of names."""
+    """Replace files by their folder if all of its files are listed; sort by name."""
     files, listed = set(files), []
     for folder in {str(Path(file).parent) for file in files} - {"pipeline"}:
         inside = {f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")}
@@ -63,9 +63,9 @@ def grouped(files: Iterable[str]) -> list[str]:
 
 
 def written(text: str) -> str:
-    """Return a dvc.yaml whose stages list the code that they depend on, and else unchanged."""
+    """Return a dvc.yaml whose stages list the code that they depend on, otherwise unchanged."""
     for stage in STAGES:
-        # The stage's block up to its deps, data among them, and the lines of code there.
+        # The stage's block up to its deps, data included, and the lines of code among them.
         block = re.compile(
             rf"(^  {stage}:\n(?:(?!^  \w).*\n)*?    deps:\n(?:      - (?!pipeline/).*\n)*)"
             r"(?:      - pipeline/.*\n)*",
@@ -79,17 +79,17 @@ def written(text: str) -> str:
 
 
 def table() -> list[str]:
-    """Lay out what each file holds, and which stages a change there reruns first, as a page."""
+    """Return a page that lists what each file holds, and which stages a change there reruns."""
     of = {stage: closure(stage) for stage in STAGES}
     lines = [
         "# Files",
         "",
         "Written by `python -m pipeline dependencies --table` from the first lines of the files",
-        "and the imports of the stages. A change in a file reruns the stages beside it, then the",
-        "stages that read their outputs, as far as the outputs differ.",
+        "and the imports of the stages. A change in a file reruns the stages beside it, and then",
+        "the stages that read their outputs, if the outputs differ.",
         "",
-        "`tests/` holds claims, each checked against something independent. `bench/` measures",
-        "speed, `runs/` accuracy over many runs.",
+        "Each test in `tests/` checks a claim against something independent. `bench/` measures",
+        "speed, `runs/` measures accuracy over many runs.",
     ]
     before = None
     for file in sorted((ROOT / "pipeline").rglob("*.py"), key=lambda f: (f.parent, f)):
@@ -106,10 +106,10 @@ def table() -> list[str]:
 
 
 def main() -> None:
-    """Write, check or show."""
+    """Write or check dvc.yaml, or print the table."""
     parser = parser_of("dependencies", __doc__ or "")
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--table", action="store_true", help="show, and write nothing")
+    parser.add_argument("--check", action="store_true", help="check, and write nothing")
+    parser.add_argument("--table", action="store_true", help="print the table, and write nothing")
     options = parser.parse_args()
     with one_line_errors():
         if options.table:
@@ -123,4 +123,4 @@ def main() -> None:
             sys.exit("error: dvc.yaml lists other code; run `python -m pipeline dependencies`")
         else:
             write_text(GRAPH, after)
-            say("dvc.yaml is written; `dvc repro` runs the stages whose code it has anew")
+            say("dvc.yaml is written; `dvc repro` reruns the stages with new dependencies")

@@ -1,11 +1,11 @@
-"""Say for each stage whether `dvc repro` would run it, and why.
+"""Explain for each stage whether `dvc repro` would run it, and why.
 
     python -m pipeline explain
     python -m pipeline explain stage2 --json
 
-A stage runs again where a param, a file it reads or an output isn't what dvc.lock has; what follows
-it, perhaps. Results that an earlier run had with the same params and files are taken from the run
-cache instead. Nothing is run or changed.
+A stage runs again if a param, an input or an output differs from dvc.lock; the stages after it run
+again if its outputs change. If an earlier run had the same params and files, its results are taken
+from the run cache instead. This command runs and changes nothing.
 """
 
 import json
@@ -43,7 +43,7 @@ class GraphError(PipelineError):
 
 
 def explained(root: Path) -> list[Explained]:
-    """Explain all stages of the project at `root`, each after those it depends on.
+    """Explain all stages of the project at `root`, each after its dependencies.
 
     Raises GraphError if DVC can't read it.
     """
@@ -82,14 +82,14 @@ def _stages(repo: "Repo") -> Iterator[Explained]:
 
 
 def _reasons(stage: "PipelineStage") -> Iterator[str]:
-    """Say what isn't as dvc.lock has it: the command, params, files, outputs."""
+    """Describe what differs from dvc.lock: the command, params, files, outputs."""
     from dvc.dependency import ParamsDependency
 
     if not any(out.hash_info for out in stage.outs):
         yield "it has never run, or dvc.lock was lost"
         return
     if stage.cmd_changed:
-        yield "its command in dvc.yaml is another"
+        yield "its command in dvc.yaml has changed"
     for dependency in stage.deps:
         if isinstance(dependency, ParamsDependency):
             yield from _changed(dependency)
@@ -102,7 +102,7 @@ def _reasons(stage: "PipelineStage") -> Iterator[str]:
 
 
 def _changed(dependency: "ParamsDependency") -> Iterator[str]:
-    """Name the params that aren't as dvc.lock has them."""
+    """Describe the params that differ from dvc.lock."""
     old = dependency.hash_info.value or {}
     new = dependency.read_params()
     file = "" if dependency.fs_path.endswith("params.yaml") else f"{dependency.def_path}: "
@@ -118,8 +118,8 @@ def _changed(dependency: "ParamsDependency") -> Iterator[str]:
 
 def _of_output(how: str) -> str:
     return {
-        "deleted": "not there",
-        "not in cache": "not there, nor in the cache (`dvc pull` may have it)",
+        "deleted": "missing",
+        "not in cache": "missing, also from the cache (`dvc pull` may have it)",
         "modified": "not what it wrote",
     }.get(how, how)
 
@@ -130,18 +130,18 @@ def _short(value: object) -> str:
 
 
 def _is_cached(repo: "Repo", stage: "PipelineStage") -> bool:
-    """Tell whether the run cache has what this stage gives with what is there now."""
+    """Return whether the run cache has the outputs of this stage for its present inputs."""
     from dvc.exceptions import DvcException
 
     try:
-        stage.save_deps()  # the hashes of now, in memory alone
+        stage.save_deps()  # the present hashes, only in memory
         return repo.stage_cache._load(stage) is not None
     except DvcException:  # a file is missing
         return False
 
 
 def _seconds(stage: "PipelineStage") -> float | None:
-    """Read what a stage took last time from the timing.json among its outputs."""
+    """Return the seconds that a stage took last time, from timing.json among its outputs."""
     files = (Path(out.fs_path) for out in stage.outs)
     try:
         timing = next(file for file in files if file.name == "timing.json")
@@ -151,10 +151,10 @@ def _seconds(stage: "PipelineStage") -> float | None:
 
 
 def main() -> None:
-    """Explain on the terminal."""
+    """Print the explanation on the terminal."""
     parser = parser_of("explain", __doc__ or "")
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="these alone; all if none")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="only these (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     with one_line_errors():
         found = explained(Path())

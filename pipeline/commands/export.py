@@ -3,7 +3,7 @@
     python -m pipeline export                  # after `dvc repro` or `dvc pull`
     python -m pipeline predict --model export/model.onnx new/*.jpg
 
-The card says what DVC recorded of data and params, and what evaluate found.
+The model card lists the data and params that DVC recorded, and the metrics of evaluate.
 """
 
 import json
@@ -31,8 +31,8 @@ from pipeline.statistics.verdict import interval_in_words
 
 FINAL, REPORT = Path("models/final/model.safetensors"), Path("models/report/metrics.json")
 PREPARED, LOCK = Path("data/prepared"), Path("dvc.lock")
-CLOSE = 1e-4  # how far a probability may be off
-CHECKED = 64  # images that it is checked on
+CLOSE = 1e-4  # the largest allowed difference of a probability
+CHECKED = 64  # number of images for this check
 WRITTEN = {"model.safetensors", "model.onnx", "README.md"}
 HOW = {
     "squash": "squashed to a square",
@@ -42,16 +42,16 @@ HOW = {
 
 
 def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) -> float:
-    """Write model.safetensors, model.onnx and README.md, a model card, into `out`.
+    """Write model.safetensors, model.onnx and README.md, a model card, to `out`.
 
-    Gives the largest difference between the ONNX graph's probabilities and PyTorch's on images of
-    the test split, or of validation where there is none.
+    Returns the largest difference between the ONNX graph's probabilities and PyTorch's on images of
+    the test split, or of validation if there is none.
 
-    Raises CheckpointError if that is more than 1e-4, DataError if the model, its figures and its
-    images aren't all there or don't belong together, or if `out` holds something else.
+    Raises CheckpointError if that is more than 1e-4, DataError if the model, its metrics or its
+    images are missing or don't belong together, or if `out` holds something else.
     """
     if out.exists() and (not out.is_dir() or {f.name for f in out.iterdir()} - WRITTEN):
-        raise DataError(f"{out}: holds other things than an export; choose another --out")
+        raise DataError(f"{out}: contains other files than an export; choose another --out")
     classifier = load(final)
     metrics = read_metrics(report, classifier)
     origin = provenance(lock)
@@ -66,15 +66,15 @@ def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) 
         off = float(np.abs(found - expected).max())
         if not off <= CLOSE:
             raise CheckpointError(
-                f"{final}: its ONNX graph is off by {off:.2g} on {len(images)} images, more than "
-                f"{CLOSE:g}; use that file as it is"
+                f"{final}: its ONNX graph differs by {off:.2g} on {len(images)} images, more than "
+                f"{CLOSE:g}; use this file instead of an export"
             )
         as_run = classifier.probabilities(images)
         same = int((as_run.argmax(1) == expected.argmax(1)).sum())
         checked = (
             f"On {len(images)} images the graph's probabilities are within {off:.1g} of PyTorch's "
             f"in float32. Those of `model.safetensors`, run in {classifier.network.precision}, are "
-            f"within {np.abs(as_run - expected).max():.1g}, with the same answer on {same} of them."
+            f"within {np.abs(as_run - expected).max():.1g}, with the same label on {same} images."
         )
         told = card(classifier, metrics, origin, checked)
         write_text(folder / "README.md", told)
@@ -82,39 +82,39 @@ def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) 
 
 
 def read_metrics(report: Path, classifier: Classifier) -> dict[str, Any]:
-    """Read what evaluate found, and refuse that of another run."""
+    """Read the metrics of evaluate, and refuse those of another run."""
     try:
         metrics: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{report}: not there; run `dvc repro`") from None
+        raise DataError(f"{report}: no such file; run `dvc repro`") from None
     if metrics["chosen"] != classifier.chosen:
         raise DataError(
-            f"{report}: chose {metrics['chosen']}, the final model is {classifier.chosen}; "
+            f"{report}: it chose {metrics['chosen']}, but the final model is {classifier.chosen}; "
             "run `dvc repro`"
         )
     return metrics
 
 
 def some_images(prepared: Path, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Take images that the model wasn't trained on, packed as it takes them."""
+    """Return packed images that the model wasn't trained on."""
     for split in ("test", "val"):
         images = read_images(prepared, split)
         if len(images):
             break
     if images.shape[1:] != shape:
         raise DataError(
-            f"{prepared}: images of {images.shape[1:]}, the final model takes {shape}; "
+            f"{prepared}: the images are {images.shape[1:]}, but the final model takes {shape}; "
             "run `dvc repro`"
         )
     return images[np.linspace(0, len(images) - 1, min(CHECKED, len(images))).astype(int)]
 
 
 def provenance(lock: Path) -> dict[str, Any]:
-    """Gather the Git revision, and what DVC recorded of data and params."""
+    """Return the Git revision, and the data and params that DVC recorded."""
     try:
         content = load_yaml(lock.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{lock}: not there; run `dvc repro`") from None
+        raise DataError(f"{lock}: no such file; run `dvc repro`") from None
     prepared = content["stages"]["prepare"]["outs"]
     return {
         "revision": _git("rev-parse", "HEAD") or "none",
@@ -125,7 +125,7 @@ def provenance(lock: Path) -> dict[str, Any]:
 
 
 def _git(*words: str) -> str:
-    """Ask Git; empty where there is none, or no repository."""
+    """Return Git's output; empty without Git or without a repository."""
     try:
         return git(Path(), *words)
     except (OSError, RepositoryError):
@@ -135,7 +135,7 @@ def _git(*words: str) -> str:
 def card(
     classifier: Classifier, metrics: dict[str, Any], origin: dict[str, Any], checked: str
 ) -> str:
-    """Write the model card: what it is, takes, answers, how good it is, where it is from."""
+    """Return the model card: description, inputs and outputs, accuracy, and origin."""
     network = classifier.network
     size, colours = network.packed_size, "grey" if network.channels == 1 else "RGB"
     shape = f"(N, {size}, {size})" if network.channels == 1 else f"(N, {size}, {size}, 3)"
@@ -147,8 +147,8 @@ def card(
     lines = [
         f"# {network.backbone.name}, {len(network.classes)} classes",
         "",
-        f"The model of {classifier.chosen}: {what}, averaged over "
-        f"{classifier.tta.most} views at most (flips: {classifier.tta.flips}), its "
+        f"The model of {classifier.chosen}: {what}, averaged over at most "
+        f"{classifier.tta.most} views (flips: {classifier.tta.flips}), with "
         "probabilities calibrated on validation images.",
         "",
         "| label | class |",
@@ -158,30 +158,30 @@ def card(
         "## Use",
         "",
         f"`model.onnx` takes `pixels`, uint8 {shape}: the image turned as its EXIF data say, "
-        f"{colours}, {HOW[network.fit]}, resized to {size} x {size} (Pillow's bicubic). All the "
-        f"rest is in the graph.{tones} It gives `probabilities`, float32 "
+        f"{colours}, {HOW[network.fit]}, resized to {size} x {size} (Pillow's bicubic). All other "
+        f"steps are in the graph.{tones} It returns `probabilities`, float32 "
         f"(N, {len(network.classes)}).",
         "",
         sure[0].upper() + sure[1:] + ".",
         "",
-        "`model.safetensors` is the same for this project: `python -m pipeline predict --model "
-        "FILE IMAGE...` runs either.",
+        "`model.safetensors` is the same model for this project: `python -m pipeline predict "
+        "--model FILE IMAGE...` runs either file.",
         "",
         checked,
         "",
-        "## How good it is",
+        "## Accuracy",
         "",
         *_figures(metrics),
         "",
-        "## Where it comes from",
+        "## Origin",
         "",
         f"- Git revision: {origin['revision']}{changed}",
         f"- packed images (DVC): {origin['data']}",
-        f"- weights it started from: {network.backbone.weights} of {network.backbone.name}, "
+        f"- initial weights: {network.backbone.weights} of {network.backbone.name}, "
         f"SHA-256 {network.backbone.sha256 or 'none'}",
         "- libraries: " + ", ".join(f"{name} {v}" for name, v in versions().items()),
         "",
-        "Data and starting weights keep their licences, which may bind what is made of them.",
+        "The licences of the data and of the initial weights may also apply to this model.",
         "",
         "| param | value |",
         "|---|---|",
@@ -193,10 +193,10 @@ def card(
 
 def _figures(metrics: dict[str, Any]) -> list[str]:
     if not metrics["test"]:
-        return ["There was no labelled test split: nothing is known."]
+        return ["There was no labelled test split, so the test accuracy is not known."]
     found = metrics["test"][metrics["chosen"]]
     interval = interval_in_words(found["accuracy_low"], found["accuracy_high"])
-    lines = ["On the test split, which nothing was chosen by:", "", "| metric | |", "|---|---|"]
+    lines = ["On the test split, which no choice was based on:", "", "| metric | |", "|---|---|"]
     lines.append(f"| accuracy (95 % interval) | {found['accuracy']:.4f} ({interval}) |")
     rest = ("accuracy_weighted", "balanced_accuracy", "f1_macro", "auroc")
     return lines + [f"| {k} | {found[k]:.4f} |" for k in rest if found[k] is not None]

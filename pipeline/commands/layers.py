@@ -28,7 +28,7 @@ class Layer:
     shape: tuple[int, ...]  # of its output for one image: (D, h, w) or (D,); () if it has several
     parameters: int
     share: float  # of the network's multiplications
-    is_depth: bool  # the probe looks at it when extract.depths is auto
+    is_depth: bool  # the probe uses its codes if extract.depths is auto
 
 
 def layers(model: nn.Module, image_size: int, all_modules: bool = False) -> list[Layer]:
@@ -59,10 +59,10 @@ def _size(model: nn.Module, name: str) -> int:
 
 
 def as_table(found: Sequence[Layer], head: str) -> list[str]:
-    """Align layers in columns, with what training from each of them on would hold.
+    """Return a table of the layers, with the cost of training from each of them on.
 
-    `from here on` is the share of compute from a layer to the head: what stage 1 repeats each
-    epoch if this is the lowest unfrozen one.
+    `from here on` is the share of compute from a layer to the head, which stage 1 repeats in each
+    epoch if this layer is the lowest unfrozen one.
     """
     rows = [("module", "output", "parameters", "compute", "from here on", "")]
     left = 1.0
@@ -82,7 +82,7 @@ def main() -> None:
     """Run from the command line."""
     parser = parser_of("layers", __doc__ or "")
     parser.add_argument("name", nargs="?", metavar="NAME", help="timm/NAME or torchvision/NAME")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side (default: 224)")
+    parser.add_argument("--size", type=int, default=224, help="image side in pixels (default: 224)")
     parser.add_argument("--all", action="store_true", help="also the modules inside the blocks")
     options = parser.parse_args()
     with one_line_errors():

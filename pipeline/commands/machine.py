@@ -1,9 +1,9 @@
-"""What this machine has, what is chosen of it and why, whether it computes right, and how fast.
+"""Show which devices this machine has, which is used and why, if it computes correctly, how fast.
 
     python -m pipeline machine
 
-It changes nothing, and needs no run before it. Exit codes: 0 all is well, 1 it computes wrongly, or
-a variable of the environment is wrong.
+It changes nothing and needs no earlier run. Exit codes: 0 all is well, 1 the device computes
+wrongly or an environment variable is wrong.
 """
 
 import copy
@@ -42,7 +42,7 @@ from pipeline.stage_runtime.settings import (
 )
 
 PREPARED = Path("data/prepared")
-# How far outputs and gradients may be off, as a share of the largest.
+# The largest allowed relative error of outputs and gradients.
 OFF = {"fp32": 1e-3, "bf16": 0.25}
 
 Params = dict[str, Any]
@@ -50,7 +50,7 @@ Format = Literal["fp32", "bf16"]
 
 
 def main() -> None:
-    """Print what was found, then check and time the network of params.yaml."""
+    """Print the devices and settings, then check and time the network of params.yaml."""
     parser_of("machine", __doc__ or "").parse_args()
     with one_line_errors():
         set_up_torch()
@@ -66,24 +66,24 @@ def main() -> None:
         if wrong:
             sys.exit(
                 f"error: networks compute wrongly here in {' and '.join(wrong)}; set "
-                "PIPELINE_DEVICE=cpu or precision: fp32, and tell PyTorch's maintainers"
+                "PIPELINE_DEVICE=cpu or precision: fp32, and report it to PyTorch's maintainers"
             )
 
 
 def found(params: Params) -> list[tuple[str, str, str]]:
-    """Say which device and number format are used: what, which, why."""
+    """Return the device and the number format that are used: what, which, why."""
     where = device()
     if where.type != "cpu":
         free, total = (n / 1e9 for n in memory_of(where))
         n = torch.accelerator.device_count()
-        why = f"{free:.1f} of {total:.1f} GB free; {n} here; PIPELINE_DEVICE=cpu leaves it alone"
+        why = f"{free:.1f} of {total:.1f} GB free; {n} here; PIPELINE_DEVICE=cpu turns it off"
     else:
-        why = "as PIPELINE_DEVICE says" if device_asked() == "cpu" else no_gpu()
+        why = "set by PIPELINE_DEVICE" if device_asked() == "cpu" else no_gpu()
     asked = params["precision"]
     if asked != "auto":
-        reason = f"as params.yaml says (precision: {asked})"
+        reason = f"set in params.yaml (precision: {asked})"
     else:
-        has = "multiplies" if resolved("auto") == "bf16" else "has nothing for"
+        has = "supports" if resolved("auto") == "bf16" else "does not support"
         reason = f"precision: auto, and this {'processor' if where.type == 'cpu' else 'GPU'} "
         reason += f"{has} bfloat16"
     name = kernels() if where.type != "cpu" else f"processor, {kernels()}"
@@ -91,21 +91,21 @@ def found(params: Params) -> list[tuple[str, str, str]]:
 
 
 def work() -> list[tuple[str, str, str]]:
-    """Say how many threads, processes and hosts share the work."""
+    """Return the number of threads, processes and hosts that share the work."""
     here = processors()
-    of = f"{here} of {os.cpu_count()} processors may be used here; PIPELINE_THREADS says another"
+    of = f"{here} of {os.cpu_count()} processors may be used; PIPELINE_THREADS changes it"
     lines = [("threads", str(threads()), of)]
     if launcher():
-        lines.append(("processes", launcher(), "as PIPELINE_LAUNCHER says"))
+        lines.append(("processes", launcher(), "set by PIPELINE_LAUNCHER"))
     else:
         most = hosts().most
-        of = "PIPELINE_PROCESSES says another" + (f"; on up to {most} hosts" if most > 1 else "")
+        of = "PIPELINE_PROCESSES changes it" + (f"; on up to {most} hosts" if most > 1 else "")
         lines.append(("processes", str(processes()), of))
     return lines
 
 
 def room(params: Params) -> list[tuple[str, str, str]]:
-    """Say what memory and disks have room for."""
+    """Return the memory and the disk space."""
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(cache_folder())
     lines = [
         (
@@ -117,7 +117,7 @@ def room(params: Params) -> list[tuple[str, str, str]]:
             "cache",
             f"{cache_bytes() / 1e9:g} GB",
             f"in {cache_folder()}, with {disk.free / 1e9:.0f} GB free there; PIPELINE_CACHE and "
-            "PIPELINE_CACHE_GB say others",
+            "PIPELINE_CACHE_GB change it",
         ),
     ]
     if (PREPARED / "facts.json").exists():
@@ -135,19 +135,19 @@ def room(params: Params) -> list[tuple[str, str, str]]:
 
 def _where_kept(facts: Facts, n: int) -> str:
     if device().type == "cpu":
-        return "read from the disk, of which the system keeps in memory what fits"
+        return "read from disk; the system caches in memory what fits"
     if has_room(n * int(np.prod(facts.shape)), device()):
-        return f"kept on the GPU: they fit into {100 * ROOM:.0f} % of what is free"
-    return f"sent in batches: they don't fit into {100 * ROOM:.0f} % of the GPU's free memory"
+        return f"kept on the GPU: they fit into {100 * ROOM:.0f} % of its free memory"
+    return f"sent to the GPU in batches: they don't fit into {100 * ROOM:.0f} % of its free memory"
 
 
 def packed_bytes(prepared: Path) -> int:
-    """Add up the sizes of the packed images."""
+    """Return the total size of the packed images."""
     return sum(file.stat().st_size for file in (prepared / "images").iterdir())
 
 
 def told_right(params: Params, form: Format) -> bool:
-    """Compare outputs and gradients of the network with plain PyTorch's in float64; say it."""
+    """Compare outputs and gradients of the network with PyTorch's in float64; print the error."""
     torch.manual_seed(0)
     plain = build(params["backbone"]["name"], 10).eval()
     ours = fuse(copy.deepcopy(plain), form).to(device())
@@ -158,12 +158,12 @@ def told_right(params: Params, form: Format) -> bool:
         off = max(off, float((one.cpu().double() - other).norm() / other.norm().clamp(min=1e-12)))
     right = off <= OFF[form]
     limit = "" if right else f", more than {OFF[form]:g}"
-    say(f"{form}: outputs and gradients are off by {off:.1g} of float64's{limit}")
+    say(f"{form}: outputs and gradients differ by {off:.1g} from float64's{limit}")
     return right
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Give a network's outputs, and all gradients of the sum of their squares as one."""
+    """Return a network's outputs, and all gradients of the sum of their squares as one tensor."""
     y = model(x)
     y.square().sum().backward()
     found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]

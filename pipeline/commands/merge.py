@@ -1,12 +1,12 @@
-"""Finish a merge: what the graph wrote is taken from either side and made anew from merged params.
+"""Finish a merge: take the files that the graph wrote from one side, and rerun the graph.
 
     git merge other                    # conflicts in dvc.lock and metrics
     edit params.yaml; git add params.yaml
     python -m pipeline merge           # the rest; then `git commit`
 
-dvc.lock and metrics belong to the params beside them, so that no merge of their lines is right.
-`dvc repro` takes what either side had already from the run cache (`dvc fetch --run-cache` brings
-another machine's) and runs the rest.
+dvc.lock and metrics are results of the params, so merging their lines is never right. `dvc repro`
+takes results of either side from the run cache (`dvc fetch --run-cache` fetches those of another
+machine) and runs the rest with the merged params.
 """
 
 import subprocess
@@ -31,7 +31,7 @@ class MergeError(PipelineError):
 def main() -> None:
     """Resolve, rerun and stage what the graph writes."""
     parser = parser_of("merge", __doc__ or "")
-    parser.add_argument("--no-repro", action="store_true", help="leave running the graph to you")
+    parser.add_argument("--no-repro", action="store_true", help="do not run the graph")
     options = parser.parse_args()
     with one_line_errors():
         conflicts = set(
@@ -39,7 +39,7 @@ def main() -> None:
         )
         if "dvc.yaml" in conflicts or _is_marked(Path("dvc.yaml")):
             raise MergeError("dvc.yaml is in conflict; resolve it, `git add` it, and start again")
-        # Before DVC reads anything: it can't where dvc.lock is in conflict.
+        # Before DVC reads anything: it can't if dvc.lock is in conflict.
         for file in sorted(conflicts & {LOCK}):
             _take(file)
         written = _written()
@@ -54,14 +54,14 @@ def main() -> None:
         if options.no_repro:
             return
         if subprocess.run([sys.executable, "-m", "dvc", "repro"], check=False).returncode:
-            raise MergeError("the graph didn't run to its end; start again, or run `dvc repro`")
+            raise MergeError("the graph did not finish; start again, or run `dvc repro`")
         here = [file for file in sorted(written | {LOCK}) if Path(file).exists()]
         git(HERE, "add", "--", *here)
-        say("the graph's outputs are those of the merged params; `git commit` ends the merge")
+        say("the graph's outputs match the merged params; run `git commit` to finish the merge")
 
 
 def _written() -> set[str]:
-    """Name what stages write into Git: metrics and plots."""
+    """Return the outputs of stages that Git tracks: metrics and plots."""
     from dvc.repo import Repo
 
     here = Path.cwd().resolve()
@@ -71,7 +71,7 @@ def _written() -> set[str]:
 
 
 def _take(file: str) -> None:
-    """Take this side of a file in conflict; the other's where this side has none."""
+    """Take this side of a file in conflict, or the other side if this one has none."""
     for side in ("--ours", "--theirs"):
         with suppress(RepositoryError):
             git(HERE, "checkout", side, "--", file)

@@ -1,8 +1,8 @@
-"""Params: what each key of params.yaml does, what it may be, and which stages rerun with it.
+"""Params: what each key of params.yaml does, its allowed values, and the stages that read it.
 
 python -m pipeline params                    # all of them
 python -m pipeline params stage2.lr flips    # these
-python -m pipeline params --check            # is every value one that its stages take?
+python -m pipeline params --check            # is every value allowed by its stages?
 python -m pipeline params --markdown         # docs/params.md
 """
 
@@ -27,16 +27,16 @@ PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false
 
 @dataclass(frozen=True)
 class Described:
-    """A param, for who sets it."""
+    """The description of a param."""
 
     key: str
-    value: Any  # that it has in params.yaml
+    value: Any  # in params.yaml
     allowed: str
-    about: str  # its comment there
+    about: str  # its comment in params.yaml
     stages: list[str]  # that read it
 
     def written(self) -> str:
-        """Write its value as YAML has it."""
+        """Return its value as written in YAML."""
         if isinstance(self.value, bool):
             return str(self.value).lower()
         if isinstance(self.value, list):
@@ -45,12 +45,12 @@ class Described:
 
 
 def described(file: Path) -> list[Described]:
-    """Describe all params in the order of the file, by the signatures that read them."""
+    """Describe all params in the order of the file, from the signatures that read them."""
     hints: dict[str, Any] = {}
     readers: dict[str, list[str]] = {}
     for name in STAGES:
         for param in stage_params(getattr(import_module(f"pipeline.{name}"), name)):
-            # The stage that a section belongs to checks it most narrowly.
+            # The stage that a section belongs to has the strictest limits.
             if not param.foreign or param.key not in hints:
                 hints[param.key] = param.hint
             readers.setdefault(param.key, []).append(name)
@@ -63,7 +63,7 @@ def described(file: Path) -> list[Described]:
 
 
 def check(file: Path) -> None:
-    """Check every param by the stages that read it, before DVC meets one that it can't take.
+    """Check every param against the signatures of its stages, before DVC reads invalid ones.
 
     Raises ParamError naming the first that is wrong.
     """
@@ -73,17 +73,17 @@ def check(file: Path) -> None:
     path = params["prepare"]["path"]
     if path.startswith("~"):
         raise ParamError(
-            f"params.yaml: prepare.path = {path!r}: write the folder out, {Path(path).expanduser()}"
+            f"params.yaml: prepare.path = {path!r}: write it in full, {Path(path).expanduser()}"
         )
 
 
 def _said(key: str, about: dict[str, str]) -> str:
-    """Give a key's comment; stage 2's keys are those of stage 1, where they are explained."""
+    """Return a key's comment; keys of stage 2 are explained at stage 1."""
     return about.get(key) or about.get(key.replace("stage2.", "stage1."), "")
 
 
 def comments(text: str) -> dict[str, str]:
-    """Read what the comments of a params.yaml say of its keys: behind them, and on lines below."""
+    """Return the comments on the keys of a params.yaml: on the same line, and on lines below."""
     found: dict[str, str] = {}
     section = key = ""
     for line in text.splitlines():
@@ -101,7 +101,7 @@ def comments(text: str) -> dict[str, str]:
 
 
 def allowed(hint: Any) -> str:
-    """Say in words what a type with its limits allows."""
+    """Describe the values that a type with its limits allows."""
     if get_origin(hint) is Annotated:
         kind, *marks = get_args(hint)
         limits = [limit for mark in marks for limit in _limits(mark)]
@@ -124,20 +124,20 @@ def _limits(mark: Any) -> Iterator[str]:
 
 
 def markdown(params: Iterable[Described]) -> str:
-    """Lay all params out as a page."""
+    """Return a page of all params."""
     lines = [
         "# Params",
         "",
         "Written by `python -m pipeline params --markdown` from the stages' signatures and the",
-        "comments in `params.yaml`. A changed param reruns the stages that read it and those after",
-        "them, and `report`, which shows all.",
+        "comments in `params.yaml`. A changed param reruns the stages that read it, the stages",
+        "after them, and `report`, which shows all params.",
     ]
     before = None
     for one in params:
         section = one.key.split(".")[0] if "." in one.key else "for several stages"
         if section != before:
             head = [
-                "| param | default | may be | what it does | read by |",
+                "| param | default | allowed values | what it does | read by |",
                 "|---|---|---|---|---|",
             ]
             lines += ["", f"## {section}", "", *head]
@@ -149,10 +149,10 @@ def markdown(params: Iterable[Described]) -> str:
 
 
 def main() -> None:
-    """Describe on the terminal."""
+    """Print the params on the terminal."""
     parser = parser_of("params", __doc__ or "")
-    parser.add_argument("keys", nargs="*", metavar="KEY", help="these, or a section; all if none")
-    parser.add_argument("--markdown", action="store_true", help="as a page")
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="keys or sections (default: all)")
+    parser.add_argument("--markdown", action="store_true", help="print a page in Markdown")
     parser.add_argument("--check", action="store_true", help="print only what is wrong")
     options = parser.parse_args()
     with one_line_errors():
@@ -171,7 +171,7 @@ def main() -> None:
             return
         for one in shown:
             say(f"{one.key}: {one.written()}")
-            for line in (one.about, f"may be: {one.allowed}", f"read by: {', '.join(one.stages)}"):
+            for line in (one.about, f"allowed: {one.allowed}", f"read by: {', '.join(one.stages)}"):
                 say(f"    {line}")
 
 

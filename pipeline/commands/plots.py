@@ -1,6 +1,6 @@
-"""Plots: write the page that `dvc plots` fills, with its script in it: charts need no network.
+"""Plots: write the page that `dvc plots` fills; it includes its script and needs no network.
 
-python -m pipeline plots .venv/plots.html      # `make install` does, and tells DVC of it
+python -m pipeline plots .venv/plots.html      # `make install` runs both commands
 dvc config --local plots.html_template ../.venv/plots.html
 """
 

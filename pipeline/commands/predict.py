@@ -2,14 +2,14 @@
 
     python -m pipeline predict a.jpg new/                  # files, and all files below a folder
     python -m pipeline predict new/ --top 3 --csv > new.csv
-    python -m pipeline predict new/ --page new.html        # the pictures with their labels
-    find new -name '*.jpg' | python -m pipeline predict -  # paths, a line each
+    python -m pipeline predict new/ --page new.html        # a page of the images with their labels
+    find new -name '*.jpg' | python -m pipeline predict -  # paths, one per line
     python -m pipeline predict - < a.jpg                   # or an image itself
 
-"Not sure" is said below the confidence above which the share `evaluate.sure_accuracy` of images is
-right, as far as validation images can promise that; where they can't, it is never said, and `sure`
-is null. Exit codes: 0 every file was classified, 1 some aren't images or couldn't be read, or an
-error, 2 a wrong command.
+Predictions below a confidence threshold are "not sure". Above it, the share
+`evaluate.sure_accuracy` is right, as far as the validation images can show; if they can't show it,
+there is no threshold, and `sure` is null. Exit codes: 0 every file was classified, 1 a file isn't
+an image or can't be read, or another error, 2 a wrong command.
 """
 
 import csv
@@ -43,24 +43,24 @@ from pipeline.stage_runtime.settings import threads
 TEMPLATE = Path(__file__).parent / "pages" / "predictions.html"
 NOT_SURE = "not sure"
 STDIN = "-"
-SIDE = 224  # pixels of a picture on a page
+SIDE = 224  # width of an image on a page, in pixels
 Model = classifier.Classifier | portable.Portable
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says of one image, the likeliest label first; or why it can't be read."""
+    """The prediction for one image, the likeliest label first; or why it can't be read."""
 
     file: str
     labels: list[str] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
-    sure: bool | None = None  # None: no confidence is promised to be right often enough
+    sure: bool | None = None  # None: the model has no threshold
     error: str = ""
-    pixels: Pixels | None = None  # what the model saw
-    beyond: float | None = None  # the share of values beyond the model's range, if it has one
+    pixels: Pixels | None = None  # the input of the model
+    beyond: float | None = None  # the share of values outside the model's range, if it has one
 
     def row(self) -> dict[str, Any]:
-        """Give what JSON and CSV say of it."""
+        """Return its JSON object, or its row of a CSV file."""
         if self.error:
             return {"file": self.file, "error": self.error}
         best = {"label": self.labels[0], "probability": self.probabilities[0], "sure": self.sure}
@@ -74,7 +74,7 @@ class Answer:
 
 
 def load(file: Path) -> Model:
-    """Read a final model, or what export made of it.
+    """Read a final model, or an export of it.
 
     Raises CheckpointError if the file is neither.
     """
@@ -116,9 +116,9 @@ def predict(model: Model, files: Sequence[Path], top: int = 1) -> Iterator[Answe
 
 
 def _refuse_others(file: Path) -> None:
-    """Refuse a file that is no picture, by what it is; a pipe or a device isn't opened."""
+    """Refuse a file that isn't an image, and name its kind; pipes and devices aren't opened."""
     if not file.is_file():
-        raise DataError(f"{file}: is no regular file, or a link to nothing; name a file")
+        raise DataError(f"{file}: not a regular file, or a dangling link; name a file")
     if suffix(file.name) not in SUFFIXES and (what := what_else(file)):
         raise DataError(f"{file}: {what}")
 
@@ -126,8 +126,8 @@ def _refuse_others(file: Path) -> None:
 def listed(names: Sequence[str], scratch: Path) -> list[Path]:
     """List the files that arguments name: files, folders, or `-` for standard input.
 
-    What lies below a folder is listed whatever it is, so that all of it is accounted for. An image
-    that comes in there is put into `scratch`. Raises DataError naming what isn't there.
+    All files below a folder are listed, whatever they are, so that each is accounted for. An image
+    on standard input is written to `scratch`. Raises DataError naming a file that is missing.
     """
     files: list[Path] = []
     for name in names:
@@ -150,7 +150,7 @@ def listed(names: Sequence[str], scratch: Path) -> list[Path]:
 def _from_stdin(content: bytes, scratch: Path) -> list[Path]:
     try:
         opened(io.BytesIO(content)).close()
-    except Exception:  # no image: paths
+    except Exception:  # not an image: paths
         lines = content.decode(errors="surrogateescape").splitlines()
         return listed([line for line in lines if line not in ("", STDIN)], scratch)
     file = scratch / "standard input"
@@ -162,11 +162,11 @@ def main() -> None:
     """Run from the command line."""
     parser = parser_of("predict", __doc__ or "")
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, a folder, or - for stdin")
-    parser.add_argument("--top", type=int, default=1, metavar="K", help="so many labels each")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="labels per image")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of a table")
     form.add_argument("--csv", action="store_true", help="print CSV instead of a table")
-    parser.add_argument("--page", type=Path, metavar="HTML", help="also write a page of pictures")
+    parser.add_argument("--page", type=Path, metavar="HTML", help="also write a page of the images")
     parser.add_argument(
         "--model",
         type=Path,
@@ -175,13 +175,13 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.top < 1:
-        parser.error("--top takes a number from 1 on")
+        parser.error("--top must be at least 1")
     with one_line_errors(), tempfile.TemporaryDirectory() as scratch:
         set_up_torch()
         files = listed(options.files, Path(scratch))
         model = load(options.model)
         found = predict(model, files, options.top)
-        # The pictures of a million images would fill the memory.
+        # The pixels of a million images would fill the memory.
         answers = list(found if options.page else (replace(one, pixels=None) for one in found))
         write = as_json if options.json else as_csv if options.csv else as_table
         write(answers, sys.stdout)
@@ -190,7 +190,7 @@ def main() -> None:
         if beyond := [one for one in answers if (one.beyond or 0) > CLIPPED]:
             low, high = model.network.tones.low, model.network.tones.high
             print(
-                f"note: of {len(beyond)} images more than {CLIPPED:.0%} of the values are beyond "
+                f"note: {len(beyond)} images have more than {CLIPPED:.0%} of their values outside "
                 f"{low:g} to {high:g}, the range of the training images ({beyond[0].file}, ...)",
                 file=sys.stderr,
             )
@@ -201,20 +201,20 @@ def main() -> None:
 
 
 def as_json(answers: Sequence[Answer], out: TextIO) -> None:
-    """Write a list of objects, one an image."""
+    """Write a list of objects, one per image."""
     text = json.dumps([answer.row() for answer in answers], indent=2, ensure_ascii=False)
     try:
         text.encode(out.encoding or "utf-8")
-    except UnicodeEncodeError:  # a file's name in no encoding, or a terminal without the letter
+    except UnicodeEncodeError:  # a file name in no encoding, or a terminal without the character
         text = json.dumps([answer.row() for answer in answers], indent=2)
     out.write(f"{text}\n")
 
 
 def as_csv(answers: Sequence[Answer], out: TextIO) -> None:
-    """Write a line an image, no cell of which a spreadsheet takes for a formula."""
+    """Write one row per image, without cells that a spreadsheet takes for a formula."""
     rows = [answer.row() for answer in answers]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    # Without quotes around it, a carriage return in a name would begin a line, and so a cell.
+    # Without quotes, a carriage return in a name would start a new line, and thus a new cell.
     odd = any("\r" in str(value) for row in rows for value in row.values())
     writer = csv.DictWriter(
         out, columns, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL
@@ -226,7 +226,7 @@ def as_csv(answers: Sequence[Answer], out: TextIO) -> None:
 
 
 def as_table(answers: Sequence[Answer], out: TextIO) -> None:
-    """Write columns, whole however long a path is."""
+    """Write aligned columns; long paths are not shortened."""
     cells = [("file", "label", "probability")]
     for answer in answers:
         if answer.error:
@@ -241,7 +241,7 @@ def as_table(answers: Sequence[Answer], out: TextIO) -> None:
 
 
 def page(answers: Sequence[Answer]) -> str:
-    """Lay the pictures out with their labels, as one page that needs no other file."""
+    """Return one self-contained page of the images with their labels."""
     unsure = sum(answer.sure is False for answer in answers)
     failed = sum(bool(answer.error) for answer in answers)
     counts = f"{len(answers)} images, {unsure} not sure, {failed} not readable"

@@ -1,4 +1,4 @@
-"""What Git and DVC hold of a project, for commands that look at it or change it."""
+"""Access to a project's Git repository and dvc.lock, for the commands."""
 
 import subprocess
 from pathlib import Path
@@ -9,13 +9,13 @@ from pipeline.stage_runtime.schema import flat
 
 
 class RepositoryError(PipelineError):
-    """Git refuses a command."""
+    """A Git command failed."""
 
 
 def git(folder: Path, *words: str) -> str:
-    """Run a command of Git in a folder; gives what it prints, without the last line's end.
+    """Run a Git command in a folder; return its output, without the last newline.
 
-    Raises RepositoryError with what Git says, OSError where there is no Git.
+    Raises RepositoryError with Git's message, OSError if Git is missing.
     """
     done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -24,7 +24,7 @@ def git(folder: Path, *words: str) -> str:
 
 
 def params_run_with(lock: dict[str, Any]) -> dict[str, Any]:
-    """Gather the params by which the stages of a dvc.lock were run, under dotted keys."""
+    """Return the params that the stages of a dvc.lock were run with, by dotted keys."""
     params: dict[str, Any] = {}
     for stage in lock.get("stages", {}).values():
         params |= dict(flat(stage.get("params", {}).get("params.yaml", {})))

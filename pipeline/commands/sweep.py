@@ -1,13 +1,13 @@
-"""Run the graph for many params: every combination of values, as DVC's experiments.
+"""Run the graph for every combination of the given param values, as DVC experiments.
 
     python -m pipeline sweep -S seed=0,1,2
     python -m pipeline sweep -S stage2.lr=1e-5,5e-5 -S 'stage1.unfreeze=[],[conv_head]' --jobs 2
     python -m pipeline sweep -S backbone.name=torchvision/resnet18,torchvision/resnet50 --to probe
 
-Runs start from the last commit, each worker in a clone of its own below the cache folder, with
-DVC's cache shared: what params don't change is computed once. Started again, it goes on: what has
-ended isn't run again, and a run that was killed resumes. `python -m pipeline compare --experiments`
-puts the results side by side, `dvc exp apply NAME` brings one here.
+Runs start from the last commit, each worker in its own clone below the cache folder. The clones
+share DVC's cache, so results that don't depend on the changed params are computed once. If a sweep
+is killed, start it again: finished runs are not repeated, and killed runs resume. `python -m
+pipeline compare --experiments` compares the results, `dvc exp apply NAME` applies one of them here.
 """
 
 import itertools
@@ -36,12 +36,12 @@ from pipeline.stage_runtime.schema import flat, load_yaml
 from pipeline.stage_runtime.settings import cache_folder, threads
 
 LONGEST_NAME = 60
-LINKS = "reflink,hardlink,symlink,copy"  # from DVC's cache, the cheapest that the disk knows
-RECOVER = "the same command goes on where it was"
+LINKS = "reflink,hardlink,symlink,copy"  # to DVC's cache, the cheapest that the disk supports
+RECOVER = "run the same command to resume"
 
 
 class SweepError(PipelineError):
-    """A sweep can't begin, or runs of it failed."""
+    """A sweep can't start, or some of its runs failed."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Planned:
 def planned(settings: Sequence[str], known: Sequence[str], to: str = "") -> list[Planned]:
     """Combine all values of all settings, each KEY=VALUE,VALUE,... with a known key.
 
-    Raises ParamError for a setting of another form, or a key that isn't in params.yaml.
+    Raises ParamError for any other setting, or for a key that isn't in params.yaml.
     """
     choices = []
     for setting in settings:
@@ -73,7 +73,7 @@ def planned(settings: Sequence[str], known: Sequence[str], to: str = "") -> list
 
 
 def _values(text: str) -> list[str]:
-    """Part values at the commas that are in no brackets or quotes."""
+    """Split values at commas outside brackets and quotes."""
     found, depth, quote = [""], 0, ""
     for char in text:
         if quote:
@@ -89,7 +89,7 @@ def _values(text: str) -> list[str]:
 
 
 def _name(settings: Sequence[str], to: str) -> str:
-    """Name an experiment after its settings, as Git allows names."""
+    """Return an experiment's name, from its settings, that Git allows."""
     parts = []
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -99,12 +99,12 @@ def _name(settings: Sequence[str], to: str) -> str:
     name = re.sub(r"\.\.+|\.lock$", "-", name)
     if name == whole and len(name) <= LONGEST_NAME:
         return name
-    # Other values may give the same name.
+    # Other values may result in the same name.
     return f"{name[:LONGEST_NAME]}-{sha256(' '.join(settings).encode()).hexdigest()[:6]}"
 
 
 class Sweep:
-    """The repository that runs start from, and the clones that they run in."""
+    """The repository that runs start from, and the clones in which they run."""
 
     def __init__(self, to: str) -> None:
         try:
@@ -121,23 +121,23 @@ class Sweep:
         if changed := git(Path(), "status", "--porcelain", "--untracked-files=no", "."):
             first = changed.splitlines()[0][3:]
             raise SweepError(
-                f"{first} isn't committed, and runs start from the last commit; commit"
+                f"{first} is not committed, and runs start from the last commit; commit it first"
             )
 
     def done(self) -> set[str]:
-        """Name the experiments that the last commit has."""
+        """Return the names of the experiments on the last commit."""
         refs = git(self.root, "for-each-ref", "--format=%(refname)", _refs_of(self.commit))
         return {ref.rpartition("/")[2] for ref in refs.splitlines()}
 
     def clone(self, number: int) -> Path:
-        """Make a clone of the last commit for a worker; gives the project's folder there."""
+        """Make a clone of the last commit for a worker; return the project's folder in it."""
         clone = self.folder / str(number)
-        shutil.rmtree(clone, ignore_errors=True)  # a killed one's locks would stay
+        shutil.rmtree(clone, ignore_errors=True)  # a killed run's locks would stay
         git(self.root, "clone", "--quiet", "--shared", "--no-checkout", str(self.root), str(clone))
         git(clone, "checkout", "--quiet", "--detach", self.commit)
         project, here = clone / self.below, self.root / self.below
-        # By hand and by a link: DVC can't write a path with an umlaut into its configuration.
-        of_dvc = Path(_dvc(here, "root").strip())  # from here: the root's, or the project's own
+        # With a link, as DVC can't write a path with an umlaut to its configuration.
+        of_dvc = Path(_dvc(here, "root").strip())  # of the repository, or of the project itself
         local = here / of_dvc / ".dvc" / "config.local"
         settings = local.read_text("utf-8") if local.is_file() else ""
         if "[cache]" not in settings:
@@ -145,14 +145,14 @@ class Sweep:
         (project / of_dvc / ".dvc" / "config.local").write_text(settings, "utf-8")
         cache = (here / _dvc(here, "cache", "dir").strip()).resolve()
         (project / of_dvc / ".dvc" / "cache").symlink_to(cache)
-        # What `dvc add` put under DVC's care; the stages' outputs come as they are needed.
+        # Files tracked by `dvc add`; outputs of stages are checked out when needed.
         added = git(clone, "ls-files", "*.dvc").splitlines()
         if added:
             _dvc(clone, "checkout", "--quiet", *added)
         return project
 
     def run(self, one: Planned, project: Path) -> str:
-        """Run an experiment in a clone and fetch it from there; gives what went wrong, if so."""
+        """Run an experiment in a clone and fetch it from there; return the error, if any."""
         clone = self.folder / project.relative_to(self.folder).parts[0]
         git(clone, "reset", "--quiet", "--hard", self.commit)
         words = [word for setting in one.settings for word in ("-S", setting)]
@@ -165,8 +165,8 @@ class Sweep:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,
-                start_new_session=True,  # a Ctrl-C is passed on, once
-                preexec_fn=dying_with_us(),  # noqa: PLW1509, no thread of ours locks
+                start_new_session=True,  # a Ctrl-C is forwarded, once
+                preexec_fn=dying_with_us(),  # noqa: PLW1509, no thread here holds a lock
             )
             self.running[one.name] = process
             code = process.wait()
@@ -176,7 +176,7 @@ class Sweep:
         if code or not ours:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             errors = [line for line in lines if line.lower().startswith("error")]
-            said = (errors or lines or ["it said nothing"])[0]
+            said = (errors or lines or ["no output"])[0]
             return f"{' '.join(said.split())[:200]} ({log})"
         git(self.root, "fetch", "--quiet", str(clone), f"{ours[0]}:{ours[0]}")
         log.unlink()
@@ -184,7 +184,7 @@ class Sweep:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Give what runs see: this Python, one cache for what can be computed again."""
+        """Return the environment of runs: this Python, and one cache folder for all."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         return {
             **{k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
@@ -194,7 +194,7 @@ class Sweep:
         }
 
     def stop(self) -> None:
-        """End all runs; what they have done is kept."""
+        """End all runs; their resume states are kept."""
         self.stopped.set()
         for process in list(self.running.values()):
             interrupt(process)
@@ -214,7 +214,7 @@ def _dvc(folder: Path, *words: str) -> str:
 
 
 def _refs_of(commit: str) -> str:
-    """Give where DVC keeps the experiments on a commit."""
+    """Return the prefix of DVC's Git refs for the experiments on a commit."""
     return f"refs/exps/{commit[:2]}/{commit[2:]}"
 
 
@@ -227,13 +227,13 @@ def main() -> None:
         action="append",
         required=True,
         metavar="KEY=VALUES",
-        help="a param and its values, parted by commas; several give every combination",
+        help="a param and its values, separated by commas; repeat it for all combinations",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--to", default="", metavar="STAGE", help="run the graph up to this stage")
     options = parser.parse_args()
     if options.jobs < 1:
-        parser.error("--jobs takes a number from 1 on")
+        parser.error("--jobs must be at least 1")
     with one_line_errors(f"interrupted; {RECOVER}"):
         params = load_yaml(Path("params.yaml").read_text("utf-8"))
         runs = planned(options.settings, list(dict(flat(params))), options.to)
@@ -243,17 +243,17 @@ def main() -> None:
             with FileLock(sweep.folder / ".lock", timeout=0):
                 _all(sweep, runs, options.jobs)
         except Timeout:
-            raise SweepError(f"another sweep runs in {sweep.folder}; wait for it") from None
+            raise SweepError(f"another sweep is running in {sweep.folder}; wait for it") from None
 
 
 def _all(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> None:
-    """Run what hasn't ended, some at a time, and say how each ended."""
+    """Run what isn't finished, some at a time, and print the result of each."""
     done = sweep.done()
     left = [run for run in runs if run.name not in done]
     jobs = min(jobs, len(left)) or 1
     sweep.threads = max(1, threads() // jobs)
     each = f", {sweep.threads} threads each" if jobs > 1 else ""
-    say(f"{len(runs)} runs, {len(runs) - len(left)} of them done before; {jobs} at a time{each}")
+    say(f"{len(runs)} runs, {len(runs) - len(left)} already finished; {jobs} at a time{each}")
     failed, start = [], time.perf_counter()
     for i, (run, wrong) in enumerate(
         track(_ended(sweep, left, jobs), len(left), "runs", summary=False), 1
@@ -264,18 +264,18 @@ def _all(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> None:
         failed += [run.name] if wrong else []
     if failed:
         raise SweepError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed[:5])}")
-    say("python -m pipeline compare --experiments puts them side by side")
+    say("run `python -m pipeline compare --experiments` to compare them")
 
 
 def _ended(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> Iterator[tuple[Planned, str]]:
-    """Run in `jobs` clones at a time; yields each run as it ends, with what went wrong."""
+    """Run in `jobs` clones at a time; yield each run as it ends, with its error."""
     free: SimpleQueue[Path] = SimpleQueue()
     for number in range(jobs if runs else 0):
         free.put(sweep.clone(number))
 
     def work(run: Planned) -> str:
         if sweep.stopped.is_set():
-            return "not begun"
+            return "not started"
         project = free.get()
         try:
             return sweep.run(run, project)

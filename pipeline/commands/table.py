@@ -1,12 +1,12 @@
-"""Tables of words on the terminal."""
+"""Tables on the terminal."""
 
 from collections.abc import Collection, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Align rows of equally many words in columns, to the left but for those numbered in `right`.
+    """Align rows of cells in columns; columns numbered in `right` are right-aligned.
 
-    Words stay whole, however long they are.
+    Cells are never shortened.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     signs = [">" if column in right else "<" for column in range(len(widths))]
