@@ -550,7 +550,7 @@ def complete(file: Path) -> None:
             "w.safetensors: not weights of this network: 1 tensors of another shape (such as "
             "conv_stem.weight); choose another file",
         ),
-        (of_another_shape, "w.pth", "a head of contradictory shapes (such as classifier.weight)"),
+        (of_another_shape, "w.pth", "a head of inconsistent shapes (such as classifier.weight)"),
         (truncated, "w.pth", "w.pth: can't be read as weights ("),
         (truncated, "w.safetensors", "w.safetensors: can't be read as weights ("),
         (with_code, "w.pth", "w.pth: holds objects besides tensors ("),
@@ -575,7 +575,7 @@ def test_the_code_in_that_pickle_would_have_run(tmp_path):
 @pytest.mark.parametrize(
     ("error", "sha256", "line"),
     [
-        (ParamError, "", "backbone.sha256 is empty; set it to {digest}, so that another file is"),
+        (ParamError, "", "backbone.sha256 is empty; set it to {digest}, so that a changed file"),
         (WeightsError, "0" * 64, "w.pth: its SHA-256 is {digest}, backbone.sha256 says 0000"),
     ],
 )
@@ -603,13 +603,13 @@ def test_the_packaged_weights_are_held_by_their_hash_too(finished, tmp_path):
             ParamError,
             TINY,
             "imagenet",
-            f"backbone.weights = 'imagenet': for {TINY} give a file of weights, or none",
+            f"backbone.weights = 'imagenet': for {TINY}, give a weight file or none",
         ),
         (
             ParamError,
             "torchvision/resnet18",
             "IMAGENET1K_V9",
-            "backbone.weights = 'IMAGENET1K_V9': not of torchvision/resnet18; "
+            "backbone.weights = 'IMAGENET1K_V9': no weights of torchvision/resnet18; "
             "did you mean IMAGENET1K_V1",
         ),
     ],
@@ -852,8 +852,8 @@ def final_model(finished: Path) -> Path:
     [
         (lambda f: f / "gone.safetensors", "gone.safetensors: no such file; run `dvc repro` or"),
         (lambda f: paths(f)["evaluate"]["final"], "models/final: "),
-        (lambda f: paths(f)["stage2"]["stage1"], "no final model; take models/final/model.safet"),
-        (lambda f: paths(f)["stage1"]["probe"], "no final model; take models/final/model.safet"),
+        (lambda f: paths(f)["stage2"]["stage1"], "not a final model; use models/final/model.safet"),
+        (lambda f: paths(f)["stage1"]["probe"], "not a final model; use models/final/model.safet"),
         (lambda f: f / "photos/class0/000.png", "000.png: damaged ("),
     ],
     ids=["missing", "a folder", "stage 1", "probe", "an image"],

@@ -119,7 +119,9 @@ def test_each_process_has_a_gpu_of_its_own_or_there_are_too_few(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", str(place))
         assert devices.device() == torch.device("cuda", place)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(SettingError, match=r"more processes than GPUs here \(2\); start one a GPU"):
+    with pytest.raises(
+        SettingError, match=r"more processes than GPUs here \(2\); start one per GPU"
+    ):
         devices.device()
     monkeypatch.setenv("PIPELINE_DEVICE", "cpu")
     assert devices.device() == torch.device("cpu")

@@ -249,7 +249,7 @@ def test_a_network_that_runs_at_another_size_is_told_to_fail_by_its_size():
     said = r"can't take images of 96 px \(shape '\[2, 3\]' is invalid\); choose a convolutional"
     with pytest.raises(ParamError, match=said):
         trace(model)
-    with pytest.raises(ParamError, match=r"can't take images of 100 px .*; 384 px would do"):
+    with pytest.raises(ParamError, match=r"can't take images of 100 px .*; 384 px works"):
         trace(model, 100)
 
 
@@ -266,7 +266,10 @@ def test_a_network_takes_another_size_or_says_that_it_can_t():
 @pytest.mark.parametrize("kind", [RuntimeError, IndexError, TypeError])
 def test_a_network_that_fails_at_every_size_names_what_failed(kind):
     cause = kind("no kernel\n" + 200 * "x")
-    line = rf"Failing fails while it runs, at .* \({kind.__name__}: no kernel x+\); set PIPELINE_D"
+    line = (
+        rf"Failing fails in its forward pass at .* \({kind.__name__}: no kernel x+\); "
+        "set PIPELINE_DEBUG=1"
+    )
     with pytest.raises(NetworkError, match=line) as caught:
         trace(Failing([], cause))
     assert len(str(caught.value)) < 250

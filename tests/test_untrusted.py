@@ -226,13 +226,13 @@ Spoil = Callable[[dict[str, Any]], object]
 @pytest.mark.parametrize(
     ("name", "read", "spoil", "line"),
     [
-        ("stage1", load, lambda m: m.update(backbone=3), "don't fit together (TypeError"),
+        ("stage1", load, lambda m: m.update(backbone=3), "are inconsistent (TypeError"),
         ("stage1", load, lambda m: m["backbone"].pop("mean"), "(KeyError: 'mean')"),
         ("stage1", load, lambda m: m.update(precision="fp8"), "(KeyError: 'fp8')"),
         ("stage1", load, lambda m: m.pop("classes"), "holds no network (no 'classes')"),
         ("final", classifier.load, lambda m: m.pop("viewing"), "(KeyError: 'viewing')"),
-        ("final", classifier.load, lambda m: m.update(n_outputs=-3), "don't fit together"),
-        ("probe", read_probes, lambda m: m.update(winner=[]), "don't fit together"),
+        ("final", classifier.load, lambda m: m.update(n_outputs=-3), "metadata are inconsistent"),
+        ("probe", read_probes, lambda m: m.update(winner=[]), "metadata are inconsistent"),
         ("probe", read_probes, lambda m: m.pop("linear"), "holds no probes"),
     ],
 )

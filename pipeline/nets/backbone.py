@@ -1,4 +1,4 @@
-"""Networks by name, without or with pretrained weights, and the facts that belong to them."""
+"""Build networks by name, with or without pretrained weights, and record their origin."""
 
 import warnings
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from pipeline.stage_runtime.files import hash_of
 
 zoo = torchvision.models
 
-SOURCE_CLASSES = 1000  # every packaged and torchvision weight file here is ImageNet's
+SOURCE_CLASSES = 1000  # all packaged and torchvision weights are for ImageNet
 PACKAGED = "timm/tf_efficientnet_lite0"
 # Networks of torchvision whose weights came from TensorFlow, and expect pixels from -1 to 1.
 OF_TENSORFLOW = ("googlenet", "inception_v3")
@@ -34,14 +34,14 @@ OF_TENSORFLOW = ("googlenet", "inception_v3")
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network and its pretrained weights: what every artifact made with them remembers."""
+    """A network and its pretrained weights, as recorded in every artifact made with them."""
 
     name: str  # timm/NAME or torchvision/NAME
     weights: str  # imagenet, an enum of torchvision, a file, or none
     sha256: str  # of the weight file; empty for none
     mean: tuple[float, ...]  # of an RGB pixel in 0..1, as the weights expect it
     std: tuple[float, ...]
-    seed: int  # from which the weights are drawn where there are none to load
+    seed: int  # of random weights, if no weights are loaded
 
 
 def build(name: str, n_classes: int) -> nn.Module:
@@ -63,18 +63,18 @@ def build(name: str, n_classes: int) -> nn.Module:
 
 
 def _of_torchvision(name: str) -> nn.Module:
-    # Side heads are for training from scratch. What `transform_input` computes is the normalisation
-    # of OF_TENSORFLOW.
+    # Auxiliary heads are for training from scratch. `transform_input` computes the normalisation of
+    # OF_TENSORFLOW.
     own = {"transform_input": False, "aux_logits": False, "init_weights": True}
     model: nn.Module = zoo.get_model(name, weights=None, **(own if name in OF_TENSORFLOW else {}))
     if isinstance(model, zoo.MNASNet):
-        # Its own reader wants a version beside the tensors, which safetensors don't keep.
+        # Its own loader needs a version next to the tensors, which safetensors doesn't store.
         model._load_from_state_dict = partial(nn.Module._load_from_state_dict, model)
     return model
 
 
 def set_head(model: nn.Module, n_classes: int) -> None:
-    """Replace the head by a new linear layer of `n_classes`."""
+    """Replace the head with a new linear layer of `n_classes`."""
     weight_files.resize_head(model, head_name(model), n_classes)
 
 
@@ -84,15 +84,15 @@ def _made(name: str, model_name: str, known: list[str], make: Callable[[], nn.Mo
         hint = suggest(name, [f"{library}/{k}" for k in known])
         raise ParamError(f"backbone.name = {name!r}: no such network; {hint}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of initialisations that change in future versions
+        warnings.simplefilter("ignore")  # about initialisations that change in future versions
         model: nn.Module = make()
     if getattr(model, "aux_logits", False):
-        raise ParamError(f"backbone.name = {name!r}: has side heads, which aren't supported")
+        raise ParamError(f"backbone.name = {name!r}: has auxiliary heads, which aren't supported")
     return model
 
 
 def head_name(model: nn.Module) -> str:
-    """Name the linear layer whose output are the logits: the last one of the network.
+    """Return the name of the head: the last linear layer, whose outputs are the logits.
 
     Raises ParamError if there is none.
     """
@@ -111,12 +111,12 @@ def pretrained(
 ) -> tuple[nn.Module, Backbone]:
     """Build a network with its pretrained weights and its head for the source's classes.
 
-    With `weights: none` the weights are drawn from the seed, the same each time. A file may also be
-    what an earlier run wrote (models/final, stage1 or stage2): its classes are then the source's.
-    `tell` gets a line for each thing in the file that isn't taken as it is.
+    With `weights: none` the weights are drawn from the seed. A weight file may also be the output
+    of an earlier run (models/final, stage1 or stage2); its classes are then the source's classes.
+    `tell` is called with a line for each change that was made to the file's tensors.
 
-    Raises ParamError for unknown weights, WeightsError if their file is missing, isn't the one
-    `sha256` names (a full hash, or empty for weights that are pinned by name), or doesn't fit.
+    Raises ParamError for unknown weights. Raises WeightsError if the weight file is missing, has
+    another hash than `sha256` (empty for weights that are pinned by name) or doesn't fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -132,13 +132,11 @@ def pretrained(
         enum = _enum(name, weights)
         file = _downloaded(enum)
     else:
-        raise ParamError(
-            f"backbone.weights = {weights!r}: for {name} give a file of weights, or none"
-        )
+        raise ParamError(f"backbone.weights = {weights!r}: for {name}, give a weight file or none")
     digest = hash_of(file)
     if _is_file(weights) and not sha256:
         raise ParamError(
-            f"backbone.sha256 is empty; set it to {digest}, so that another file is noticed"
+            f"backbone.sha256 is empty; set it to {digest}, so that a changed file is detected"
         )
     if sha256 and sha256 != digest:
         raise WeightsError(f"{file}: its SHA-256 is {digest}, backbone.sha256 says {sha256}")
@@ -148,7 +146,7 @@ def pretrained(
             raise WeightsError(f"{file}: weights of {earlier.name}; set backbone.name to that")
         mean_std = earlier.mean, earlier.std
     if weights == "imagenet" and name == PACKAGED:
-        # The package names its tensors otherwise, in the same order.
+        # The package has other names for the same tensors, in the same order.
         [state] = states
         state.tensors = dict(zip(model.state_dict(), state.tensors.values(), strict=True))
     for remark in weight_files.load(model, head_name(model), file, states):
@@ -157,7 +155,7 @@ def pretrained(
 
 
 def rebuild(backbone: Backbone) -> nn.Module:
-    """Build the pretrained network that an artifact was made with once more."""
+    """Rebuild the pretrained network that an artifact was made with."""
     model, _ = pretrained(backbone.name, backbone.weights, backbone.sha256, backbone.seed)
     return model
 
@@ -187,7 +185,7 @@ def _packaged_file() -> Path:
 
 
 def _is_file(weights: str) -> bool:
-    """Tell a file from a word such as imagenet, or an enum: those have no dot and no folder."""
+    """Return whether `weights` is a file: words and enum members have no dot and no slash."""
     return "." in weights or "/" in weights or "\\" in weights
 
 
@@ -200,17 +198,17 @@ def _own_file(weights: str) -> Path:
     if not file.exists():
         raise WeightsError(f"backbone.weights: no file {weights}; put it there")
     if not file.is_file():
-        raise WeightsError(f"backbone.weights: {weights} is no regular file; name one")
+        raise WeightsError(f"backbone.weights: {weights} is not a regular file; name one")
     return file
 
 
 def _enum(name: str, weights: str) -> Any:
     choices = zoo.get_model_weights(name.removeprefix("torchvision/"))
-    # V1 by default: the codes of later recipes are not always better ones (vision issue 8382).
+    # V1 by default: the codes of later recipes are not always better (torchvision issue 8382).
     wanted = "IMAGENET1K_V1" if weights == "imagenet" else weights
     if wanted not in choices.__members__:
         hint = suggest(wanted, ["imagenet", "none", *choices.__members__])
-        raise ParamError(f"backbone.weights = {weights!r}: not of {name}; {hint}")
+        raise ParamError(f"backbone.weights = {weights!r}: no weights of {name}; {hint}")
     return choices[wanted]
 
 
@@ -229,7 +227,7 @@ def _downloaded(enum: Any) -> Path:
 
 
 def _earlier_run(file: Path) -> Backbone | None:
-    """Take the backbone from what an earlier run wrote; None for any other file of weights."""
+    """Return the backbone of an earlier run's checkpoint; None for any other weight file."""
     try:
         _, meta = checkpoint.read(file)
     except CheckpointError:
@@ -238,6 +236,6 @@ def _earlier_run(file: Path) -> Backbone | None:
 
 
 def backbone_of(meta: dict[str, Any]) -> Backbone:
-    """Take the backbone from a checkpoint's metadata."""
+    """Return the backbone in a checkpoint's metadata."""
     facts = meta["backbone"]
     return Backbone(**{**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])})

@@ -1,4 +1,4 @@
-"""Images through a network that isn't trained, in batches of one size."""
+"""Run images through a network in inference mode, in batches of one size."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,21 +13,21 @@ from pipeline.nets.network import Network
 from pipeline.stage_runtime.distributed import Arrays, all_gather_batches
 from pipeline.stage_runtime.files import Rowwise
 
-# The size of a batch may change an image's last bits, its place in the batch doesn't: so one size.
+# One size, as the batch size may change the last bits of an output; the place in a batch doesn't.
 EVAL_BATCH, ON_A_GPU = 32, 256
 
 
 def eval_batch() -> int:
-    """Give how many images go through a network at once where nothing trains."""
+    """Return the batch size for inference."""
     return EVAL_BATCH if device().type == "cpu" else ON_A_GPU
 
 
 def in_batches(
     n: int, compute: Callable[[NDArray[np.int64]], Arrays], first: int = 0
 ) -> Iterator[Arrays]:
-    """Compute a function of rows for rows `first` to n - 1, in batches of one size.
+    """Yield a function's outputs for rows `first` to n - 1, in batches of one size.
 
-    The last repeats row n - 1 to be full; what comes of that is left out. Processes that share the
+    The last batch is filled up with row n - 1; the extra outputs are dropped. The processes of a
     stage share the batches.
     """
     size = eval_batch()
@@ -46,7 +46,7 @@ def run_in_batches(
 ) -> Iterator[Arrays]:
     """Run a function on images (N, H, W[, 3]) from the `first` on, in inference mode.
 
-    Yields its float32 outputs a batch. It gets them where the network is.
+    The images are on the network's device. Yields the function's float32 outputs for each batch.
     """
     feed = DeviceImages(images, network.device)
 

@@ -1,4 +1,4 @@
-"""What a network is made of, seen by running it once: its chain of blocks, and their names."""
+"""The structure of a network, found by running it once: its chain of blocks, and their names."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +21,12 @@ from pipeline.stage_runtime.errors import (
 )
 
 TRACE_SIZE = 96  # pixels; enough for five halvings
-USUAL_SIZES = (224, 256, 299, 336, 384, 448, 512)  # that networks of one size are made for
+USUAL_SIZES = (224, 256, 299, 336, 384, 448, 512)  # of networks with a fixed input size
 
 
 @dataclass
 class Call:
-    """One call of a module while the network ran, by order of its start and of its end."""
+    """One call of a module in a forward pass, with the order of its start and of its end."""
 
     name: str
     start: int
@@ -35,10 +35,10 @@ class Call:
 
 
 def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
-    """Run a network once on zeros and list the calls of its modules, in order of their start.
+    """Run a network once on zeros and return the calls of its modules, in order of their start.
 
-    Raises ParamError for a network that doesn't take images of this size but of another one, and
-    NetworkError for one that fails at every usual size.
+    Raises ParamError if the network fails at this size but runs at another one, and NetworkError if
+    it fails at every usual size.
     """
     calls: list[Call] = []
     open_calls: list[Call] = []
@@ -66,7 +66,7 @@ def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
             _run(model, size)
     except Exception as error:
         if isinstance(error, PipelineError) or is_out_of_memory(error):
-            raise  # says itself what it is
+            raise  # its message is clear
         raise _named(model, size, error) from error
     finally:
         for handle in handles:
@@ -76,7 +76,7 @@ def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a network in eval mode for a while, and its modules as they were after it."""
+    """Put a network into eval mode, and restore the modes of its modules afterwards."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -99,24 +99,24 @@ def _named(model: nn.Module, size: int, error: Exception) -> PipelineError:
             continue
         try:
             _run(model, other)
-        except Exception:  # noqa: S112  # nor at that one
+        except Exception:  # noqa: S112  # it fails at this size too
             continue
-        remedy = "choose a convolutional network" if size == TRACE_SIZE else f"{other} px would do"
+        remedy = "choose a convolutional network" if size == TRACE_SIZE else f"{other} px works"
         return ParamError(
             f"backbone.name: {name} can't take images of {size} px ({said}); {remedy}"
         )
     said = f"{type(error).__name__}: {said}"
     return NetworkError(
-        f"{name} fails while it runs, at images of any usual size ({said}); set "
+        f"{name} fails in its forward pass at every usual image size ({said}); set "
         "PIPELINE_DEBUG=1 to see where"
     )
 
 
 def chain(model: nn.Module) -> list[str]:
-    """List the network's blocks in the order they run, from the stem to the head.
+    """Return the network's blocks in running order, from the stem to the head.
 
-    These are its direct children; a child that holds several stages (three or more sizes of
-    feature maps among its own children) is replaced by them.
+    These are its direct children. A child with several stages (its own children have three or more
+    sizes of feature maps) is replaced by its children.
     """
     calls = trace(model)
     names: list[str] = []
@@ -130,15 +130,15 @@ def chain(model: nn.Module) -> list[str]:
 def layer_groups(model: nn.Module) -> list[list[str]]:
     """Group the chain for layer decay, from the stem to the head.
 
-    Only what has parameters counts. What has no convolution or linear layer of its own, such as a
-    BatchNorm, belongs to the block that it follows.
+    Only blocks with parameters count. A block without a convolution or linear layer, such as a
+    BatchNorm, belongs to the block before it.
     """
     groups: list[list[str]] = []
     for name in chain(model):
         sides = [p.shape for p in model.get_submodule(name).parameters()]
         if not sides:
             continue
-        # A normalisation or a PReLU has a number a channel, a layer's weights lie in two or more
+        # A normalisation or a PReLU has one number per channel; a layer's weights have two or more
         # dimensions.
         is_layer = any(sum(side > 1 for side in shape) > 1 for shape in sides)
         if is_layer or not groups:
@@ -149,7 +149,7 @@ def layer_groups(model: nn.Module) -> list[list[str]]:
 
 
 def _directly_in(calls: Sequence[Call], outer: Call | None) -> list[Call]:
-    """List the calls made within a call (None: within the network) and within no call between."""
+    """Return the calls made directly within a call (None: within the network)."""
     within = [c for c in calls if outer is None or outer.start < c.start < outer.end]
     direct: list[Call] = []
     for call in within:
@@ -159,11 +159,11 @@ def _directly_in(calls: Sequence[Call], outer: Call | None) -> list[Call]:
 
 
 def depths(model: nn.Module, most: int = 8) -> list[str]:
-    """Choose the blocks whose pooled output is worth a probe: spread evenly, at most `most`.
+    """Choose at most `most` evenly spread blocks of the chain, whose pooled outputs become codes.
 
-    Of the chain, those that hold convolutions and give feature maps (B, D, H, W) of at most a
-    quarter of the image's side, without lone layers where there are real blocks; the last codes,
-    the head's input, come on top. Larger maps say little, and take longest to pool.
+    A block must contain convolutions and return feature maps (B, D, H, W) of at most a quarter of
+    the image's side. Single layers are chosen only if there are no other blocks. Larger maps carry
+    little information and take longest to pool. The last codes (the head's input) are not listed.
     """
     maps = _with_maps(model)
     blocks = [
@@ -178,7 +178,7 @@ def depths(model: nn.Module, most: int = 8) -> list[str]:
 
 
 def last_maps(model: nn.Module) -> str:
-    """Name the block that gives the last feature maps, before they are pooled."""
+    """Return the name of the block that returns the last feature maps, before pooling."""
     return _with_maps(model)[-1]
 
 
@@ -192,9 +192,9 @@ def _with_maps(model: nn.Module) -> list[str]:
 
 
 def match(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
-    """List the modules that names or shell patterns select, without those inside another one.
+    """Return the modules that names or shell patterns select, except those inside another one.
 
-    Raises ParamError naming the pattern that selects nothing, and near names.
+    Raises ParamError if a pattern selects nothing, with similar names.
     """
     names = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
@@ -208,11 +208,11 @@ def match(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
 
 
 def is_inside(name: str, module: str) -> bool:
-    """Tell whether `name` is a module or tensor inside `module`, or that module itself."""
+    """Return whether `name` is a module or tensor inside `module`, or that module itself."""
     return name == module or name.startswith(f"{module}.")
 
 
 def trained_with(model: nn.Module, unfreeze: Sequence[str]) -> list[str]:
-    """List the modules that train: the unfrozen ones and the head."""
+    """Return the modules that train: the unfrozen ones and the head."""
     head = head_name(model)
     return [*(name for name in unfreeze if not is_inside(head, name)), head]

@@ -1,7 +1,7 @@
 """Checkpoints: the weights as safetensors, with everything needed to use them in one JSON string.
 
-safetensors writes several metadata keys in random order, so that four saves would give four
-hashes; one key with sorted JSON gives the same bytes each time.
+safetensors writes several metadata keys in random order, so four saves could have four hashes. One
+key with sorted JSON gives the same bytes each time.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def write(file: Path, tensors: dict[str, np.ndarray[Any, Any]], meta: dict[str, Any]) -> None:
-    """Write tensors and metadata whole: who reads the file sees the old or the new one."""
+    """Write tensors and metadata atomically: a reader sees the old file or the new one."""
     data = save(
         {name: np.asarray(tensor, order="C") for name, tensor in sorted(tensors.items())},
         metadata={KEY: json.dumps(meta, sort_keys=True, ensure_ascii=False)},
@@ -35,7 +35,7 @@ def write(file: Path, tensors: dict[str, np.ndarray[Any, Any]], meta: dict[str, 
 def read(file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     """Read the tensors and metadata that `write` wrote.
 
-    Raises CheckpointError if the file is missing, damaged or not one of ours.
+    Raises CheckpointError if the file is missing, damaged or not a checkpoint of this pipeline.
     """
     try:
         with safe_open(file, framework="numpy") as opened:
@@ -45,7 +45,7 @@ def read(file: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
             facts = json.loads(meta)
             if not isinstance(facts, dict):
                 raise ValueError(f"metadata {meta[:40]}")
-            names = opened.keys()  # a method of the file: it is no dictionary
+            names = opened.keys()  # the file can't be iterated itself
             return {name: opened.get_tensor(name) for name in names}, facts
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; run `dvc repro` or `dvc pull`") from None
@@ -64,27 +64,27 @@ def digest(tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:
 
 
 def strip_prefix(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """Take the tensors whose name begins with a prefix, without it."""
+    """Return the tensors whose names begin with a prefix, without the prefix."""
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 @contextmanager
 def checked_metadata(file: Path) -> Iterator[None]:
-    """Turn what contradictions in a checkpoint's metadata may raise into a CheckpointError."""
+    """Convert the errors that contradictory metadata may cause into a CheckpointError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         said = one_line(error, 120)
         raise CheckpointError(
-            f"{file}: its metadata don't fit together ({type(error).__name__}: {said}); "
-            "run `dvc checkout --force`, or choose another"
+            f"{file}: its metadata are inconsistent ({type(error).__name__}: {said}); "
+            "run `dvc checkout --force`, or choose another file"
         ) from None
 
 
 def refuse_other_classes(
     stage: str, file: Path, classes: Sequence[str], packed: Sequence[str]
 ) -> None:
-    """Raise CheckpointError where what a stage wrote knows other classes than the images have."""
+    """Raise CheckpointError if a stage's output has other classes than the packed images."""
     if list(classes) != list(packed):
         raise CheckpointError(
             f"{file}: its classes {classes} aren't those of the images, {packed}; "
@@ -93,7 +93,7 @@ def refuse_other_classes(
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of the libraries that compute, for a checkpoint's metadata."""
+    """Return the versions of the numerical libraries, for a checkpoint's metadata."""
     names = ("torch", "torchvision", "timm", "numpy")
     # Without the local part: +cpu and +cu126 say which build, not which version.
     return {name: metadata.version(name).split("+")[0] for name in names}

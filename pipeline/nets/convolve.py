@@ -1,4 +1,4 @@
-"""A convolution and the ReLU behind it in one pass, with gradients that are fast on a processor."""
+"""A convolution and the ReLU that follows it in one pass, with fast gradients on a processor."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from pipeline.nets import depthwise
 
 Act = Literal["none", "relu", "relu6"]
 ACTS: dict[type[nn.Module], Act] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-# What PyTorch's compiler calls for the two at once; the result is that of the two, to the bit.
+# The fused operator that PyTorch's compiler uses; its result is bit-identical to the two steps.
 FUSED: dict[Act, tuple[str, list[float]]] = {
     "none": ("none", []),
     "relu": ("relu", []),
@@ -23,7 +23,7 @@ HAS_FUSED = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 @dataclass(frozen=True)
 class Shape:
-    """What a convolution is besides its weights; pairs are (vertical, horizontal)."""
+    """The geometry of a convolution; pairs are (vertical, horizontal)."""
 
     stride: tuple[int, ...]
     before: tuple[int, int]  # padding above and to the left
@@ -33,7 +33,7 @@ class Shape:
 
 
 def shape_of(conv: nn.Conv2d, size: tuple[int, int]) -> Shape:
-    """Describe a convolution for an input of H x W; timm's `Conv2dSame` pads as TensorFlow does."""
+    """Return a convolution's geometry for input H x W; timm's `Conv2dSame` pads like TensorFlow."""
     if conv.padding == "same":
         pads = [divided(d * (k - 1)) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
     elif conv.padding == "valid":
@@ -50,12 +50,12 @@ def shape_of(conv: nn.Conv2d, size: tuple[int, int]) -> Shape:
 
 
 def divided(padding: int) -> tuple[int, int]:
-    """Divide a padding, the larger half behind."""
+    """Split a padding in two; the second part is the larger one."""
     return padding // 2, padding - padding // 2
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, act: Act) -> Tensor:
-    """Convolve (B, D, H, W), all in one number format, then clip as the activation does."""
+    """Convolve (B, D, H, W) and apply the activation; all tensors have the same number format."""
     if torch.is_grad_enabled() and x.device.type == "cpu":  # cuDNN's gradients are fast
         y: Tensor = _Convolution.apply(x, weight, bias, shape, act)  # type: ignore[no-untyped-call]
         return y
@@ -76,10 +76,10 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, act: 
 
 
 def _evenly(x: Tensor, weight: Tensor, shape: Shape) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Give input, weight and a padding that is the same on both sides.
+    """Return input, weight and a padding that is the same on both sides.
 
-    Where one side gets a pixel less, a row and a column of zeros in the kernel take its place: that
-    is cheaper than a padded copy of the input.
+    If one side has a pixel less, the kernel gets a row and a column of zeros instead, which is
+    cheaper than a padded copy of the input.
     """
     if shape.before == shape.after:
         return x, weight, shape.before
@@ -92,7 +92,7 @@ def _evenly(x: Tensor, weight: Tensor, shape: Shape) -> tuple[Tensor, Tensor, tu
 
 
 class _Convolution(torch.autograd.Function):
-    """The same with gradients."""
+    """`_forward` with gradients."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Packed images as tensors where the network is."""
+"""Packed images as tensors on the network's device."""
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ PART = 1024  # images sent to the GPU at once
 
 
 class DeviceImages:
-    """Gives rows of packed images (N, H, W[, 3]) as uint8 tensors on a device.
+    """Rows of packed images (N, H, W[, 3]) as uint8 tensors on a device.
 
-    A GPU with room for all of them gets them once, and keeps them.
+    If a GPU has room for all images, they are sent to it once and kept there.
     """
 
     def __init__(self, images: Rowwise, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class DeviceImages:
             self._kept = torch.cat([self._sent(rows) for rows in parts])
 
     def __call__(self, rows: NDArray[np.int64]) -> Tensor:
-        """Give these rows."""
+        """Return these rows."""
         if self._kept is not None:
             return self._kept[torch.from_numpy(rows).to(self._device)]
         return self._sent(rows)

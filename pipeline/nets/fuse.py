@@ -1,11 +1,11 @@
-"""A convolution with the BatchNorm and the ReLU behind it as one.
+"""Fuse a convolution with the BatchNorm and the ReLU that follow it.
 
-With frozen statistics, BatchNorm is a scale and a shift a channel: scaling the convolution's
-weights instead of its output saves two passes over the activations, and the ReLU on the way out a
-third. The rescaling is part of the graph, so that weight, scale and shift get the gradients they
-would get unfolded.
+With frozen statistics, BatchNorm is one scale and one shift per channel. Scaling the convolution's
+weights instead of its output saves two passes over the activations, and applying the ReLU in the
+same pass saves a third. The rescaling is part of the autograd graph, so weight, scale and shift get
+the same gradients as in the unfused network.
 
-Convolutions and linear layers run in bfloat16 where the processor has it. Weights stay float32.
+Convolutions and linear layers run in bfloat16 if the processor supports it. Weights stay float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ NUMBER_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Follower:
-    """What a convolution's output goes straight into."""
+    """The BatchNorm and the activation that directly follow a convolution."""
 
     bn: nn.BatchNorm2d
     act: Act = "none"
@@ -39,16 +39,16 @@ class Kept:
     """Folded weights, and the tensors that they were folded from."""
 
     folded: tuple[Tensor, Tensor | None] = field(init=False)
-    # Each tensor, its memory and its version. Held on to, neither can become another's.
+    # Each tensor, its memory and its version. The references keep both from being reused.
     _sources: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
 
     def keep(self, tensors: Sequence[Tensor], folded: tuple[Tensor, Tensor | None]) -> None:
-        """Keep what these tensors were folded to, in place of what was kept."""
+        """Store the folded weights of these tensors in place of earlier ones."""
         self._sources = [(t, t.detach(), t._version) for t in tensors]
         self.folded = folded
 
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Tell whether it was folded from these tensors, as they are now."""
+        """Return whether the folded weights are those of these tensors in their current state."""
         return len(tensors) == len(self._sources) and all(
             t is of and t.data_ptr() == memory.data_ptr() and t._version == version
             for t, (of, memory, version) in zip(tensors, self._sources, strict=True)
@@ -56,7 +56,7 @@ class Kept:
 
 
 def resolved(precision: Precision) -> Literal["fp32", "bf16"]:
-    """Turn `auto` into the number format that this machine is good at, by its flags alone."""
+    """Resolve `auto` to the number format that this machine supports, by its flags alone."""
     if precision != "auto":
         return precision
     if device().type == "cuda":
@@ -65,9 +65,9 @@ def resolved(precision: Precision) -> Literal["fp32", "bf16"]:
 
 
 def fuse(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
-    """Make a network's forward run folded and in the given format; its state_dict is unchanged.
+    """Make a network run fused and in the given number format; its state_dict is unchanged.
 
-    A BatchNorm in train mode runs as it is, by batch statistics. The last linear layer gives
+    A BatchNorm in train mode runs unfused, with batch statistics. The last linear layer returns
     float32 logits.
     """
     low = NUMBER_FORMATS[precision]
@@ -88,25 +88,25 @@ def fuse(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Tell whether a module is a convolution of its weights as they are, over zeros at the edges.
+    """Return whether a module is a convolution with unmodified weights and zero padding.
 
-    There are others, such as those that standardise their weights first.
+    Other kinds, for example, standardise their weights first.
     """
     plain = type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
     return plain and getattr(module, "padding_mode", "") == "zeros"
 
 
 def _widen(conv: nn.Conv2d) -> None:
-    """Let a convolution that runs as it is take what others give in bfloat16."""
+    """Make a convolution that isn't fused accept bfloat16 input."""
     unfolded = conv.forward
     conv.forward = lambda x: unfolded(x.float())  # type: ignore[method-assign, assignment]
 
 
 def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
-    """Find the convolutions whose output goes straight into a BatchNorm, by running the model.
+    """Find the convolutions that a BatchNorm directly follows, by running the model.
 
-    And the ReLU after that, where it is that one's alone: inside it, as timm has it, or a module
-    that is called once.
+    The ReLU after the BatchNorm is fused too if it belongs to this BatchNorm alone: it is inside
+    the BatchNorm, as in timm, or it is a module that is called once.
     """
     convolutions: dict[tuple[int, int], tuple[nn.Module, Tensor]] = {}
     normalised: dict[tuple[int, int], tuple[Follower, Tensor]] = {}
@@ -114,8 +114,8 @@ def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
     calls: dict[nn.Module, int] = {}
 
     def which(x: Tensor) -> tuple[int, int]:
-        # A tensor that a residual was added to in place is no longer what the layer gave. Keeping
-        # the tensor keeps its id its own.
+        # A tensor that a residual was added to in place is no longer the layer's output. The tensor
+        # is kept, so that its id isn't reused.
         return id(x), x._version
 
     def after_convolution(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -146,7 +146,7 @@ def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
             handles.append(module.register_forward_hook(after_batchnorm))
         elif type(module) in ACTS:
             handles.append(module.register_forward_pre_hook(before_act))
-    with evaluating(model), torch.no_grad():  # inference mode counts no versions
+    with evaluating(model), torch.no_grad():  # inference mode doesn't count versions
         model(torch.zeros(1, 3, TRACE_SIZE, TRACE_SIZE, device=device_of(model)))
     for handle in handles:
         handle.remove()
@@ -161,7 +161,7 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
     depthwise = conv.groups == conv.in_channels == conv.out_channels
 
     def sources() -> list[Tensor]:
-        # Asked for anew each time: a network that is brought to a GPU has other buffers there.
+        # Looked up each time, as a network that is moved to a GPU has other buffers there.
         of_bn = (bn.weight, bn.bias, bn.running_mean, bn.running_var) if bn is not None else ()
         return [t for t in (conv.weight, conv.bias, *of_bn) if t is not None]
 
@@ -178,8 +178,8 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
         return (conv.weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
 
     def folded_once() -> tuple[Tensor, Tensor | None]:
-        # What doesn't train changes by loading or by being replaced alone; fused optimisers write
-        # without counting.
+        # Frozen tensors change only when they are loaded or replaced. Fused optimisers change
+        # trained ones without a new version.
         tensors = sources()
         if any(t.requires_grad for t in tensors):
             return folded(low)
@@ -190,7 +190,7 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
     def forward(x: Tensor) -> Tensor:
         shape = shape_of(conv, (x.shape[2], x.shape[3]))
         if bn is not None and bn.training:
-            # Batch statistics of rounded values would be poor ones.
+            # Batch statistics of rounded values would be inaccurate.
             return convolve(x.float(), conv.weight, conv.bias, shape, "none")
         if not torch.is_grad_enabled():
 
@@ -199,7 +199,7 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
                 return convolve(x.to(dtype), *weights, shape, act)
 
             return _in_format(run, low)
-        # oneDNN's gradients of groups are poor in bfloat16.
+        # oneDNN's gradients of grouped convolutions are slow in bfloat16.
         slow = conv.groups > 1 and not depthwise and x.device.type == "cpu"
         return _in_format(
             lambda dtype: convolve(x.to(dtype), *folded(dtype), shape, act),
@@ -213,7 +213,7 @@ def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dty
 
 
 def _pass_on(follower: Follower) -> None:
-    """Make BatchNorm and ReLU hand on what the convolution has done already."""
+    """Make BatchNorm and ReLU return their input, as the convolution has applied them already."""
     bn, act = follower.bn, follower.act_module
     unfolded = bn.forward
     # timm's BatchNorm layers carry dropout and activation inside.
@@ -246,8 +246,8 @@ def _linear(linear: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
 def _in_format(run: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> Tensor:
     """Run a layer in a number format.
 
-    Raises ParamError where it is the format that fails, as float32 doesn't: the processor's library
-    may refuse bfloat16.
+    Raises ParamError if the layer fails in this format but not in float32: the processor's library
+    may not support bfloat16.
     """
     try:
         return run(dtype)

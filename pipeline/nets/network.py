@@ -1,4 +1,4 @@
-"""A classifier with all that is needed to use it: network, classes, size, normalisation."""
+"""A classifier with everything that is needed to use it: network, classes, size, normalisation."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,38 +31,38 @@ class Network:
     fit: Literal["squash", "crop", "pad"]  # how an image becomes a square
     channels: int  # of the images it was made with: 1 for grey, else 3
     precision: Literal["fp32", "bf16"]
-    tones: Tones = PLAIN  # how deeper pictures become 8 bits, and transparent ones opaque
+    tones: Tones = PLAIN  # how images with more bits become 8 bits, and transparent ones opaque
 
     def take(self, image_size: int) -> None:
-        """Change the size of its input; raises ParamError for one that the network can't take."""
+        """Set the input size; raises ParamError if the network can't take such images."""
         trace(self.model, image_size)
         self.image_size = image_size
 
     @property
     def n_outputs(self) -> int:
-        """Count the logits: the classes, or for a probe's network those of its source."""
+        """Return the number of logits: the classes, or for a probe's network its source's."""
         head = self.model.get_submodule(head_name(self.model))
         assert isinstance(head, nn.Linear)
         return head.out_features
 
     @property
     def device(self) -> torch.device:
-        """Give where the network is."""
+        """Return the network's device."""
         return device_of(self.model)
 
     def on(self, device: torch.device) -> "Network":
-        """Bring the network to a device; gives it."""
+        """Move the network to a device and return it."""
         self.model.to(device)
         return self
 
     def facts(self) -> dict[str, Any]:
-        """Give everything but the weights, for a checkpoint's metadata."""
+        """Return everything except the weights, for a checkpoint's metadata."""
         apart = ("model", "tones")
         facts = {name: value for name, value in vars(self).items() if name not in apart}
         return {**facts, "backbone": asdict(self.backbone), **self.tones.facts()}
 
     def save(self, file: Path, **more: Any) -> None:
-        """Write the checkpoint; `more` joins the metadata."""
+        """Write the checkpoint; `more` is added to the metadata."""
         tensors = {
             name: t.detach().contiguous().cpu().numpy()
             for name, t in self.model.state_dict().items()
@@ -78,7 +78,7 @@ class Network:
     def load_state(self, tensors: dict[str, NDArray[Any]], where: Path) -> None:
         """Load weights strictly.
 
-        Raises CheckpointError naming a tensor that is missing, too many or of another shape.
+        Raises CheckpointError if a tensor is missing, unexpected or of another shape.
         """
         own = self.model.state_dict()
         wrong = [k for k in own if k not in tensors or tensors[k].shape != tuple(own[k].shape)]
@@ -101,23 +101,23 @@ def for_images(
     image_size: int,
     precision: Literal["fp32", "bf16"],
 ) -> Network:
-    """Make a network for packed images of a model, on this process's device."""
+    """Make a network for packed images from a model, on this process's device."""
     facts = (packed.classes, image_size, packed.size, packed.fit, packed.channels)
     fused = fuse(model, precision)
     return Network(fused, backbone, *facts, precision, packed.tones).on(device())
 
 
 def from_facts(model: nn.Module, facts: dict[str, Any]) -> Network:
-    """Make a network of a model by the facts of another one, on this process's device."""
+    """Make a network from a model and another network's facts, on this process's device."""
     return Network(fuse(model, facts["precision"]), **facts).on(device())
 
 
 def load(
     file: Path, precision: Literal["fp32", "bf16"] | None = None
 ) -> tuple[Network, dict[str, Any]]:
-    """Build the network of a checkpoint without pretrained weights and load it strictly.
+    """Build the network of a checkpoint and load its weights strictly.
 
-    Returns it with the checkpoint's metadata. Raises CheckpointError if it can't be.
+    Returns the network and the checkpoint's metadata. Raises CheckpointError if it can't be loaded.
     """
     tensors, meta = checkpoint.read(file)
     return from_checkpoint(tensors, meta, file, precision), meta
@@ -132,11 +132,12 @@ def from_checkpoint(
 ) -> Network:
     """Make a network from a checkpoint's tensors and metadata.
 
-    `precision` overrides what it was made with, `n_outputs` its number of classes: a probe's
-    network keeps the head of its source. Raises CheckpointError if they don't belong together.
+    `precision` overrides the checkpoint's precision. `n_outputs` overrides its number of classes,
+    as a probe's network keeps the head of its source. Raises CheckpointError if tensors and
+    metadata don't match.
     """
     if missing := [name for name in FACTS if name not in meta]:
-        raise CheckpointError(f"{file}: holds no network (no {missing[0]!r}); choose another")
+        raise CheckpointError(f"{file}: holds no network (no {missing[0]!r}); choose another file")
     with checkpoint.checked_metadata(file):
         facts = facts_of(meta)
         if precision:
@@ -149,7 +150,7 @@ def from_checkpoint(
 
 
 def facts_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """Take a network's facts from a checkpoint's metadata, in the kinds that Network holds.
+    """Return a network's facts from a checkpoint's metadata, in the types of Network's fields.
 
     Raises KeyError if one is missing.
     """

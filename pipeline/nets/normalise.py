@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def shrunk(pixels: Tensor, image_size: int) -> Tensor:
-    """Resize pixels (B, H, W) or (B, H, W, 3) that are larger to `image_size`, in float32.
+    """Resize larger pixels (B, H, W) or (B, H, W, 3) to `image_size`, in float32.
 
-    With antialiasing. Flips and quarter turns may come before or after.
+    Resizing uses antialiasing, and commutes with flips and quarter turns.
     """
     if pixels.shape[2] == image_size:
         return pixels
@@ -29,15 +29,15 @@ def normalised(
 ) -> Tensor:
     """Turn uint8 or 0..255 pixels (B, H, W) or (B, H, W, 3) into the input (B, 3, h, w).
 
-    Shrunk to `image_size`, in the layout and number format that the first convolution likes:
-    channels last, and half the bytes where that is bfloat16. Means and deviations are of 0..1.
+    The input is resized to `image_size`, in the layout and number format of the first convolution:
+    channels last and `dtype`. Means and standard deviations are for pixels in 0..1.
     """
     x = shrunk(pixels, image_size)
-    # Whole numbers up to 255 are exact in either, resized pixels are none.
+    # Integers up to 255 are exact in either format; resized pixels aren't integers.
     x = x.to(dtype if x.dtype == torch.uint8 else torch.float32)
     if x.ndim == 4:
         return _standardised(x, means, stds).to(dtype).permute(0, 3, 1, 2)
-    # Grey: one plane for all channels that are normalised alike.
+    # Grey: one plane for all channels with the same normalisation.
     kinds = list(zip(means, stds, strict=True))
     planes = {(m, s): _standardised(x, [m], [s]).to(dtype) for m, s in set(kinds)}
     y = torch.empty(*x.shape, len(kinds), dtype=dtype, device=x.device)
@@ -47,9 +47,9 @@ def normalised(
 
 
 def _standardised(pixels: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
-    """Subtract and divide by each channel's 255-fold mean and deviation: (B, H, W[, D]).
+    """Standardise each channel (B, H, W[, D]) by 255 times its mean and standard deviation.
 
-    In float32 inside, whatever the input's format, in one pass over whole rows.
+    The computation is in float32, whatever the input's format, in one pass over whole rows.
     """
     rows = pixels.flatten(2).flatten(0, 1)  # (B * H, W * D)
     columns = torch.tensor([means, stds], device=pixels.device).repeat(1, pixels.shape[2])

@@ -1,8 +1,8 @@
-"""torchvision, and timm which needs it, made to import beside any build of torch.
+"""Import torchvision, and timm which needs it, with any build of torch.
 
-The compiled ops of torchvision's wheel don't load beside another build than their own. Both are
-imported when they are asked for, as that takes seconds: `from
-pipeline.nets.torchvision_import import timm`, or `torchvision_import.torchvision` where needed.
+The compiled operators of torchvision's wheel load only with the build of torch that they were
+compiled for. Both packages take seconds to import, so they are imported on first use: `from
+pipeline.nets.torchvision_import import timm`, or `torchvision_import.torchvision`.
 """
 
 import sys
@@ -18,7 +18,7 @@ COMPILER = "torch._dynamo"
 
 
 def __getattr__(name: str) -> Any:
-    """Import one of the two. Raises AttributeError for any other name."""
+    """Import timm or torchvision. Raises AttributeError for any other name."""
     if name not in ("timm", "torchvision"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _declare_ops()
@@ -28,10 +28,10 @@ def __getattr__(name: str) -> Any:
 
 @contextmanager
 def _compiler_not_loaded() -> Iterator[None]:
-    """Spare the import of PyTorch's compiler, a third of the time that a stage takes to start.
+    """Skip the import of PyTorch's compiler, a third of the start-up time of a stage.
 
-    torchvision asks it whether detection may be compiled, and timm marks what must not be; here
-    nothing is. Who needs the compiler later imports it as ever.
+    torchvision asks the compiler whether detection can be compiled, and timm marks functions that
+    must not be compiled; nothing is compiled here. The compiler can be imported later as usual.
     """
     if COMPILER in sys.modules:
         yield
@@ -50,9 +50,9 @@ def _compiler_not_loaded() -> Iterator[None]:
 
 
 def _declare_ops() -> None:
-    """Load torchvision's compiled ops, or else declare the two that its import wants.
+    """Load torchvision's compiled operators, or else declare the two that its import needs.
 
-    Those are of detection: no classifier calls them. Where the compiled ones load, as beside
+    These two are for detection; no classifier calls them. If the compiled ones load, as with
     PyTorch's build for CUDA, a second declaration would abort the process.
     """
     import torch
@@ -61,7 +61,7 @@ def _declare_ops() -> None:
     for library in Path(folder.origin or "").parent.glob("_C*.*") if folder else ():
         try:
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-        except OSError:  # of another build of PyTorch
+        except OSError:  # compiled for another build of PyTorch
             continue
         return
     for name, schema in (

@@ -1,6 +1,6 @@
-"""Weight files as they are published: any container and wrapper, old names, with or without head.
+"""Read published weight files: any container and wrapper, old names, with or without a head.
 
-What was unwrapped, left out or converted comes back as remarks, for the person to read.
+Remarks tell the user what was unwrapped, left out or converted.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from pipeline.nets import checkpoint
 from pipeline.nets.torchvision_import import torchvision
 from pipeline.stage_runtime.errors import WeightsError, one_line
 
-# Other files under a weight file's name, by their first bytes, and what to do about them.
+# Other kinds of files that may have a weight file's name, by their first bytes, and what to do.
 NOT_WEIGHTS = {
-    b"version https://git-lfs": "a pointer of Git LFS, not the weights; run `git lfs pull` there",
+    b"version https://git-lfs": "a Git LFS pointer, not the weights; run `git lfs pull` there",
     b"<": "a web page, not the weights; fetch the file itself",
-    b"\x89HDF": "a file of Keras (HDF5); convert it to a state_dict of PyTorch",
+    b"\x89HDF": "a Keras file (HDF5); convert it to a PyTorch state_dict",
     b"GGUF": "a GGUF file; choose weights for PyTorch",
     b"\x1f\x8b": "compressed; unpack it",
     b"BZh": "compressed; unpack it",
     b"\xfd7zXZ": "compressed; unpack it",
 }
-# Harmless classes that training scripts save beside the tensors: their options and last figures,
-# by the names of numpy 1 and 2.
+# Harmless classes that training scripts save next to the tensors (options and metrics), by their
+# names in numpy 1 and 2.
 _ARRAYS: Any = np._core.multiarray  # type: ignore[attr-defined]
 SAFE: list[Any] = [argparse.Namespace, np.ndarray, np.dtype]
 SAFE += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
@@ -42,7 +42,7 @@ SAFE += [
     for function in (_ARRAYS.scalar, _ARRAYS._reconstruct)
     for core in ("core", "_core")
 ]
-# Entries that hold a network, the first wins: averaged weights over those of the last step.
+# Entries that hold a network, in order of preference: averaged weights before the last step's.
 WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "teacher"),
     *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network"),
@@ -50,12 +50,12 @@ WRAPPERS = (
 )
 # Layers that wrap a module in another one: data parallel, compiled, sharded, recomputed.
 WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-DEEPEST = 4  # wrappers in wrappers that are looked into
+DEEPEST = 4  # levels of nested wrappers that are searched
 
 
 @dataclass
 class State:
-    """Tensors by name, as one entry of a file holds them."""
+    """The tensors of one entry of a file, by name."""
 
     where: str  # the keys to it, joined by dots; empty for the file itself
     tensors: dict[str, Tensor]
@@ -63,17 +63,17 @@ class State:
 
 
 def read(file: Path) -> list[State]:
-    """Read what may be a network's tensors from a file, without executing anything in it.
+    """Read the candidates for a network's tensors from a file, without executing anything in it.
 
-    Several where the file wraps several, the likeliest first. Of a final model this is the network,
-    without the probe that may be beside it.
+    A file may wrap several candidates; the most likely one comes first. For a final model, it is
+    the network, without the probe.
 
-    Raises WeightsError if it isn't a file of weights.
+    Raises WeightsError if the file isn't a weight file.
     """
     found = _contents(file)
     states = sorted(_states(found), key=_rank)
     if not states:
-        raise WeightsError(f"{file}: holds no tensors by name; save the model's state_dict()")
+        raise WeightsError(f"{file}: holds no named tensors; save the model's state_dict()")
     for state in states:
         if network := checkpoint.strip_prefix(state.tensors, "network."):
             state.tensors = network
@@ -81,11 +81,11 @@ def read(file: Path) -> list[State]:
 
 
 def load(model: nn.Module, head: str, file: Path, states: list[State]) -> list[str]:
-    """Load the first of `states` that fits into the network; gives what a person should know.
+    """Load the first of `states` that fits the network; return remarks for the user.
 
-    `head` names the head, whose classes may be others than the model's, or which may be missing.
+    `head` names the head, which may have other classes than the model's, or be missing.
 
-    Raises WeightsError if none fits, or tensors hold NaN or infinite values.
+    Raises WeightsError if no state fits, or if tensors hold NaN or infinite values.
     """
     misfits = []
     for state in states:
@@ -106,7 +106,7 @@ def load(model: nn.Module, head: str, file: Path, states: list[State]) -> list[s
 
 
 def resize_head(model: nn.Module, head: str, n_classes: int) -> None:
-    """Replace the linear layer called `head` by a new one of `n_classes`, with a bias."""
+    """Replace the linear layer called `head` with a new one of `n_classes`, with a bias."""
     old = model.get_submodule(head)
     assert isinstance(old, nn.Linear)
     model.set_submodule(head, nn.Linear(old.in_features, n_classes))
@@ -148,26 +148,26 @@ def _is_torchscript(file: Path) -> bool:
 
 
 def _why(file: Path, error: Exception) -> str:
-    """Say in our words why torch can't read a file: its own are paragraphs, with escape codes."""
+    """Return in one line why torch can't read a file; its own message has paragraphs."""
     try:
         with torch.serialization.safe_globals(SAFE):
             objects = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # of a file without a pickle that could be looked through
+    except Exception:  # the file has no readable pickle
         objects = []
-    # The message names what was refused where a list can't be had: legacy files.
+    # There is no list for legacy files, but the message names the refused object.
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     names = sorted({*objects, *([refused[1]] if refused else [])})
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         return (
-            f"holds objects besides tensors ({shown}), and nothing in a file is executed here; "
+            f"holds objects besides tensors ({shown}), which are never executed; "
             "save the model's state_dict()"
         )
-    return f"can't be read as weights ({type(error).__name__}); it is damaged, or of another kind"
+    return f"can't be read as weights ({type(error).__name__}); it is damaged, or no weight file"
 
 
 def _states(found: Any, where: tuple[str, ...] = ()) -> Iterator[State]:
-    """Find dictionaries that are mostly tensors, in wrappers too."""
+    """Yield the dictionaries that hold mostly tensors, also inside wrappers."""
     if isinstance(found, list | tuple) and not where:  # (state_dict, epoch)
         found = {str(i): value for i, value in enumerate(found)}
     if not isinstance(found, Mapping):
@@ -181,19 +181,19 @@ def _states(found: Any, where: tuple[str, ...] = ()) -> Iterator[State]:
         yield State(".".join(where), {k: v for k, v in tensors.items() if isinstance(v, Tensor)})
     elif len(where) < DEEPEST:
         for key, value in found.items():
-            if isinstance(key, str):  # an optimiser numbers its parameters
+            if isinstance(key, str):  # an optimiser's keys are numbers
                 yield from _states(value, (*where, key))
 
 
 def _rank(state: State) -> tuple[int, int]:
-    """Order by how likely this is the network: what wraps it by name, then its size."""
+    """Return a sort key, the most likely network first: by its wrapper's name, then by size."""
     names = state.where.split(".")
     ranks = [WRAPPERS.index(name) for name in names if name in WRAPPERS]
     return (min(ranks) if ranks else len(WRAPPERS), -len(state.tensors))
 
 
 def _fitted(model: nn.Module, head: str, state: State) -> State | str:
-    """Bring tensors to the network's names and forms, or say why they aren't its own."""
+    """Convert tensors to the network's names and shapes, or return why they don't fit."""
     own = model.state_dict()
     tensors, remarks = _renamed(state.tensors, own)
     of_head = {k: own[k] for k in (f"{head}.weight", f"{head}.bias")}
@@ -205,7 +205,7 @@ def _fitted(model: nn.Module, head: str, state: State) -> State | str:
         return wrong
     if left:
         parts = sorted({k.partition(".")[0] for k in left})
-        remarks.append(f"{len(left)} tensors left out, no part of the network: {', '.join(parts)}")
+        remarks.append(f"{len(left)} tensors left out, not part of the network: {', '.join(parts)}")
     tensors = {k: v for k, v in tensors.items() if k not in left}
     if said := _head_of(tensors, of_head):
         return said
@@ -222,10 +222,10 @@ def _fitted(model: nn.Module, head: str, state: State) -> State | str:
 def _against_body(
     model: nn.Module, head: str, body: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> tuple[str, list[str]]:
-    """Compare tensors with all of a network but its head.
+    """Compare tensors with a network without its head.
 
-    Returns why they can't be its own, empty where they can, and the names of those that are no part
-    of it.
+    Returns why they don't fit (empty if they do), and the names of the tensors that are not part of
+    the network.
     """
     ours = (f"{head}.weight", f"{head}.bias")
     of_body = {k: v for k, v in tensors.items() if k not in ours}
@@ -236,22 +236,22 @@ def _against_body(
         missing, left = _by_torch(model, of_body)
         missing = [k for k in missing if k not in ours]
     inside = tuple(f"{name}." for name, _ in model.named_children())
-    # Those of a larger network, such as one block more: a part of it would fit.
+    # Tensors of a larger network, such as one with another block: a part of it would fit.
     more = [k for k in left if k.startswith(inside) and not k.startswith(f"{head}.")]
     wrong = _counted(missing, "missing") + _counted(shaped, "of another shape")
     return ", ".join([*wrong, *_counted(more, "too many")]), left
 
 
 def _complete_head(tensors: dict[str, Tensor], of_head: Mapping[str, Tensor]) -> list[str]:
-    """Say what head a file has, and give one without bias a bias of 0."""
+    """Return remarks on the head in a file; a head without a bias gets a bias of 0."""
     weight, bias = of_head
     if weight not in tensors:
-        return ["no head in it: one is drawn, whose classes tell nothing"]
+        return ["no head in the file: a random one is used, whose outputs have no meaning"]
     remarks, n_classes = [], len(tensors[weight])
     if n_classes != len(of_head[weight]):
         remarks.append(f"its head has {n_classes} classes")
     if bias not in tensors:
-        remarks.append("its head has no bias: 0 is taken")
+        remarks.append("its head has no bias: 0 is used")
         tensors[bias] = tensors[weight].new_zeros(n_classes)
     return remarks
 
@@ -265,12 +265,12 @@ def _counted(names: list[str], what: str) -> list[str]:
 
 
 def _head_of(tensors: Mapping[str, Tensor], of_head: Mapping[str, Tensor]) -> str:
-    """Say why the head in a file can't be the network's; empty where it can, or isn't there."""
+    """Return why the head in a file doesn't fit; empty if it does, or is missing."""
     given = [k for k in of_head if k in tensors]
     if given == list(of_head)[1:]:
-        return f"half a head ({given[0]} alone)"
+        return f"an incomplete head (only {given[0]})"
     if len({len(tensors[k]) for k in given if tensors[k].ndim}) > 1:
-        return f"a head of contradictory shapes (such as {given[0]})"
+        return f"a head of inconsistent shapes (such as {given[0]})"
     wrong = [
         k for k in given if tensors[k].shape[1:] != of_head[k].shape[1:] or not tensors[k].ndim
     ]
@@ -278,10 +278,10 @@ def _head_of(tensors: Mapping[str, Tensor], of_head: Mapping[str, Tensor]) -> st
 
 
 def _by_torch(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Let the modules' own code read tensors of older versions: which are missing, which too many.
+    """Return the missing and the unexpected tensors, as the modules' own loading code finds them.
 
-    BatchNorm from before PyTorch 0.4.1 counts no batches, older ViTs of torchvision name the layers
-    of their MLPs otherwise.
+    That code reads older versions: BatchNorm before PyTorch 0.4.1 doesn't count batches, and older
+    ViTs of torchvision have other names for the layers of their MLPs.
     """
     shadow = copy.deepcopy(model)
     try:
@@ -294,7 +294,7 @@ def _by_torch(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], 
 def _renamed(
     tensors: dict[str, Tensor], own: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Take wrapping layers and a common prefix off the names, and bring old names up to date."""
+    """Remove wrapping layers and a common prefix from the names, and update old names."""
     segments = {part for name in own for part in name.split(".")}
     wrapped = WRAPPED - segments
     bare = {".".join(p for p in k.split(".") if p not in wrapped): v for k, v in tensors.items()}
@@ -304,7 +304,7 @@ def _renamed(
     named: dict[str, Tensor] = {}
     capture: Any = SimpleNamespace(load_state_dict=named.update)
     given: Any = SimpleNamespace(get_state_dict=lambda **_: dict(bare))
-    # torchvision's own way to read the old names of its DenseNets; others pass unchanged.
+    # torchvision's own conversion of the old names of its DenseNets; other names don't change.
     torchvision.models.densenet._load_state_dict(capture, given, progress=False)
     prefix = _prefix(named, own)
     if prefix:
@@ -325,18 +325,18 @@ def _prefix(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
             if name in own and own[name].shape == tensor.shape:
                 prefix = key.removesuffix(name)
                 counts[prefix] = counts.get(prefix, 0) + 1
-    # Of two as good, such as a momentum copy beside its query, the one that was trained: the first.
+    # Of equally good ones, such as a query and its momentum copy, the first one was trained.
     return max(counts, key=lambda prefix: counts[prefix]) if counts else ""
 
 
 def _filtered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Let timm bring published tensors to the forms of its network, where it knows how."""
+    """Convert published tensors to the shapes of timm's network, if timm has a filter for it."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return tensors
     try:
         return dict(convert(dict(tensors), model))
-    except Exception:  # it meets files of other networks, for which it wasn't made
+    except Exception:  # the file may be of a network that the filter isn't made for
         return tensors
 
 
