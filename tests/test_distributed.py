@@ -300,5 +300,5 @@ def test_a_process_that_dies_ends_the_others_and_the_stage_goes_on(victim, share
     assert not workers(folder)
     done = with_processes(folder, 2, "repro", **env)
     assert done.returncode == 0, said + done.stdout + done.stderr
-    assert "going on at epoch" in done.stdout
+    assert "resuming at epoch" in done.stdout
     assert hashes(folder) == hashes(expected)

@@ -136,7 +136,7 @@ def test_the_model_card_says_what_dvc_and_evaluate_recorded(finished, exported):
     metrics = json.loads(where(finished)["report"].read_text())
     found = metrics["test"][metrics["chosen"]]
     assert f"{found['accuracy']:.4f} ({found['accuracy_low']:.3f} to" in card
-    assert '"not sure" is never said: no confidence is sure to have 95% right above it' in card
+    assert 'The model never says "not sure": no confidence threshold is certain to have 95%' in card
     lock = load_yaml((ROOT / "dvc.lock").read_text())["stages"]
     for out in lock["prepare"]["outs"]:
         assert out["path"] != "data/prepared" or out["md5"] in card

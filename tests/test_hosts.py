@@ -122,7 +122,7 @@ def test_a_run_goes_on_without_a_host_that_is_lost(loss, alone, network, tmp_pat
     said, _ = running.communicate(timeout=240)
     assert running.returncode == 0, said
     assert "a host was lost; continuing with the remaining ones" in said
-    assert "going on at epoch" in said
+    assert "resuming at epoch" in said
     other.kill()
     for pid in pids(network["other"]):
         os.kill(pid, signal.SIGKILL)

@@ -288,7 +288,7 @@ def test_where_test_groups_are_too_few_the_page_says_so(hard, tmp_path):
     run(folder, read_params(), "report")
     page = Page(page_of(folder).read_text())
     assert "too few groups of images for an interval" in page.words
-    assert "on too few groups for an interval: nothing can be said beyond these" in page.words
+    assert "; too few groups for an interval, so this says nothing about other" in page.words
     charts = " ".join(str(chart["aria-label"]) for chart in page.all("svg"))
     assert charts.count("too few groups for an interval") >= 4
     assert "None" not in page.words

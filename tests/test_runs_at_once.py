@@ -132,7 +132,7 @@ def test_three_experiments_that_are_killed_go_on_in_other_folders_and_end_as_alo
     for name, process in again.items():
         said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said
-        [epoch] = re.findall(r"going on at epoch (\d+)", said)
+        [epoch] = re.findall(r"resuming at epoch (\d+)", said)
         print(f"{name} went on at epoch {epoch} of {EPOCHS}")
         assert 1 < int(epoch) < EPOCHS
         assert recorded(clones[name], name, tmp_path / name / "lock") == expected[name]

@@ -100,7 +100,7 @@ def test_three_groups_that_gain_alike_are_no_proof(size):
     found = difference(a, b, groups)
     assert found["accuracy"] == pytest.approx(0.1)
     assert found["low"] < 0 < found["high"]
-    assert "no sure difference" in fine_tuning_verdict(found)
+    assert "no significant difference" in fine_tuning_verdict(found)
 
 
 def test_all_right_in_several_groups_is_no_certainty():
@@ -185,7 +185,7 @@ def test_without_a_promise_it_is_said_how_many_images_one_would_take():
     confidence, labels = np.full(50, 0.6), np.arange(50) % 2
     unsure = sure_threshold(two_classes(confidence), labels, np.arange(50), 0.95)
     assert unsure == Sure(None, None)
-    assert "a model that is surer" in sure_in_words(None, 0.95, None)
+    assert "a more confident model" in sure_in_words(None, 0.95, None)
 
 
 def test_groups_that_answer_alike_promise_less():

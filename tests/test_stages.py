@@ -154,9 +154,9 @@ def test_trunk_outputs_that_do_not_fit_the_cache_give_the_same_bytes(
 def test_trunk_outputs_of_an_earlier_run_give_the_same_bytes(finished, tmp_path, capsys):
     folder = copied(finished, tmp_path, "prepared", "models")
     run(folder, read_params(stage1={"lr": 1e-3}), "stage1")
-    assert "kept from an earlier run" not in capsys.readouterr().out
+    assert "read from the cache" not in capsys.readouterr().out
     run(folder, read_params(), "stage1")
-    assert capsys.readouterr().out.count("kept from an earlier run") == 2  # train and val
+    assert capsys.readouterr().out.count("read from the cache") == 2  # train and val
     assert_same_training(finished, folder)
 
 

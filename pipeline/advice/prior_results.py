@@ -1,6 +1,6 @@
-"""What fine-tuning brought on known data sets, and what that lets one expect of another.
+"""The gain of fine-tuning on known data sets, and the gain to expect on another one.
 
-Pure numbers: no images, no network.
+Only numbers are used: no images, no network.
 """
 
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ from scipy.stats import t
 
 @dataclass(frozen=True)
 class PriorResult:
-    """One data set: a linear classifier on the last codes against the fine-tuned network."""
+    """One data set: a linear classifier on the last codes, and the fine-tuned network."""
 
     name: str
     images: int  # of training
     linear: float  # test accuracy
     fine_tuned: float  # test accuracy
     scratch: float | None = None  # the same network trained from scratch
-    classes: tuple[str, ...] = ()  # by which a set is kept from being evidence for itself
+    classes: tuple[str, ...] = ()  # so that a set isn't used as evidence for itself
 
     @property
     def gain(self) -> float:
-        """Give what fine-tuning brought, in log-odds: accuracies near 1 have no room for points."""
+        """Return the gain in log-odds, as points have no room at accuracies near 1."""
         return float(logit(self.fine_tuned) - logit(self.linear))
 
 
 # ResNet-50, pretrained on ImageNet with labels: table 3 of Grill et al. 2020 (BYOL, arXiv
 # 2006.07733), which repeats Chen et al. 2020 (SimCLR, arXiv 2002.05709). Mean average precision for
-# VOC2007, mean accuracy a class for Aircraft, Pets, Caltech-101 and Flowers.
+# VOC2007, mean accuracy per class for Aircraft, Pets, Caltech-101 and Flowers.
 PUBLISHED = (
     PriorResult("Food-101", 75_750, 0.723, 0.883, 0.869),
     PriorResult("CIFAR-10", 50_000, 0.936, 0.975, 0.959),
@@ -45,7 +45,7 @@ PUBLISHED = (
     PriorResult("Caltech-101", 3_060, 0.945, 0.933, 0.726),
     PriorResult("Flowers", 2_040, 0.947, 0.976, 0.920),
 )
-# This pipeline's own runs with EfficientNet-Lite0, by runs/seeds.py and runs/known.py.
+# This pipeline's own runs with EfficientNet-Lite0, from runs/seeds.py and runs/known.py.
 CELLS = ("defective", "functional")
 DIGITS = tuple("0123456789")
 CLOTHES = (
@@ -70,29 +70,29 @@ OURS = (
 # Sets of fewer images gained little (median of the four smallest: 0.03), larger ones much (0.99).
 LARGE = 5_000
 
-# How far in size a set's word carries: at a factor of three it counts six tenths.
+# Width of the kernel over set sizes: at a factor of three in size, a set has a weight of 0.6.
 DECADES = 0.5
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What to expect, as accuracies and their differences; low and high bound 80 % of cases."""
+    """The expected gain in accuracy; low and high are the bounds of an 80 % prediction interval."""
 
     gain: float
     low: float
     high: float
-    sets: float  # how many known sets it rests on, each counted by its weight
+    sets: float  # effective number of known sets
 
 
 def expected_gain(
     images: int, linear: float, winner: float, known: Sequence[PriorResult], share: float = 0.8
 ) -> Expected:
-    """Tell what stage 2 may score above the winning probe, from sets of like size.
+    """Estimate the gain of stage 2 over the winning probe, from known sets of similar size.
 
-    The gain over the linear probe, in log-odds, is a mean of the known ones weighted by a Gaussian
-    in log10 of the size (Nadaraya 1964, Watson 1964), its spread that of a new set around it (a
-    t-interval, by the number of sets that the weights amount to). What the winning probe already
-    has over the linear one is taken off.
+    The gain over the linear probe, in log-odds, is the mean of the known gains, weighted by a
+    Gaussian in log10 of the size (Nadaraya 1964, Watson 1964). The interval is a prediction
+    interval for one more set (a t-interval with the effective number of sets). The lead of the
+    winning probe over the linear one is subtracted.
 
     `linear` and `winner` are accuracies by cross-validation, strictly between 0 and 1.
     """

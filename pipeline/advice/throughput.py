@@ -1,4 +1,4 @@
-"""How fast stages 1 and 2 and evaluate run on this machine, from a few batches of each."""
+"""Measure how fast stages 1 and 2 and evaluate run on this machine, on a few batches of each."""
 
 import time
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, fit
 from pipeline.training.freeze import everything, freeze_all_but
 
-BATCHES = 4  # timed, after some that aren't
+BATCHES = 4  # that are timed, after a warm-up
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Seconds an image."""
+    """Seconds per image."""
 
     trunk: float  # stage 1's frozen part, forward
     top: float  # stage 1's trained part: forward, backward, step
@@ -44,7 +44,7 @@ def measure(
 ) -> Throughput:
     """Time a few batches of packed images (N, H, W[, 3]) as both stages would run them.
 
-    `sizes` are the image sizes of stages 1 and 2. The network is of no more use afterwards.
+    `sizes` are the image sizes of stages 1 and 2. The network can't be used afterwards.
     """
 
     def normalised(epoch: int, rows: NDArray[np.int64]) -> Tensor:
@@ -60,8 +60,8 @@ def measure(
         cut = cut_below(network.model, trained)
         trunk = _seconds(lambda: cut.trunk(normalised(1, some))) / len(some)
         kept = cut.trunk(normalised(1, np.arange(batch_size)))
-    # Drawn weights run by the statistics of the batch, as stage 1 trains them: by those that they
-    # start with, logits may overflow.
+    # Random weights use the statistics of the batch, as in stage 1: with their initial running
+    # statistics, logits may overflow.
     statistics = "train" if network.backbone.weights == "none" else "frozen"
     freeze_all_but(network.model, trained, statistics)
     top = _training(network, cut.top, lambda epoch, rows: kept, batch_size)
@@ -93,9 +93,9 @@ def _training(
     batch: Callable[[int, NDArray[np.int64]], Tensor],
     batch_size: int,
 ) -> float:
-    """Time an epoch of a few steps, after one that isn't timed: seconds an image."""
+    """Return the seconds per image of an epoch of a few steps, after a warm-up epoch."""
     n = BATCHES * batch_size
-    # The rate is no matter here, but for a network that stays finite.
+    # The rate only has to be low enough for the network to stay finite.
     recipe = Recipe(
         epochs=2,
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""How large a data set is, and how like the one that the weights were made for."""
+"""The size of a data set, and its similarity to the data that the weights were trained on."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,8 @@ from scipy.special import softmax
 from pipeline.advice.prior_results import LARGE
 from pipeline.probing.codes import LAST, SOURCE
 
-AT_ONCE = 256  # images whose answers are in memory
-SIMILAR = 0.2  # source_information from which data count as like the source's
+AT_ONCE = 256  # images whose probabilities are in memory
+SIMILAR = 0.2  # source_information from which the data count as similar to the source's
 
 Codes = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
@@ -22,19 +22,19 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Transferability:
-    """What the case is told by."""
+    """The measures that determine the case."""
 
     images: int  # of training
     classes: int
     smallest_class: int  # its training images
     early: float  # accuracy by cross-validation of the best probe on a block's codes
     late: float  # of the best on the last codes
-    source_confidence: float  # how sure the source's classifier is of these images
-    source_information: float  # what its classes tell of the labels, as a share
+    source_confidence: float  # mean confidence of the source's classifier on these images
+    source_information: float  # share of the labels' entropy that its classes explain
 
 
 def source_confidence(logits: Codes) -> float:
-    """Give how sure the source's classifier is of what it sees: the mean of its highest p.
+    """Return the mean confidence (highest probability) of the source's classifier.
 
     `logits` are (N, S), of S source classes.
     """
@@ -42,10 +42,11 @@ def source_confidence(logits: Codes) -> float:
 
 
 def source_information(logits: Codes, labels: Ints) -> float:
-    """Give the share of the labels' entropy that the source's classes explain: 0 none, 1 all.
+    """Return the share of the labels' entropy that the source's classes explain: 0 none, 1 all.
 
-    One plus LEEP over that entropy (Nguyen et al. 2020, arXiv 2002.12462): each image's label is
-    told from the source classes it is taken for, by how labels and source classes go together.
+    This is one plus LEEP divided by that entropy (Nguyen et al. 2020, arXiv 2002.12462). LEEP
+    predicts an image's label from its source probabilities, by the joint distribution of labels and
+    source classes.
 
     `logits` are (N, S), `labels` (N,).
     """
@@ -53,7 +54,7 @@ def source_information(logits: Codes, labels: Ints) -> float:
     joint = np.zeros((len(shares), logits.shape[1]))  # (C, S)
     for y, p in zip(_parts(labels), _probabilities(logits), strict=True):
         np.add.at(joint, y, p)
-    of_source = joint / np.maximum(joint.sum(0), np.finfo(float).tiny)  # a class may go unseen
+    of_source = joint / np.maximum(joint.sum(0), np.finfo(float).tiny)  # a class may not occur
     of_labels = (
         np.log(np.einsum("ns,ns->n", p, of_source[y])).sum()
         for y, p in zip(_parts(labels), _probabilities(logits), strict=True)
@@ -65,17 +66,17 @@ def source_information(logits: Codes, labels: Ints) -> float:
 
 
 def _parts(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Cut rows into parts that keep what is computed of them small."""
+    """Split rows into parts, to limit the memory of what is computed from them."""
     return (rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE))
 
 
 def _probabilities(logits: Codes) -> Iterator[NDArray[np.float64]]:
-    """Give the softmax of logits (N, S), some rows at a time."""
+    """Return the softmax of logits (N, S), some rows at a time."""
     return (softmax(np.asarray(part, np.float64), axis=1) for part in _parts(logits))
 
 
 def profile(grid: Path, depths: Sequence[str]) -> dict[str, float]:
-    """Read each depth's accuracy by cross-validation, of its cell of the lowest loss."""
+    """Read each depth's accuracy by cross-validation, from its grid cell with the lowest loss."""
     best: dict[str, tuple[float, float]] = {}
     with grid.open(newline="", encoding="utf-8") as lines:
         for cell in csv.DictReader(lines):
@@ -87,9 +88,10 @@ def profile(grid: Path, depths: Sequence[str]) -> dict[str, float]:
 def transferability(
     labels: Ints, rows: Ints, logits: Codes, by_depth: dict[str, float]
 ) -> Transferability:
-    """Gather what the case is told by.
+    """Return the measures that determine the case.
 
-    From all labels (N,), the source's logits (R, S) of the images at `rows` (R,), and the profile.
+    They are computed from all labels (N,), the source's logits (R, S) of the images at `rows` (R,),
+    and the profile.
     """
     counts = np.bincount(labels)
     of_blocks = [a for depth, a in by_depth.items() if depth not in (LAST, SOURCE)]
@@ -105,11 +107,11 @@ def transferability(
 
 
 def case_of(found: Transferability) -> int:
-    """Number the case: 1 small, 2 large and similar; 3 small, 4 large and different.
+    """Return the number of the case: 1 small, 2 large and similar; 3 small, 4 large and different.
 
-    Similar is where the source's classes tell much of what the labels say. Of the evidence here
-    this ranked the gains of our own runs best (runs/known.py); they lie on both sides of the bound,
-    at .04 to .09 and from .26 on.
+    Data are similar if the source's classes explain much of the labels' entropy. Of all measures,
+    this one ranked the gains of our own runs best (runs/known.py). Those runs lie on both sides of
+    the bound, at .04 to .09 and from .26 on.
     """
     different = found.source_information < SIMILAR
     return int(1 + (found.images >= LARGE) + 2 * different)

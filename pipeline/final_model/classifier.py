@@ -1,4 +1,4 @@
-"""A finished classifier: a network, perhaps a probe on its codes, and how sure it has to be."""
+"""The final classifier: a network, possibly a probe on its codes, and a confidence threshold."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,20 +33,20 @@ def codes(
 
 @dataclass(frozen=True)
 class Classifier:
-    """What models/final/ holds: it classifies images by itself, whichever stage won."""
+    """The contents of models/final/: a complete classifier, whichever stage was chosen."""
 
     network: Network
     probe: Probe | None  # on the network's codes; None: the network's own head
     pooling: Pooling  # of those codes
     tta: TTA
     temperature: float  # softmax(scores / temperature) is calibrated on validation
-    sure_above: float | None  # below this probability it is "not sure"; None: none was promised
+    sure_above: float | None  # below this probability it says "not sure"; None: never
     chosen: str  # the stage it comes from
-    sure_accuracy: float = 0.95  # the share that was to be right above `sure_above`
-    sure_images: int | None = None  # validation images that such a promise would take, if known
+    sure_accuracy: float = 0.95  # the share that has to be right above `sure_above`
+    sure_images: int | None = None  # validation images that a threshold would take, if known
 
     def probabilities(self, images: Rowwise) -> Scores:
-        """Give calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
+        """Return calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
         if self.probe is None:
             scores = logits(self.network, images, self.tta)
         else:
@@ -55,7 +55,7 @@ class Classifier:
         return np.asarray(softmax(scores / self.temperature, axis=1))
 
     def save(self, file: Path, **more: Any) -> None:
-        """Write everything into one safetensors file; `more` joins the metadata."""
+        """Write everything into one safetensors file; `more` is added to the metadata."""
         state = self.network.model.state_dict()
         tensors = {f"network.{name}": t.contiguous().cpu().numpy() for name, t in state.items()}
         if self.probe:
@@ -79,11 +79,11 @@ class Classifier:
 def load(file: Path) -> Classifier:
     """Read what `Classifier.save` wrote.
 
-    Raises CheckpointError if the file isn't such a one.
+    Raises CheckpointError if the file holds no final model.
     """
     tensors, meta = checkpoint.read(file)
     if "sure_above" not in meta:
-        raise CheckpointError(f"{file}: no final model; take models/final/model.safetensors")
+        raise CheckpointError(f"{file}: not a final model; use models/final/model.safetensors")
 
     network_part, probe_part = (
         checkpoint.strip_prefix(tensors, f"{p}.") for p in ("network", "probe")

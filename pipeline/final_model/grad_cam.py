@@ -1,8 +1,9 @@
 """Class activation maps: where in an image the evidence for a class lies.
 
-Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391): the last feature maps, each weighed by the
-gradient of the class's score, averaged over its pixels; what speaks against the class is left out.
-Where a linear head follows averaged maps, these are the maps of Zhou et al. 2016, arXiv 1512.04150.
+Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391): the sum of the last feature maps, each weighted
+by the gradient of the class's score, averaged over its pixels. Evidence against the class is left
+out. If a linear head follows average pooling, these are the maps of Zhou et al. 2016, arXiv
+1512.04150.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ UPRIGHT = (0,)  # no flips or turns
 
 
 def explained_block(graph: Graph) -> str:
-    """Name the block whose feature maps are looked at: the last one that the scores come from."""
+    """Return the block whose feature maps are used: the last one that the scores depend on."""
     if graph.taps and graph.taps.depths[-1] not in (LAST, SOURCE):
         return graph.taps.depths[-1]
     return last_maps(graph.model)
@@ -29,9 +30,9 @@ def explained_block(graph: Graph) -> str:
 def activation_maps(
     graph: Graph, images: NDArray[np.uint8], classes: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Map the evidence in packed images (N, H, W[, 3]) for one class each (N,): (N, h, w).
+    """Return maps (N, h, w) of the evidence in packed images (N, H, W[, 3]) for one class each.
 
-    From 0 to 1, which is the strongest place of an image; all 0 where nothing speaks for the class.
+    The values are from 0 to 1, the maximum of each image; all are 0 if there is no evidence.
     """
     found: list[Tensor] = []
 
@@ -40,7 +41,7 @@ def activation_maps(
         return found[-1]
 
     block = graph.model.get_submodule(explained_block(graph))
-    # Before the hooks that take a probe's codes, so that these see what gradients flow to.
+    # Before the hooks that take a probe's codes, so that gradients flow through the codes.
     handle = block.register_forward_hook(cut, prepend=True)
     try:
         scores = graph.scores(torch.from_numpy(images), UPRIGHT)  # (N, C)

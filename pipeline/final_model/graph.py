@@ -1,8 +1,8 @@
-"""A finished classifier in plain PyTorch: from packed pixels to calibrated probabilities.
+"""The final classifier in plain PyTorch: from packed pixels to calibrated probabilities.
 
-In float32 and unfolded, with everything in one graph: normalisation, the averaging over flips, the
-network, and for a probe the scaling, the kernel and its machines. It is what export writes as ONNX,
-and what class activation maps are taken of.
+It is in float32 and unfolded, with everything in one graph: normalisation, averaging over flips,
+the network, and for a probe the scaling, the kernel and the SVMs. export writes it as ONNX, and
+class activation maps are computed from it.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from pipeline.probing.probes import SHARPNESS, Probe
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the graph takes, and the classes it answers with."""
+    """The inputs of the graph, and its classes."""
 
     classes: list[str]
     packed_size: int  # pixels a side
@@ -34,13 +34,13 @@ class Inputs:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the shape of one packed image."""
+        """Return the shape of one packed image."""
         sides = (self.packed_size, self.packed_size)
         return sides if self.channels == 1 else (*sides, self.channels)
 
 
 class Graph(nn.Module):
-    """The whole of a classifier in float32, unfolded: what PyTorch runs and what is exported."""
+    """The whole classifier in float32, unfolded: for PyTorch and for export."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class Graph(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Give probabilities (N, C) of packed uint8 pixels (N, H, W) or (N, H, W, 3)."""
+        """Return probabilities (N, C) of packed uint8 pixels (N, H, W) or (N, H, W, 3)."""
         return torch.softmax(self.scores(pixels, self.kinds) / self.temperature, 1).float()
 
     def scores(self, pixels: Tensor, kinds: Sequence[int]) -> Tensor:
-        """Give scores (N, C), averaged over these kinds of flips and turns."""
-        # The views side by side as one batch: a graph of one network, not of eight.
+        """Return scores (N, C), averaged over these kinds of flips and turns."""
+        # All views are one batch, so that the graph holds the network once, not eight times.
         x = self.network.normalise(pixels)
         x = torch.cat([dihedral(x, kind, rows=2) for kind in kinds])
         found = torch.cat(self.taps(x), 1) if self.taps else self.model(x)
@@ -76,17 +76,17 @@ class Graph(nn.Module):
 
 
 class SvmHead:
-    """A probe's scores in PyTorch: `Probe.scores`, in double precision as there."""
+    """`Probe.scores` in PyTorch, in double precision too."""
 
     def __init__(self, probe: Probe) -> None:
         self.kind, self.gamma, self.l2 = probe.kind, probe.gamma, probe.l2
         self.arrays = {k: torch.from_numpy(np.array(a)) for k, a in probe.arrays.items()}
         ends = [int(end) for end in np.cumsum(probe.arrays.get("n_vectors", []))]
-        # Where the vectors of each class lie.
+        # The positions of each class's vectors.
         self.of = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
     def __call__(self, codes: Tensor) -> Tensor:
-        """Score codes (N, D): (N, C)."""
+        """Return scores (N, C) of codes (N, D)."""
         a = self.arrays
         if self.l2:
             length = codes.norm(dim=1, keepdim=True)
@@ -101,14 +101,14 @@ class SvmHead:
         return self._one_against_one(kernel)
 
     def _one_against_one(self, kernel: Tensor) -> Tensor:
-        """Score by one binary classifier a pair of classes, as `learn.probes.coupled` says."""
+        """Score with one binary classifier per pair of classes, as in `probing.probes.coupled`."""
         dual, bias, of = self.arrays["dual"], self.arrays["bias"], self.of
         if len(of) == 2:
             first = kernel[:, of[0]] @ dual[0, of[0]] + kernel[:, of[1]] @ dual[0, of[1]] + bias[0]
             return torch.stack([first, -first], 1) / 2
         n = len(of)
         none = torch.zeros_like(kernel[:, :1])
-        own = []  # what the vectors of each class say against each of the others: (N, C)
+        own = []  # the contribution of each class's vectors against each other class: (N, C)
         for i in range(n):
             found = kernel[:, of[i]] @ dual[:, of[i]].T  # (N, C - 1)
             own.append(torch.cat([found[:, :i], none, found[:, i:]], 1))

@@ -1,4 +1,4 @@
-"""A finished classifier as one ONNX graph: who runs it needs neither PyTorch nor this project."""
+"""The final classifier as one ONNX graph, which needs neither PyTorch nor this project to run."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ KEY = "pipeline"  # of the graph's metadata
 
 
 def write(classifier: Classifier, graph: Graph, file: Path) -> None:
-    """Write the graph, with what `Portable` needs of the classifier as metadata."""
+    """Write the graph, with the metadata that `Portable` needs."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter's own deprecations
         program = torch.onnx.export(
@@ -40,14 +40,14 @@ def write(classifier: Classifier, graph: Graph, file: Path) -> None:
 
 
 class Portable:
-    """A classifier read from ONNX; it answers like `Classifier`."""
+    """A classifier read from ONNX, with the interface of `Classifier`."""
 
     def __init__(self, file: Path) -> None:
         import onnxruntime
 
         try:
             self.session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        except Exception as error:  # of its own kinds, for a missing and for a damaged file
+        except Exception as error:  # its own types, for missing and for damaged files
             said = one_line(error, 120)
             raise CheckpointError(f"{file}: can't be read as ONNX ({said})") from None
         found = self.session.get_modelmeta().custom_metadata_map.get(KEY)
@@ -60,7 +60,7 @@ class Portable:
         self.network = Inputs(**facts, tones=tones)
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Give calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
+        """Return calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
         batches = np.array_split(images, max(1, -(-len(images) // EVAL_BATCH)))
         parts = [self.session.run(None, {"pixels": np.ascontiguousarray(b)})[0] for b in batches]
         return np.concatenate(parts).astype(np.float64)

@@ -14,10 +14,10 @@ Pooling = Literal["average", "max", "both"]
 
 
 class Taps:
-    """Collects globally pooled activations while a network runs, until it is closed.
+    """Collect globally pooled activations while a network runs, until closed.
 
-    `both` puts averages and maxima side by side: a maximum sees what is small and rare. The head's
-    input and output are taken as they are.
+    `both` concatenates averages and maxima; a maximum responds to small and rare structures. The
+    head's input and output aren't pooled.
     """
 
     def __init__(self, model: nn.Module, depths: Sequence[str], pooling: Pooling) -> None:
@@ -45,7 +45,7 @@ class Taps:
         return self.model.get_submodule(depth).register_forward_hook(pooled)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """Compute the codes of normalised images (B, 3, H, W): one (B, D) a depth."""
+        """Compute the codes of normalised images (B, 3, H, W): one tensor (B, D) per depth."""
         self._codes.clear()
         self.model(x)
         return [self._codes[depth] for depth in self.depths]
@@ -61,8 +61,8 @@ class Taps:
 def pool(maps: Tensor, pooling: Pooling) -> Tensor:
     """Pool feature maps (B, D, h, w) to float32 (B, D), or for `both` to (B, 2 D)."""
     batch, depth, height, width = maps.shape
-    # As images of one column with w * D channels, which fill the processor's vectors however few D
-    # are. `avg_pool2d` adds up in float32 without a copy in it.
+    # As images of one column with w * D channels, which fill the processor's vectors even if D is
+    # small. `avg_pool2d` sums in float32 without a float32 copy.
     column = maps.permute(0, 2, 3, 1).reshape(batch, height, 1, width * depth).permute(0, 3, 1, 2)
     parts = []
     if pooling != "max":

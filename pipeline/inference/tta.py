@@ -1,4 +1,4 @@
-"""Averaging over flips and turns of an image, for codes and for logits alike."""
+"""Test-time augmentation: codes or logits, averaged over flips and turns of an image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class TTA:
-    """Which flips and turns of an image are averaged."""
+    """The flips and turns of an image that are averaged."""
 
     flips: Flips
     most: int
 
 
 def averaged(network: Network, compute: Run, tta: TTA) -> Run:
-    """Make a function of packed pixels (B, H, W[, 3]) that averages outputs over the views.
+    """Return a function of packed pixels (B, H, W[, 3]) that averages outputs over the views.
 
     `compute` maps normalised images (B, 3, h, w) to one or several tensors (B, ...).
     """
@@ -47,7 +47,7 @@ def logits(network: Network, images: Rowwise, tta: TTA) -> NDArray[np.float64]:
 def logits_from(
     network: Network, images: Rowwise, tta: TTA, first: int = 0
 ) -> Iterator[Sequence[NDArray[np.float64]]]:
-    """Compute them a batch at a time, from the `first` image on."""
+    """Yield the same logits in batches, from the `first` image on."""
     network.model.eval()
     run = averaged(network, lambda x: [network.model(x)], tta)
     for part in run_in_batches(images, network, run, first):

@@ -1,4 +1,4 @@
-"""The features folder: one memory-mapped array of codes a split and depth, and labelled rows."""
+"""The features folder: one memory-mapped array of codes per split and depth, and the labels."""
 
 import csv
 import json
@@ -12,17 +12,17 @@ from pipeline.images.rows import Rows
 from pipeline.stage_runtime.files import reading
 
 LAST = "last"  # the head's input, from which stage 1's head starts
-SOURCE = "source"  # the head's output: the logits of the classes that the weights were made for
-JOIN = "+"  # between depths whose codes stand side by side; no module's name holds it
+SOURCE = "source"  # the head's output: the logits of the classes that the weights were trained on
+JOIN = "+"  # between depths whose codes are concatenated; no module's name contains it
 
 
 def codes_name(split: str, depth: str) -> str:
-    """Name the array of codes (N, D) of one split and depth."""
+    """Return the name of the array of codes (N, D) of one split and depth."""
     return f"{split}-{depth}"
 
 
 def read_codes(features: Path, split: str, depth: str) -> NDArray[np.float32]:
-    """Memory-map the codes (N, D) of one split and depth, or join those of several."""
+    """Memory-map the codes (N, D) of one split and depth, or concatenate several depths."""
     parts: list[NDArray[np.float32]] = [
         np.load(features / f"{codes_name(split, part)}.npy", mmap_mode="r")
         for part in depth.split(JOIN)
@@ -31,9 +31,9 @@ def read_codes(features: Path, split: str, depth: str) -> NDArray[np.float32]:
 
 
 def read_feature_facts(features: Path) -> dict[str, Any]:
-    """Read what made the codes: the network's facts and the depths.
+    """Read how the codes were computed: the network's facts and the depths.
 
-    Raises DataError if extract didn't run, or the file is damaged.
+    Raises DataError if extract hasn't run, or the file is damaged.
     """
     file = features / "facts.json"
     with reading(file, "extract"):
@@ -44,7 +44,7 @@ def read_feature_facts(features: Path) -> dict[str, Any]:
 
 
 def write_labels(file: Path, splits: dict[str, Rows]) -> None:
-    """Write the labels of the given splits, so that who reads codes needs no images."""
+    """Write the labels of the given splits, so that readers of codes don't need the images."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(("split", "id", "path", "label", "group", "weight"))

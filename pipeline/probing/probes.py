@@ -13,7 +13,7 @@ from pipeline.nets import checkpoint
 from pipeline.stage_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    # A second to import, which who only reads a probe need not wait for.
+    # Takes a second to import, and isn't needed to read a probe.
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import SVC
 
@@ -21,9 +21,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Kind = Literal["linear", "svm_linear", "svm_rbf"]
 KINDS: tuple[Kind, ...] = ("linear", "svm_linear", "svm_rbf")  # from simple to flexible
-SHARPNESS = 6.0  # of the sigmoids over an SVM's decision values; on noised digits 4 to 8 are alike
+SHARPNESS = 6.0  # slope of the sigmoids over an SVM's decision values; 4 to 8 do as well on digits
 AT_ONCE = 4_000_000  # decision values in memory
-GRADIENT, STEPS = 1e-6, 20_000  # of a logistic regression: its largest gradient where it stops
+GRADIENT, STEPS = 1e-6, 20_000  # where a logistic regression stops: largest gradient, iterations
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Scaler:
 
     @classmethod
     def fit(cls, codes: NDArray[Any]) -> "Scaler":
-        """Measure codes (N, D); a feature that never changes is only centred."""
+        """Fit to codes (N, D); a constant feature is only centred."""
         scale = codes.std(0, dtype=np.float64)
         return cls(codes.mean(0, dtype=np.float64), np.where(scale > 1e-12, scale, 1.0))
 
@@ -56,7 +56,7 @@ class Probe:
     arrays: dict[str, NDArray[Any]]  # mean, scale, and by kind: weight, bias | vectors, dual, ...
 
     def scores(self, codes: NDArray[Any]) -> Floats:
-        """Score codes (N, D): (N, C), the higher the likelier; for a linear probe the logits."""
+        """Return scores (N, C) of codes (N, D), higher for likelier classes; logits if linear."""
         a = self.arrays
         x = Scaler(a["mean"], a["scale"])(unit(codes) if self.l2 else codes)
         if self.kind == "linear":
@@ -65,20 +65,20 @@ class Probe:
         return _one_against_one(kernel, a["dual"], a["n_vectors"], a["bias"])
 
     def facts(self) -> dict[str, Any]:
-        """Give what isn't an array, for the metadata of a file."""
+        """Return everything except the arrays, for the metadata of a file."""
         return {name: value for name, value in vars(self).items() if name != "arrays"}
 
 
 def unit(codes: NDArray[Any]) -> NDArray[np.float32]:
-    """Scale codes (N, D) to unit length; a row of zeros stays one."""
+    """Scale codes (N, D) to unit length; a row of zeros doesn't change."""
     length = np.linalg.norm(codes, axis=1, keepdims=True)
     return np.asarray(codes / np.where(length > 0, length, 1), np.float32)
 
 
 def head_of(probe: Probe) -> tuple[Floats, Floats]:
-    """Turn a linear probe into a head on raw codes: weight (C, D) and bias (C,).
+    """Convert a linear probe into a head on raw codes: weight (C, D) and bias (C,).
 
-    The scaling is folded in, so that the head's logits are the probe's scores.
+    The scaling is folded in, so the head's logits are the probe's scores.
     """
     a = probe.arrays
     weight = a["weight"] / a["scale"]
@@ -104,8 +104,8 @@ def fit_linear(
 ) -> "LogisticRegression":
     """Fit a logistic regression on standardised codes (N, D), from scratch or from another one.
 
-    In double precision and until it has converged: a fit that stops early depends on the start and
-    on how a processor rounds.
+    The fit runs in double precision until it converges. A fit that stops early depends on its
+    start and on the processor's rounding.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -123,14 +123,14 @@ def fit_svm(kernel: Floats, y: Ints, weights: Floats, c: float, class_weight: st
 
 
 def class_scores(fitted: "LogisticRegression | SVC", x: Floats, n_classes: int) -> Floats:
-    """Score codes (N, D), or for an SVC a kernel (N, S): (N, C), as `Probe.scores` would.
+    """Return scores (N, C) of codes (N, D), or for an SVC of a kernel (N, S), as `Probe.scores`.
 
-    A class that the fit never saw gets the lowest score of each row.
+    A class that is missing from the training data gets the lowest score of each row.
     """
     found = fitted.decision_function(x)
     if found.ndim == 1:
         found = np.stack([-found, found], 1) / 2
-    elif hasattr(fitted, "support_"):  # an SVC: a column a pair
+    elif hasattr(fitted, "support_"):  # an SVC: one column per pair
         found = coupled(found)
     scores = np.repeat(found.min(1, keepdims=True), n_classes, axis=1)
     scores[:, fitted.classes_] = found
@@ -138,7 +138,7 @@ def class_scores(fitted: "LogisticRegression | SVC", x: Floats, n_classes: int) 
 
 
 def linear_probe(fitted: "LogisticRegression", scaler: Scaler, depth: str, l2: bool) -> Probe:
-    """Make a probe of a fitted logistic regression; two classes' one row w becomes ±w/2."""
+    """Make a probe from a fitted logistic regression; with two classes, the row w becomes ±w/2."""
     weight, bias = fitted.coef_, fitted.intercept_
     if len(weight) == 1:
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
@@ -155,7 +155,7 @@ def svm_probe(
     gamma: float,
     l2: bool,
 ) -> Probe:
-    """Make a probe of a machine fitted on the kernel of standardised codes (N, D)."""
+    """Make a probe from an SVM that was fitted on the kernel of standardised codes (N, D)."""
     arrays = {
         "mean": scaler.mean,
         "scale": scaler.scale,
@@ -169,29 +169,29 @@ def svm_probe(
 
 
 def _one_against_one(kernel: Floats, dual: Floats, n_vectors: Ints, bias: Floats) -> Floats:
-    """Score by libsvm's binary classifiers, one a pair of classes: (N, S) -> (N, C).
+    """Score with libsvm's binary classifiers, one per pair of classes: (N, S) -> (N, C).
 
-    For two classes the decision value, halved to either side; for more see `coupled`.
+    With two classes, the scores are plus and minus half the decision value; else see `coupled`.
     """
     ends = n_vectors.cumsum()
     of = [slice(end - n, end) for end, n in zip(ends, n_vectors, strict=True)]
-    # In row r, a vector's coefficient against class r, or r + 1 from its own class on.
+    # Row r holds a vector's coefficient against class r, or against r + 1 from its own class on.
     if len(of) == 2:
         first = kernel[:, of[0]] @ dual[0, of[0]] + kernel[:, of[1]] @ dual[0, of[1]] + bias[0]
         return np.stack([first, -first], 1) / 2
     classes = range(len(of))
-    # What the vectors of each class say against each of the others.
+    # The contribution of each class's vectors against each other class.
     own = [np.insert(dual[:, of[i]] @ kernel[:, of[i]].T, i, 0, axis=0) for i in classes]
     return coupled(np.stack([own[i][j] + own[j][i] for i, j in combinations(classes, 2)], 1) + bias)
 
 
 def coupled(decisions: Floats) -> Floats:
-    """Couple decision values of pairs of classes (N, C (C - 1) / 2) to scores (N, C).
+    """Couple the decision values of pairs of classes (N, C (C - 1) / 2) into scores (N, C).
 
     The scores are the logarithms of 1 / (sum of 1 / r_ij over j - (C - 2)), with r_ij the sigmoid
     of the decision for class i against j (Price et al. 1994, Advances in Neural Information
-    Processing Systems 7). Votes, which scikit-learn gives, say which class wins and little about
-    how sure that is. Pairs are in the order (0, 1), (0, 2), ..., (1, 2), ...
+    Processing Systems 7). scikit-learn's votes say which class wins, but little about the
+    confidence. Pairs are in the order (0, 1), (0, 2), ..., (1, 2), ...
     """
     n_classes = int((1 + np.sqrt(1 + 8 * decisions.shape[1])) / 2)
     scores = np.empty((len(decisions), n_classes))
@@ -215,7 +215,7 @@ def save_probes(file: Path, winner: Probe, linear: Probe, meta: dict[str, Any]) 
 def read_probes(file: Path) -> tuple[Probe, Probe, dict[str, Any]]:
     """Read the winner, the linear probe on the last codes, and the metadata.
 
-    Raises CheckpointError if the file isn't one of probes.
+    Raises CheckpointError if the file holds no probes.
     """
     tensors, meta = checkpoint.read(file)
     if "winner" not in meta or "linear" not in meta:

@@ -1,4 +1,4 @@
-"""What models answered, a line an image: predictions.csv, validation.csv, out_of_fold.csv."""
+"""The models' answers, one line per image: predictions.csv, validation.csv, out_of_fold.csv."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,9 +19,9 @@ def answer_lines(
     temperature: float,
     classes: Sequence[str],
 ) -> Iterator[Sequence[object]]:
-    """List what each model's scores (N, C) say of the images, and how sure the chosen one is of it.
+    """Yield each model's answers from its scores (N, C), and the confidence of the chosen model.
 
-    Where a model's scores are NaN, it didn't answer: the cell is empty.
+    If a model's scores are NaN, it didn't answer, and the cell is empty.
     """
     yield "id", "path", "label", *scores, "probability", "uncalibrated"
     answered = {model: ~np.isnan(s[:, 0]) for model, s in scores.items()}
@@ -36,7 +36,7 @@ def answer_lines(
 def read_answers(
     predictions: Sequence[Mapping[str, str]], model: str
 ) -> tuple[NDArray[np.float64], list[str], NDArray[np.bool_]]:
-    """Give a model's confidence, its answers, and which of them are right, an image each."""
+    """Return a model's confidence, its answers, and which of them are right, for each image."""
     sure = np.array([float(row["probability"]) for row in predictions])
     answers = [row[model] for row in predictions]
     right = [answer == row["label"] for answer, row in zip(answers, predictions, strict=True)]

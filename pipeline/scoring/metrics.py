@@ -12,7 +12,7 @@ Ints = NDArray[np.int64]
 
 
 def validation(scores: Scores, labels: Ints, temperature: float = 1.0) -> dict[str, float]:
-    """Give accuracy, balanced accuracy and cross-entropy (nats) of a validation split."""
+    """Return accuracy, balanced accuracy and cross-entropy (nats) of a validation split."""
     predicted = scores.argmax(1)
     return {
         "accuracy": float((predicted == labels).mean()),
@@ -22,19 +22,19 @@ def validation(scores: Scores, labels: Ints, temperature: float = 1.0) -> dict[s
 
 
 def balanced_accuracy(labels: Ints, predicted: Ints) -> float:
-    """Give the mean recall over the classes that occur in `labels`."""
+    """Return the mean recall over the classes that occur in `labels`."""
     images, right = np.bincount(labels), np.bincount(labels, weights=labels == predicted)
     return float((right[images > 0] / images[images > 0]).mean())
 
 
 def cross_entropy(scores: Scores, labels: Ints, temperature: float = 1.0) -> float:
-    """Give the mean negative log-likelihood (nats) of softmax(scores / temperature)."""
+    """Return the mean negative log-likelihood (nats) of softmax(scores / temperature)."""
     log_p = log_softmax(np.asarray(scores, np.float64) / temperature, axis=1)
     return float(-log_p[np.arange(len(labels)), labels].mean())
 
 
 def fit_temperature(scores: Scores, labels: Ints) -> float:
-    """Find the temperature that minimises cross-entropy (Guo et al. 2017, arXiv 1706.04599)."""
+    """Return the temperature that minimises cross-entropy (Guo et al. 2017, arXiv 1706.04599)."""
     found = minimize_scalar(
         lambda log_t: cross_entropy(scores, labels, float(np.exp(log_t))),
         bounds=(-4, 4),

@@ -1,17 +1,17 @@
-"""What an accuracy, or a difference of two, says beyond these images: intervals and p-values.
+"""Intervals and p-values of an accuracy, and of a difference of two accuracies.
 
-Images of one group (one patient, one module, near duplicates) answer alike, so groups are what
-counts, not images. All that is said here rests on one statistic, the mean over images with this
-variance:
+Predictions for images of one group (a patient, a module, near duplicates) are correlated, so the
+precision depends on the number of groups, not of images. All results here use one statistic, the
+mean over images with this variance:
 
-    that of independent images × design effect            (Kish 1965, Survey Sampling)
+    variance for independent images × design effect       (Kish 1965, Survey Sampling)
     design effect = 1 + (mean size of an image's group - 1) × correlation within groups
 
-The correlation is measured by the groups' residuals (the CR2 form of Bell and McCaffrey 2002, which
-has no bias where images are independent). Few groups say little about it, and groups without a
-single error nothing, so it is drawn towards a usual one, which counts as much as a few groups. The
-degrees of freedom are those of the part of the variance that had to be measured so (Satterthwaite
-1946). docs/intervals.md has the simulation by which the two constants were chosen.
+The correlation is estimated from the groups' residuals (the CR2 form of Bell and McCaffrey 2002,
+which is unbiased if images are independent). Few groups say little about it, and groups without an
+error say nothing, so the estimate is shrunk towards a usual value with the weight of a few groups.
+The degrees of freedom are those of the estimated part of the variance (Satterthwaite 1946). Both
+constants were chosen by the simulation in docs/intervals.md.
 """
 
 from collections.abc import Sequence
@@ -28,22 +28,22 @@ Ints = NDArray[np.int64]
 Interval = tuple[float, float]
 Tested = tuple[float, float, float]  # low, high and the p-value
 
-LEAST_GROUPS = 3  # fewer say nothing
+LEAST_GROUPS = 3  # with fewer groups there is no interval
 USUAL_CORRELATION, USUAL_GROUPS = (
     0.1,
     2.5,
-)  # what is taken for granted, as if so many groups said it
+)  # the correlation that is assumed, and its weight in groups
 CONFIDENCE = 0.95
-TINY = 1e-12  # a spread that is rounding
-PSEUDO = 2  # images that answer differently, one in each direction (Bonett and Price 2012)
+TINY = 1e-12  # a spread that is due to rounding
+PSEUDO = 2  # added images on which models differ, one in each direction (Bonett and Price 2012)
 
 
 @dataclass(frozen=True)
 class Design:
-    """What groups do to the variance of a mean over images."""
+    """The effect of groups on the variance of a mean over images."""
 
     effect: float  # the factor on the variance
-    freedom: float  # degrees of freedom with which that is known
+    freedom: float  # degrees of freedom of its estimate
 
     def quantile(self, confidence: float) -> float:
         """Return the two-sided quantile of Student's t."""
@@ -53,8 +53,8 @@ class Design:
 def accuracy_interval(right: Bools, groups: Ints) -> Interval | None:
     """Return the 95 % interval of an accuracy from which images (N,) were right, or None.
 
-    Wilson's score interval (1927) with the number of images divided by the design effect; where
-    each image is on its own it is Wilson's. None for fewer than three groups.
+    This is Wilson's score interval (1927) with the number of images divided by the design effect,
+    which is 1 if each image is its own group. It is None for fewer than three groups.
     """
     if (found := _design(right.astype(float), right, groups)) is None:
         return None
@@ -68,7 +68,7 @@ def accuracy_interval(right: Bools, groups: Ints) -> Interval | None:
 def difference(a: Bools, b: Bools, groups: Ints) -> dict[str, float | None]:
     """Compare two models on the same images: accuracy of `a` minus `b`, 95 % interval, p-value.
 
-    The p-value is two-sided and below .05 exactly where the interval leaves 0 out: both are of the
+    The p-value is two-sided. It is below .05 exactly if the interval excludes 0, as both use the
     statistic that this module describes. Low, high and p-value are None for fewer than three
     groups.
     """
@@ -93,12 +93,12 @@ def over_resplits(
 ) -> Tested | None:
     """Return interval and p-value of the mean of `a` minus that of `b` over re-splits of one set.
 
-    Re-splits share most of their images, so that more of them don't narrow the interval as new
-    images would: the variance of a mean is (1 / number + ratio) times that of a value, with the
-    ratio of tested to training images (Nadeau and Bengio 2003, Machine Learning 52). `paired`
-    values at the same place are of the same split.
+    Re-splits share most of their images, so more re-splits don't narrow the interval as new images
+    would. The variance of a mean is (1 / number + `ratio`) times that of a value, where `ratio` is
+    the number of test images divided by that of training images (Nadeau and Bengio 2003, Machine
+    Learning 52). With `paired`, values at the same position are of the same split.
 
-    None where there is no spread to measure: fewer than two values, or all the same.
+    None if there is no spread to measure: fewer than two values, or all the same.
     """
     samples = [np.subtract(a, b)] if paired else [np.array(a), -np.array(b)]
     if min(len(values) for values in samples) < 2:
@@ -116,10 +116,10 @@ def over_resplits(
 
 
 def least_accuracy(right: Bools, groups: Ints, confidence: float) -> float | None:
-    """Return what the accuracy is above with this confidence, or None for fewer than three groups.
+    """Return a lower confidence bound of an accuracy, or None for fewer than three groups.
 
-    The one-sided bound of Clopper and Pearson (1934) on the effective number of images (Korn and
-    Graubard 1998); where each image is on its own it is exact.
+    This is the one-sided bound of Clopper and Pearson (1934) for the effective number of images
+    (Korn and Graubard 1998). It is exact if each image is its own group.
     """
     if (found := _design(right.astype(float), right, groups)) is None:
         return None
@@ -130,20 +130,20 @@ def least_accuracy(right: Bools, groups: Ints, confidence: float) -> float | Non
 
 
 def usual_effect(groups: Ints) -> float:
-    """Return the design effect of groups (N,) of which nothing but their sizes is known."""
+    """Return the design effect of groups (N,) if only their sizes are known."""
     return 1 + (_size_seen(np.unique(groups, return_counts=True)[1]) - 1) * USUAL_CORRELATION
 
 
 def _size_seen(sizes: NDArray[Any]) -> float:
-    """Return the size of the group that an image is in, in the mean over images."""
+    """Return the size of an image's group, as a mean over images."""
     return float((sizes.astype(float) ** 2).sum() / sizes.sum())
 
 
 def _design(values: Values, events: Bools, groups: Ints) -> Design | None:
-    """Measure what groups do to the mean of values (N,); None where there are too few groups.
+    """Estimate the effect of groups on the mean of values (N,); None for too few groups.
 
-    `events` (N,) are the images that make the values vary: those that are right, of which the rarer
-    answer counts, or those on which two models differ.
+    `events` (N,) marks the images that make the values vary: those that are right (or wrong, if
+    those are rarer), or those on which two models differ.
     """
     _, of = np.unique(groups, return_inverse=True)
     sizes = np.bincount(of)
@@ -158,21 +158,22 @@ def _design(values: Values, events: Bools, groups: Ints) -> Design | None:
     measured = 1.0
     if variance > 0:
         measured = float((residuals**2 / (1 - shares)).sum()) / (n * variance)
-    # The correlation is measured by no more groups than the rarer answer comes from.
+    # Only the groups with the rarer answer contribute to the estimate of the correlation.
     rare = events if 2 * events.sum() <= n else ~events
     counts = np.bincount(of, weights=rare)
     from_groups = float(counts.sum() ** 2 / (counts**2).sum()) if counts.any() else 0.0
     known = max(0.0, min(_freedom(shares), from_groups - 1))
     usual = (size - 1) * USUAL_CORRELATION
     excess = (known * (measured - 1) + USUAL_GROUPS * usual) / (known + USUAL_GROUPS)
-    unknown = (size - 1) / size  # the share of the variance that is at most due to groups
+    unknown = (size - 1) / size  # the largest share of the variance that can be due to groups
     return Design(1 + max(0.0, excess), (known + USUAL_GROUPS) / unknown**2)
 
 
 def _freedom(shares: NDArray[np.float64]) -> float:
-    """Return Bell and McCaffrey's degrees of freedom for groups of these shares: equal ones G - 1.
+    """Return Bell and McCaffrey's degrees of freedom for groups with these shares of the images.
 
-    Those of the sum of squared residuals, each divided by 1 - share, where images are independent.
+    They are those of the sum of squared residuals, each divided by 1 - share, for independent
+    images. G groups of equal size have G - 1.
     """
     squares = shares**2 / (1 - shares)
     return float(1 / ((shares**2).sum() + squares.sum() ** 2 - (squares**2).sum()))

@@ -1,4 +1,4 @@
-"""What a finished model is worth: test metrics, the choice among models, the verdict in words."""
+"""Test metrics of a model, the choice of the final model, and the verdict in words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ TOO_FEW = "too few groups for an interval"
 
 
 def model_scores(scores: Scores, labels: Ints, weights: NDArray[np.float64]) -> dict[str, Any]:
-    """Give the test metrics of one model; AUROC is null where a class is missing."""
+    """Return the test metrics of one model; AUROC is null if a class is missing."""
     predicted, n_classes = scores.argmax(1), scores.shape[1]
     right = predicted == labels
     auroc = None
@@ -26,7 +26,7 @@ def model_scores(scores: Scores, labels: Ints, weights: NDArray[np.float64]) -> 
         auroc = float(
             roc_auc_score(labels, p[:, 1])
             if n_classes == 2
-            # A class at a time: a matrix of images and classes would be large where both are many.
+            # One class at a time, as a matrix of all images and classes could be large.
             else np.mean([roc_auc_score(labels == c, p[:, c]) for c in range(n_classes)])
         )
     return {
@@ -51,10 +51,10 @@ def confusion(scores: Scores, labels: Ints) -> NDArray[np.int64]:
 def simplest_of_the_best(right: Sequence[Bools], groups: Ints, tie: float) -> int:
     """Choose among models, from simple to costly, by which images (N,) each has right.
 
-    The first one whose accuracy is no more than `tie` standard errors below the best. The costly
-    ones took their best epoch on the same images, so a lead of less is no evidence (the rule of
-    one standard error, Breiman et al. 1984). The standard error is that of the paired difference,
-    over groups of images. Returns its position.
+    Returns the position of the first model whose accuracy is at most `tie` standard errors below
+    the best. The costly models chose their best epoch on the same images, so a smaller lead is no
+    evidence (one-standard-error rule, Breiman et al. 1984). The standard error is that of the
+    paired difference, over groups of images.
     """
     accuracies = [float(r.mean()) for r in right]
     best = right[int(np.argmax(accuracies))].astype(float)
@@ -69,13 +69,13 @@ def simplest_of_the_best(right: Sequence[Bools], groups: Ints, tie: float) -> in
 
 
 def fine_tuning_verdict(found: dict[str, float | None]) -> str:
-    """Say in a sentence whether fine-tuning helped, from the `difference` of stage 2 and probe."""
+    """Return a sentence on whether fine-tuning helped, from `difference` of stage 2 and probe."""
     accuracy, low, high = (found[key] for key in ("accuracy", "low", "high"))
     assert accuracy is not None
     measured = f"stage 2 minus probe {100 * accuracy:+.1f} points"
     if low is None or high is None:
-        return f"fine-tuning: {measured}, on {TOO_FEW}: nothing can be said beyond these images"
-    better = "helped" if low > 0 else "hurt" if high < 0 else "made no sure difference"
+        return f"fine-tuning: {measured}; {TOO_FEW}, so this says nothing about other images"
+    better = "helped" if low > 0 else "hurt" if high < 0 else "made no significant difference"
     return (
         f"fine-tuning {better}: {measured} (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
         f"p = {found['p_value']:.3f})"
@@ -83,5 +83,5 @@ def fine_tuning_verdict(found: dict[str, float | None]) -> str:
 
 
 def interval_in_words(low: float | None, high: float | None) -> str:
-    """Write the interval of an accuracy, or that there is none."""
+    """Return the interval of an accuracy as text, or that there is none."""
     return TOO_FEW if low is None or high is None else f"{low:.3f} to {high:.3f}"

@@ -1,4 +1,4 @@
-"""Train, validate after each epoch, keep the best one; the history is there to follow."""
+"""Train, validate after each epoch, keep the best epoch, and write the history."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accur
 
 @dataclass
 class Best:
-    """The best epoch so far: its weights and what it scored."""
+    """The best epoch so far: its weights and its metrics."""
 
     epoch: int
     train_accuracy: float | None  # none before the first step
@@ -38,13 +38,14 @@ def best_epoch(
     *,
     start_counts: bool = False,
 ) -> Best:
-    """Run a stage's epochs and give the best by validation accuracy, then loss, then the earlier.
+    """Run a stage's epochs and return the best one.
 
-    `before` are validations before the first step, rows of epoch 0 in history.csv; with
-    `start_counts` the last of them is a candidate, else the epochs from 1 on are. Stops early after
-    `patience` epochs without a better one; 0 never does. Rewrites history.csv and metrics.json
-    whole after each epoch, so that a run can be followed. `resume_state`, which `epochs` writes,
-    keeps all that for a run that goes on.
+    The best epoch is chosen by validation accuracy, then by loss; of equal epochs, the earlier one
+    is chosen. `before` are validations before the first step, the rows of epoch 0 in history.csv.
+    With `start_counts`, the last of them is a candidate too. Training stops early after `patience`
+    epochs without a better one; 0 disables this. history.csv and metrics.json are rewritten after
+    each epoch, so that a run can be monitored. `resume_state`, which `epochs` saves, keeps the
+    history and the best epoch for a resumed run.
     """
     rows: list[Sequence[object]] = [_row(0, None, val) for val in before]
     best: Best | None = None
@@ -87,7 +88,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def better(later: Validation, earlier: Validation) -> bool:
-    """Tell whether a later validation beats an earlier one: by accuracy, then by loss."""
+    """Return whether a later validation beats an earlier one: by accuracy, then by loss."""
     return (later["accuracy"], -later["loss"]) > (earlier["accuracy"], -earlier["loss"])
 
 

@@ -1,4 +1,4 @@
-"""A network in two: a frozen trunk up to a block, and the top from there on."""
+"""Cut a network in two: a frozen trunk below a block, and the top from that block on."""
 
 import inspect
 import math
@@ -16,12 +16,13 @@ from pipeline.stage_runtime.errors import NetworkError, is_out_of_memory
 
 
 def cut_below(model: nn.Module, trained: Sequence[str]) -> "Cut":
-    """Cut a network before the first block, in running order, that encloses a trained module.
+    """Cut a network before the first block, in running order, that contains a trained module.
 
-    Where the network is no chain there (a functional pooling before the block, say), one block
-    further down; before the very first block any network can be cut whose forward begins with it.
+    If the network is not a chain there (for example, if a functional pooling comes before the
+    block), it is cut before an earlier block. A network whose forward pass begins with its first
+    block can always be cut before that block.
 
-    Raises NetworkError for another one.
+    Raises NetworkError if the network can't be cut anywhere.
     """
     blocks = chain(model)
     lowest = next(
@@ -35,22 +36,22 @@ def cut_below(model: nn.Module, trained: Sequence[str]) -> "Cut":
             return cut
         cut.undo()
     raise NetworkError(
-        f"{type(model).__name__} computes with its images before its first block, which can't be "
-        "cut off; choose another network for backbone.name"
+        f"{type(model).__name__} processes images before its first block, so it can't be cut "
+        "there; choose another network for backbone.name"
     )
 
 
 class _ReachedError(Exception):
-    """Carries a block's input out of a forward pass that need not go on."""
+    """Stops a forward pass at a block and carries the block's input out."""
 
 
 class Cut:
     """A network cut before a block.
 
-    `trunk` runs what lies below and gives the block's input; `top` takes that and gives the
-    logits. Both run the network's own forward: the trunk leaves it at the block, the top passes
-    its input through everything that is complete before the block; `is_chain` tells whether that
-    gives what the whole network gives.
+    `trunk` runs the part below the block and returns the block's input. `top` takes this input and
+    returns the logits. Both run the network's own forward pass: the trunk leaves it at the block;
+    in the top, all modules that finish before the block return their input. `is_chain` checks that
+    the two together give the output of the whole network.
     """
 
     def __init__(self, model: nn.Module, block: str) -> None:
@@ -58,7 +59,7 @@ class Cut:
         self.name = block
         self.block = model.get_submodule(block)
         self._passing = False
-        # The head needs no more of the network's forward than itself.
+        # The head doesn't need the rest of the network's forward pass.
         self._is_head = block == head_name(model)
         self._below = [] if self._is_head else self._done_before(block)
         for module in self._below:
@@ -107,12 +108,12 @@ class Cut:
             self._passing = False
 
     def undo(self) -> None:
-        """Give the network its own forward back."""
+        """Restore the network's own forward pass."""
         for module in self._below:
             module.forward = inspect.unwrap(module.forward)
 
     def is_chain(self) -> bool:
-        """Tell whether trunk and top give the whole network's logits, to the bit."""
+        """Return whether trunk and top give the whole network's logits, to the bit."""
         with evaluating(self.model), torch.inference_mode():
             shape = (8, 3, TRACE_SIZE, TRACE_SIZE)
             x = torch.linspace(-1, 1, math.prod(shape), device=device_of(self.model)).view(shape)
@@ -121,5 +122,5 @@ class Cut:
             except (RuntimeError, ValueError) as error:
                 if is_out_of_memory(error):
                     raise
-                same = False  # an operation that its input no longer fits
+                same = False  # an operation whose input has the wrong shape
         return same

@@ -28,12 +28,12 @@ EXPLODED = 1000.0  # nats: the right class at a probability of e^-1000
 
 
 class DivergedError(PipelineError):
-    """The loss is no number any more, or beyond any that training comes back from."""
+    """The loss is NaN or infinite, or too high for training to recover."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: plain numbers, the same for both stages."""
+    """The hyperparameters of training, the same ones for both stages."""
 
     epochs: Annotated[int, Ge(1)]
     batch_size: Annotated[int, Ge(2)]
@@ -52,7 +52,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SampleWeights:
-    """How much each image counts in training."""
+    """How images are weighted in training."""
 
     sample_weight: Annotated[bool, Key("sample_weight")]  # by its weight in index.csv
     class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")]  # balanced: by rarity
@@ -60,7 +60,7 @@ class SampleWeights:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of training came to."""
+    """The results of one epoch of training."""
 
     epoch: int
     lr: float  # at the head, at the epoch's last step
@@ -81,12 +81,12 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train a model's trainable parameters, yielding after each epoch.
 
-    `batch(epoch, rows)` gives the input of `forward`, which gives logits (B, C); `labels` and
-    `weights` are (N,), the weights of mean 1. Each epoch sees the images in an order that
-    depends on seed and epoch alone; a last batch that isn't full is left out. With a resume state
-    it goes on where an earlier run was, to the same bits, and leaves one itself.
+    `batch(epoch, rows)` returns the input of `forward`, which returns logits (B, C). `labels` and
+    `weights` are (N,); the weights have mean 1. The order of the images depends on seed and epoch
+    alone; an incomplete last batch is dropped. With a resume state, training continues where an
+    earlier run stopped, with bit-identical results, and saves its own state.
 
-    Raises DivergedError naming the epoch and the rate if the loss is no number or explodes.
+    Raises DivergedError with the epoch and the learning rate if the loss is not finite or explodes.
     """
     n = len(labels)
     size = min(recipe.batch_size, n)
@@ -98,7 +98,7 @@ def fit(
         start = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(n)
         if not begin.step:
-            # Of dropout in the layers that train, which drops other things in other processes.
+            # For dropout in the trained layers, which differs between processes.
             torch.manual_seed(seed * 100_003 + epoch + (rank() << 32))
         model.train()
         total_loss, total_right, factor = begin.loss, begin.right, 0.0
@@ -119,7 +119,7 @@ def fit(
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             own = shard(rows)
-            share, hits = 0.0, 0.0  # of a batch smaller than the number of processes, maybe nothing
+            share, hits = 0.0, 0.0  # if a batch has fewer images than there are processes
             if len(own):
                 logits = forward(batch(epoch, own))
                 target = torch.from_numpy(labels[own]).to(logits.device)
@@ -152,15 +152,15 @@ def fit(
             time.perf_counter() - start,
         )
         begin = Position(epoch + 1)
-        if resume_state:  # with what was made of the epoch meanwhile
+        if resume_state:  # which includes the validation of this epoch
             resume_state.save(model, optimizer, begin)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Make an optimiser that holds exactly the trainable parameters.
+    """Return an optimiser that holds exactly the trainable parameters.
 
-    A group for each pair of block and decay: lower rates for blocks further from the head, no
-    weight decay on tensors of one dimension (biases, normalisation).
+    It has one parameter group per pair of block and weight decay. Blocks further from the head have
+    lower rates; tensors of one dimension (biases, normalisation) have no weight decay.
     """
     factors = layer_factors(layer_groups(model), recipe.layer_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -183,7 +183,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def training_weights(
     labels: Ints, weights: NDArray[np.float64], n_classes: int, how: SampleWeights
 ) -> NDArray[np.float64]:
-    """Combine sample and class weights to a mean of 1, as scikit-learn's `balanced` does."""
+    """Combine sample weights and class weights (as scikit-learn's `balanced`) to a mean of 1."""
     combined = weights.astype(np.float64) if how.sample_weight else np.ones(len(labels))
     if how.class_weight == "balanced":
         counts = np.bincount(labels, minlength=n_classes)

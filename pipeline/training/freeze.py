@@ -1,4 +1,4 @@
-"""Frozen is frozen: parameters, and the BatchNorm statistics that `requires_grad` leaves moving."""
+"""Freeze parameters, and BatchNorm statistics, which `requires_grad` alone doesn't freeze."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,17 @@ from pipeline.stage_runtime.settings import world_size
 
 
 def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> list[str]:
-    """Make only the named modules trainable; returns the names of the trainable parameters.
+    """Make only the named modules trainable; return the names of the trainable parameters.
 
-    An earlier call is undone first. Everything else stays in eval mode through every later
-    `model.train()`: no dropout there, and no BatchNorm statistics that move. With
-    `batchnorm: frozen` those of the trained modules stay too, and they normalise by their running
-    statistics.
+    An earlier call is undone first. All other modules stay in eval mode after every later
+    `model.train()`: they have no dropout, and their BatchNorm statistics don't change. With
+    `batchnorm: frozen` the BatchNorm layers of the trained modules stay in eval mode too, and
+    normalise by their running statistics.
     """
     trainable = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad = any(is_inside(name, module) for module in trained)
-        parameter.grad = None  # one left from before would still move the weight
+        parameter.grad = None  # an old gradient would still change the weight
         if parameter.requires_grad:
             trainable.append(name)
     for name, module in model.named_modules():
@@ -33,19 +33,19 @@ def freeze_all_but(model: nn.Module, trained: Sequence[str], batchnorm: str) -> 
 
 
 def refuse_shared_statistics(stage: str, batchnorm: str) -> None:
-    """Raise ParamError where processes would each normalise by their own part of a batch."""
+    """Raise ParamError if each process would normalise by its own part of a batch."""
     if batchnorm == "train" and world_size() > 1:
         raise ParamError(
             f"params.yaml: {stage}.batchnorm = 'train' (or weights from scratch) with several "
-            "processes: PyTorch has no SyncBatchNorm on processors, so statistics would be those "
-            "of parts of a batch; set it to frozen, or run one process"
+            "processes: PyTorch has no SyncBatchNorm on CPUs, so each process would use the "
+            "statistics of its part of a batch; set it to frozen, or run one process"
         )
 
 
 def everything(model: nn.Module) -> list[str]:
-    """Name the modules and the tensors directly below a network that hold all its parameters.
+    """Return the names of the network's children and own tensors, which hold all its parameters.
 
-    A transformer's class token and its position embedding lie in no module.
+    A transformer's class token and its position embedding are in no child.
     """
     own = [name for name, _ in model.named_parameters(recurse=False)]
     return [*(name for name, _ in model.named_children()), *own]

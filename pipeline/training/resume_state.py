@@ -1,4 +1,4 @@
-"""A training run's state on disk: after each epoch, and every so often within a long one."""
+"""The resume state of a training run: saved after each epoch, and regularly within long epochs."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from pipeline.stage_runtime.settings import rank, save_seconds
 
 @dataclass(frozen=True)
 class Position:
-    """Where in training a run is: before this step of this epoch."""
+    """A position in training: before this step of this epoch."""
 
     epoch: int
     step: int = 0
@@ -27,7 +27,7 @@ class Position:
 
 @dataclass
 class Kept:
-    """What is kept beside the network and the optimiser: JSON, and the best state."""
+    """What is saved besides the network and the optimiser: JSON, and the best weights."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -45,15 +45,15 @@ class ResumeState:
             try:
                 arrays, self._facts = checkpoint.read(file)
             except CheckpointError as error:
-                say(f"{error}: starting anew")
+                say(f"{error}; starting from the beginning")
                 return
             self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             self.kept = Kept(self._facts["kept"], checkpoint.strip_prefix(self._tensors, "best."))
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-        """Bring network, optimiser and random numbers to where the last run was; gives the place.
+        """Restore network, optimiser and random state of the last run; return its position.
 
-        The optimiser's tensors take their parameter's layout, which its fused kernels rely on.
+        The optimiser's tensors get their parameter's layout, which its fused kernels rely on.
         """
         if not self._tensors:
             return Position(1)
@@ -77,15 +77,15 @@ class ResumeState:
                     library.set_rng_state(self._tensors[f"random_{kind}"])
         self._tensors = {}
         at = f", step {place.step}" if place.step else ""
-        say(f"going on at epoch {place.epoch}{at}")
+        say(f"resuming at epoch {place.epoch}{at}")
         return place
 
     def is_due(self) -> bool:
-        """Tell whether it is time to save again."""
+        """Return whether it is time to save again."""
         return time.monotonic() - self._saved >= save_seconds()
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, place: Position) -> None:
-        """Save where training is; of several processes, which all are there, the first does."""
+        """Save the state of training. All processes have the same state; the first one writes."""
         if rank() > 0:
             return
         states = optimizer.state_dict()["state"].items()
@@ -103,7 +103,7 @@ class ResumeState:
 
 
 def _of_devices() -> Iterator[tuple[str, Any]]:
-    """List the libraries of the GPUs here, which have random states of their own."""
+    """Yield the libraries of the available GPUs, which have their own random states."""
     if torch.cuda.is_available():
         yield "cuda", torch.cuda
     if torch.backends.mps.is_available():

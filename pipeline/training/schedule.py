@@ -16,7 +16,7 @@ def rate(
     step_epochs: int = 7,
     gamma: float = 0.1,
 ) -> float:
-    """Give the factor on the learning rate at a step counted from 0.
+    """Return the factor on the learning rate at a step, counted from 0.
 
     A linear warm-up, then: `cosine` falls to 0 at the end (Loshchilov and Hutter 2017,
     arXiv 1608.03983), `step` multiplies by `gamma` every `step_epochs`, `constant` stays.
@@ -35,7 +35,7 @@ def rate(
 def layer_factors(blocks: Sequence[Sequence[str]], layer_decay: float) -> dict[str, float]:
     """Return the factor on the learning rate of each module: 1 in the last block, less below.
 
-    A block is the modules that share a depth. Source: Howard and Ruder 2018, arXiv 1801.06146.
+    The modules of a block share a depth. Source: Howard and Ruder 2018, arXiv 1801.06146.
     """
     last = len(blocks) - 1
     return {name: layer_decay ** (last - i) for i, block in enumerate(blocks) for name in block}

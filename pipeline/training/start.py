@@ -1,4 +1,4 @@
-"""The network that training starts from: pretrained, its new head set from the probe."""
+"""The network that training starts from: pretrained, with a new head from the probe."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +22,14 @@ def start_network(
     head_init: Literal["probe", "random"],
     precision: Literal["fp32", "bf16"],
 ) -> tuple[Network, dict[str, Any]]:
-    """Build the pretrained network that made the codes, with a head for the classes at hand.
+    """Build the pretrained network that computed the codes, with a head for the images' classes.
 
-    The head is the linear probe of `file`, so that its logits are the probe's before any step
-    (LP-FT, Kumar et al. 2022, arXiv 2202.10054), or drawn at random. It is always drawn where there
-    are no pretrained weights: a probe on such codes has weights that no training gets over.
+    The head is the linear probe of `file`, so that the initial logits are the probe's (LP-FT, Kumar
+    et al. 2022, arXiv 2202.10054), or it is random. Without pretrained weights it is always random,
+    because a probe on such codes has weights that training can't recover from.
 
-    Returns it with the probe's metadata. Raises CheckpointError where that knows other classes,
-    ParamError where the network can't take images of this size.
+    Returns the network and the probe's metadata. Raises CheckpointError if the probe has other
+    classes, and ParamError if the network can't take images of this size.
     """
     _, linear, meta = read_probes(file)
     backbone = backbone_of(meta)
@@ -45,9 +45,9 @@ def start_network(
 
 
 def what_trains(network: Network, unfreeze: Sequence[str]) -> list[str]:
-    """List the modules that stage 1 trains: the unfrozen ones and the head.
+    """Return the modules that stage 1 trains: the unfrozen ones and the head.
 
-    Without pretrained weights there is nothing worth freezing: all of them then.
+    Without pretrained weights nothing is worth freezing, so all modules train.
     """
     named = trained_with(network.model, match(network.model, unfreeze, "stage1.unfreeze"))
     return everything(network.model) if network.backbone.weights == "none" else named

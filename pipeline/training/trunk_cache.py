@@ -1,8 +1,8 @@
-"""The trunk's outputs on disk, so that the frozen part runs once and not once an epoch or a run.
+"""Cache the trunk's outputs on disk, so that the frozen part runs once, not in each epoch or run.
 
-They lie in the local cache, a file a view, in a folder named by a hash of all they depend on:
-whoever asks for the same again, in this run or a later one, reads them. What is there too long
-makes room.
+The local cache has one file per view, in a folder named by a hash of everything that the outputs
+depend on. This run and later ones read them from there. The entries used longest ago are deleted to
+make room.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.settings import cache_bytes, cache_folder, rank
 
 Indices = NDArray[np.int64]
-Compute = Callable[[Sequence[int], Indices], Sequence[Tensor]]  # (views, rows) -> (B, ...) a view
+Compute = Callable[[Sequence[int], Indices], Sequence[Tensor]]  # (views, rows) -> (B, ...) per view
 Batch = Callable[[int, Indices], Tensor]  # (epoch from 1, rows) -> (B, ...)
 HERE = Path(__file__).parent
 CODE = (
@@ -38,10 +38,10 @@ CODE = (
 
 
 def key_of(network: Network, block: str, pixels: str, **augmentation: Any) -> str:
-    """Name the trunk's outputs below a block by a hash of all that they depend on.
+    """Return a hash of everything that the trunk's outputs below a block depend on.
 
-    The images, by a hash, and how they are augmented, the network, the code and the libraries that
-    compute, the processor's kernels and the threads, of which another number rounds otherwise.
+    These are the images (as a hash), their augmentation, the network, the code, the libraries, the
+    processor's kernels, and the number of threads, which changes the rounding.
     """
     facts = network.facts()
     facts.pop("classes")
@@ -61,8 +61,8 @@ def key_of(network: Network, block: str, pixels: str, **augmentation: Any) -> st
 def cached_outputs(compute: Compute, n: int, views: int, key: str, name: str) -> Batch:
     """Compute a function of (view, row) once for all rows and views, and read it from disk after.
 
-    Epochs take turns with the views. What an earlier run did is kept, also of one that was killed.
-    What doesn't fit into the cache is computed when it is asked for, with the same result.
+    Epochs cycle through the views. The results of an earlier run are reused, even if it was killed.
+    Results that don't fit into the cache are computed when they are needed, with the same values.
     """
 
     def view_of(epoch: int) -> int:
@@ -72,10 +72,10 @@ def cached_outputs(compute: Compute, n: int, views: int, key: str, name: str) ->
     [sample] = compute([1], np.zeros(size, np.int64))
     needed = views * n * sample[0].numel() * sample.element_size()
     if needed > cache_bytes():
-        say(f"{name}: {needed / 1e9:.1f} GB don't fit into the cache")
+        say(f"{name}: {needed / 1e9:.1f} GB don't fit into the cache; computed in each epoch")
 
         def anew(epoch: int, rows: Indices) -> Tensor:
-            # In batches of the one size, as they would be stored.
+            # In batches of the same size as for the cache.
             whole = (np.arange(i, i + size) for i in range(0, len(rows), size))
             parts = [rows[np.minimum(part, len(rows) - 1)] for part in whole]
             found = [compute([view_of(epoch)], part)[0] for part in parts]
@@ -83,7 +83,7 @@ def cached_outputs(compute: Compute, n: int, views: int, key: str, name: str) ->
 
         return anew
 
-    # (B, D, h, w) is kept as (B, h, w, D), as convolutions like it.
+    # (B, D, h, w) is stored as (B, h, w, D), the layout that is fast for convolutions.
     channels_last = sample.ndim == 4
     folder = cache_folder() / "trunk" / key
     outputs = Resume(folder)
@@ -95,7 +95,7 @@ def cached_outputs(compute: Compute, n: int, views: int, key: str, name: str) ->
         def computed(rows: Indices) -> Arrays:
             found = compute(missing, rows)
             laid_out = (z.permute(0, 2, 3, 1) if channels_last else z for z in found)
-            # NumPy knows no bfloat16: its bits as whole numbers.
+            # NumPy has no bfloat16: its bits are stored as integers.
             bits = (z.view(torch.int16) if z.dtype == torch.bfloat16 else z for z in laid_out)
             return [z.cpu().numpy() for z in bits]
 
@@ -107,9 +107,9 @@ def cached_outputs(compute: Compute, n: int, views: int, key: str, name: str) ->
         if missing:
             outputs.filled([str(view) for view in missing], n, shown)
         else:
-            say(f"{name}: kept from an earlier run")
-        # To be changed in memory at most: PyTorch wants no arrays that can't be. What is mapped
-        # stays readable when another run deletes the files.
+            say(f"{name}: read from the cache")
+        # Copy-on-write, as PyTorch warns about read-only arrays. Mapped files stay readable after
+        # another run has deleted them.
         kept = {v: np.load(outputs.file(str(v)), mmap_mode="c") for v in range(1, views + 1)}
     by_view = {view: torch.from_numpy(array).view(sample.dtype) for view, array in kept.items()}
     if has_room(needed, sample.device):
