@@ -1,4 +1,4 @@
-"""Evaluate: all models on the test split, once; intervals, paired test, the final model."""
+"""Evaluate: score all models on the test split, once; choose and write the final model."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ from pipeline.statistics.verdict import (
     simplest_of_the_best,
 )
 
-# From simple to costly: of those that tie the final model is the first.
+# From simple to costly: of the models that tie, the first one is the final model.
 CANDIDATES = ("probe", "stage1", "stage2")
 
 
@@ -47,12 +47,12 @@ class Model:
     """One of the models to compare, with its scores (N, C) on validation and test."""
 
     name: str
-    network: Network | None  # None: that of the codes, built only for the final model
+    network: Network | None  # None: the network of the codes, built only for the final model
     probe: Probe | None
     tta: TTA
     val: Scores
     test: Scores
-    training: dict[str, Any]  # of its checkpoint's metadata, what training came to
+    training: dict[str, Any]  # results of training, from the checkpoint's metadata
 
 
 def evaluate(
@@ -72,13 +72,13 @@ def evaluate(
 ) -> dict[str, float]:
     """Score probe, linear probe, stage 1 and stage 2 on test, and write the final model.
 
-    The final model is chosen by validation accuracy, ties to the simpler: two tie whose accuracies
-    differ by no more than `tie` standard errors of the difference. Its temperature and its
-    threshold for "not sure" are fitted on validation.
+    The final model is chosen by validation accuracy. Two models tie if their accuracies differ by
+    at most `tie` standard errors of the difference; the simpler one is then chosen. Its temperature
+    and its threshold for "not sure" are fitted on the validation split.
 
-    Writes metrics.json, advice.json (what was expected of stage 2 and what happened),
-    confusion.csv, per_class.csv, predictions.csv and the same of the validation images,
-    validation.csv, into `out`, and model.safetensors into `final`.
+    Writes metrics.json, advice.json (the expected and the measured gain of stage 2),
+    confusion.csv, per_class.csv, predictions.csv and validation.csv (the predictions on the
+    validation split) into `out`, and model.safetensors into `final`.
     """
     set_up_torch()
     (val, test), images = read_splits(prepared, ("val", "test"))
@@ -122,8 +122,8 @@ def evaluate(
     write_json(out / "advice.json", {"fine_tuning": against})
     if against["held"] is not None:
         say(
-            f"expected {100 * against['low']:+.1f} to {100 * against['high']:+.1f} points of it: "
-            + ("so it was" if against["held"] else "so it was not")
+            f"expected gain {100 * against['low']:+.1f} to {100 * against['high']:+.1f} points: "
+            f"the measured gain is {'inside' if against['held'] else 'outside'} this interval"
         )
     return {}
 
@@ -169,30 +169,30 @@ def _networks(
 def _on_both(
     both: Sequence[Images], score: Callable[[str, Images], Scores], n_classes: int
 ) -> tuple[Scores, Scores]:
-    """Score validation and test, of which a test split may have no images."""
+    """Score the validation split and the test split, which may be empty."""
     val, test = both
     no_scores = np.empty((0, n_classes))
     return score("val", val), score("test", test) if len(test) else no_scores
 
 
 def _trunk(meta: dict[str, Any]) -> Network:
-    """Build the network whose codes the probes took."""
+    """Build the network that computed the probes' codes."""
     facts = facts_of(meta)
     return from_facts(rebuild(facts["backbone"]).eval(), facts)
 
 
 def _flips(file: Path, meta: dict[str, Any]) -> Flips:
-    """Take the flips that stage 1 trained with from its checkpoint's metadata."""
+    """Return the flips that stage 1 trained with, from its checkpoint's metadata."""
     if "flips" not in meta:
-        raise CheckpointError(f"{file}: no checkpoint of stage 1; run `dvc repro stage1`")
+        raise CheckpointError(f"{file}: not a checkpoint of stage 1; run `dvc repro stage1`")
     flips: Flips = meta["flips"]
     return flips
 
 
 def _compared(models: Sequence[Model], test: Rows) -> dict[str, Any]:
-    """Give each model's test metrics with intervals, and stage 2 against the probe.
+    """Return each model's test metrics with intervals, and the gain of stage 2 over the probe.
 
-    Intervals are null where there are too few groups of test images for one.
+    Intervals are null if there are too few groups of test images.
     """
     right = {m.name: m.test.argmax(1) == test.labels for m in models}
     table = {}
@@ -210,7 +210,7 @@ def _compared(models: Sequence[Model], test: Rows) -> dict[str, Any]:
 
 
 def _against(advice: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Put what fine-tuning was expected to bring beside what it brought on test."""
+    """Return the expected gain of fine-tuning and the measured gain on the test split."""
     expected = json.loads(advice.read_text(encoding="utf-8"))["advice"]["expected_gain"]
     happened = metrics["stage2_minus_probe"]["accuracy"] if metrics["test"] else None
     if not expected:
@@ -235,7 +235,7 @@ def _write_tables(
     temperature: float,
     chosen: Model,
 ) -> None:
-    """Write what a report and plots need: confusion, per class, predictions of both splits."""
+    """Write the tables for the report and the plots: confusion, per class, predictions."""
     answers = [("actual", "predicted")]
     p = softmax(chosen.test / temperature, axis=1)
     answers += [
@@ -260,7 +260,7 @@ def _write_tables(
 
 
 def _verdict(metrics: dict[str, Any], n: int) -> list[str]:
-    """Say in a few lines what came out."""
+    """Return the results as lines of text."""
     if not metrics["test"]:
         return [f"no labelled test split, so no verdict; chosen by validation: {metrics['chosen']}"]
     lines = [f"{'':<14} val acc  test acc (95 % interval)   balanced  AUROC   on {n} test images"]

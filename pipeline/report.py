@@ -1,4 +1,4 @@
-"""Report: one page that a person can read offline, from what the other stages wrote."""
+"""Report: write one page with the results of all stages, which can be read offline."""
 
 import csv
 import json
@@ -30,9 +30,9 @@ from pipeline.statistics.verdict import TOO_FEW, fine_tuning_verdict
 
 TEMPLATE = Path(__file__).parent / "pages" / "report.html"
 MISTAKES, UNSURE, SURE = 12, 12, 8  # pictures
-SIDE = 160  # pixels of one
-MOST_CLASSES = 20  # that a confusion matrix is drawn for
-MOST_ROWS = 30  # of a table that stand open
+SIDE = 160  # pixels of a picture
+MOST_CLASSES = 20  # in a confusion matrix; with more classes, none is drawn
+MOST_ROWS = 30  # of a table that are visible; the rest is collapsed
 NAMES = {
     "probe_linear": "linear probe",
     "probe": "best probe",
@@ -57,10 +57,10 @@ def report(
     out: Out,
     params: AllParams,
 ) -> dict[str, float]:
-    """Lay out verdict, comparison, curves, mistakes, audit and params as one page.
+    """Write verdict, comparison, curves, mistakes, audit and params as one page.
 
-    The test split gives figures and the verdict. Pictures, which people change labels by, are of
-    validation, and of training images that cross-validation held out.
+    The figures and the verdict are of the test split. The pictures are of the validation split and
+    of training images that cross-validation held out, because people relabel what they see.
 
     Raises DataError if a file of an earlier stage is missing or damaged.
     """
@@ -95,7 +95,7 @@ def report(
         confused=_confused(predictions, chosen),
         per_class=sorted(
             (row for row in per_class if row["model"] == chosen),
-            key=lambda row: float(row["recall"] or 2),  # the worst first, none of them last
+            key=lambda row: float(row["recall"] or 2),  # lowest first, missing last
         ),
         recall={(row["model"], row["class"]): row["recall"] for row in per_class},
         most_rows=MOST_ROWS,
@@ -114,7 +114,7 @@ def report(
         timings=TIMINGS,
     )
     write_text(out, page)
-    say(f"{out}: {len(page.encode()) / 1e6:.1f} MB, opens without a network")
+    say(f"{out}: {len(page.encode()) / 1e6:.1f} MB, opens without internet access")
     return {}
 
 
@@ -135,7 +135,7 @@ def _rows(file: Path, stage: str = "evaluate") -> list[Row]:
 
 
 def _most_frequent(predictions: Sequence[Row]) -> float | None:
-    """Give what always naming the commonest class would get right."""
+    """Return the accuracy of always predicting the most frequent class."""
     counts = Counter(row["label"] for row in predictions)
     return max(counts.values()) / len(predictions) if predictions else None
 
@@ -157,7 +157,7 @@ def _comparison(test: dict[str, Any]) -> Markup | None:
 
 
 def _ends(low: float | None, high: float | None) -> dict[str, float]:
-    """Give the ends of an interval in percent, none where there is none."""
+    """Return the ends of an interval in percent; nothing if there is no interval."""
     return {} if low is None or high is None else {"low": 100 * low, "high": 100 * high}
 
 
@@ -166,7 +166,7 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _gain(against: dict[str, Any], metrics: dict[str, Any]) -> Markup | None:
-    """Draw what fine-tuning was expected to bring beside what it brought."""
+    """Draw the expected and the measured gain of fine-tuning."""
     if against["expected"] is None or against["happened"] is None:
         return None
     measured = metrics["stage2_minus_probe"]
@@ -183,7 +183,7 @@ def _gain(against: dict[str, Any], metrics: dict[str, Any]) -> Markup | None:
 
 
 def _learning(first: Sequence[Row], second: Sequence[Row]) -> list[Markup]:
-    """Draw both stages' curves as one line, accuracy and loss; stage 2 goes on where 1 ended."""
+    """Draw accuracy and loss by epoch; the curves of stage 2 continue those of stage 1."""
     end = int(first[-1]["epoch"])
     drawn = []
     for measure in ("accuracy", "loss"):
@@ -209,7 +209,7 @@ def _learning(first: Sequence[Row], second: Sequence[Row]) -> list[Markup]:
 
 
 def _interpolation(curve: Sequence[Row]) -> Markup | None:
-    """Draw validation accuracy between stage 1 and stage 2, where stage 2 looked at it."""
+    """Draw validation accuracy by interpolation factor, if stage 2 measured it."""
     if len(curve) < 2:
         return None
     rows = [{"x": float(row["factor"]), "y": float(row["val_accuracy"])} for row in curve]
@@ -219,7 +219,7 @@ def _interpolation(curve: Sequence[Row]) -> Markup | None:
 
 
 def _profile(profile: Sequence[Row]) -> Markup:
-    """Draw how well a probe does on codes of each depth."""
+    """Draw the accuracy of the best probe at each depth."""
     rows = [{"x": row["depth"], "y": float(row["accuracy"])} for row in profile]
     said = ", ".join(f"{row['x']} {row['y']:.3f}" for row in rows)
     described = f"Best probe's accuracy by cross-validation, by depth of the codes: {said}"
@@ -229,7 +229,7 @@ def _profile(profile: Sequence[Row]) -> Markup:
 
 
 def _confusion(answers: Sequence[Row], classes: Sequence[str]) -> Markup | None:
-    """Draw what is taken for what, where there are few enough classes to read it."""
+    """Draw the confusion matrix, unless it has too many classes to be readable."""
     if not answers or len(classes) > MOST_CLASSES:
         return None
     counts = Counter((row["actual"], row["predicted"]) for row in answers)
@@ -250,13 +250,13 @@ def _confusion(answers: Sequence[Row], classes: Sequence[str]) -> Markup | None:
 
 
 def _confused(predictions: Sequence[Row], chosen: str, most: int = 10) -> list[tuple[Any, ...]]:
-    """List the commonest mistakes: what it is, what it was taken for, how often."""
+    """Return the most frequent mistakes: label, prediction and number of images."""
     pairs = Counter((r["label"], r[chosen]) for r in predictions if r["label"] != r[chosen])
     return [(*pair, n) for pair, n in sorted(pairs.items(), key=lambda p: (-p[1], p[0]))[:most]]
 
 
 def _calibration(predictions: Sequence[Row], chosen: str) -> dict[str, Any] | None:
-    """Draw and sum up how far confidence can be believed, before and after the temperature."""
+    """Draw and summarise the calibration, before and after temperature scaling."""
     if not predictions:
         return None
     right = np.array([row[chosen] == row["label"] for row in predictions])
@@ -273,9 +273,9 @@ def _calibration(predictions: Sequence[Row], chosen: str) -> dict[str, Any] | No
             for b in bins
         ]
     described = (
-        "Share right by confidence: mean confidence "
+        "Accuracy by confidence: mean confidence "
         f"{percent(found['before']['confidence'])} before temperature scaling, "
-        f"{percent(found['after']['confidence'])} after, right {percent(float(right.mean()))}"
+        f"{percent(found['after']['confidence'])} after; accuracy {percent(float(right.mean()))}"
     )
     return {**found, "right": float(right.mean()), "chart": charts.calibration(rows, described)}
 
@@ -283,7 +283,7 @@ def _calibration(predictions: Sequence[Row], chosen: str) -> dict[str, Any] | No
 def _galleries(
     predictions: Sequence[Row], images: Rowwise, classifier: Classifier
 ) -> list[dict[str, Any]]:
-    """Choose validation images to look at: mistakes, doubts, and what it is surest of."""
+    """Choose validation images to show: mistakes, and the least and most confident answers."""
     sure, answers, right = read_answers(predictions, classifier.chosen)
     graph = Graph(classifier)
 
@@ -304,19 +304,20 @@ def _galleries(
     return [
         shown(
             "The most confident mistakes on validation",
-            f"Look for wrong labels, and for what misleads it: the second picture shows {where}.",
+            "Look for wrong labels, and for parts of an image that mislead the model. The second "
+            f"picture shows {where}.",
             [i for i in by_trust if not right[i]][:MISTAKES],
             maps=True,
         ),
         shown(
-            "The least sure of validation",
-            "What to label more of.",
+            "The least confident answers on validation",
+            "If you label more images, choose images like these.",
             list(by_doubt[:UNSURE]),
             maps=False,
         ),
         shown(
-            "Right, and surest, of validation",
-            f"Some of each class, and {where}: is that what you would look at?",
+            "The most confident right answers on validation",
+            f"Some of each class. The second picture shows {where}: check that this is the object.",
             _of_each_class([i for i in by_trust if right[i]], predictions, SURE),
             maps=True,
         ),
@@ -324,14 +325,14 @@ def _galleries(
 
 
 def _held_out(predictions: Sequence[Row], images: Rowwise) -> dict[str, Any]:
-    """Choose the mistakes that the best probe is surest of, on training images it didn't see."""
-    seen = [i for i, row in enumerate(predictions) if row["probe"]]  # an SVM may take a part alone
+    """Choose the best probe's most confident mistakes on held-out training images."""
+    seen = [i for i, row in enumerate(predictions) if row["probe"]]  # an SVM may use a subset
     sure, answers, right = read_answers([predictions[i] for i in seen], "probe")
     places = [place for place in np.argsort(-sure, kind="stable") if not right[place]][:MISTAKES]
     return {
         "name": "The best probe's most confident mistakes on training images",
-        "about": "Each answered by a probe that was fitted without it (cross-validation): look for "
-        "wrong labels.",
+        "about": "Each image was answered by a probe that was fitted without it "
+        "(cross-validation). Look for wrong labels.",
         "cards": [
             _card(predictions[seen[p]], answers[p], images[seen[p]], None, None) for p in places
         ],
@@ -345,7 +346,7 @@ def _card(
     sure_above: float | None,
     evidence: NDArray[np.float32] | None,
 ) -> dict[str, Any]:
-    """Gather what the page shows of an image."""
+    """Return what the page shows of an image."""
     return {
         **row,
         "answer": answer,
@@ -357,7 +358,7 @@ def _card(
 
 
 def _leaks(audit: dict[str, Any]) -> dict[str, list[list[str]]]:
-    """Name the images that make a score too good, or a label doubtful."""
+    """Return the duplicates that lie in several splits or have several labels, by kind."""
     return {
         f"{kind.replace('_', ' ')} {where.replace('_', ' ')}": audit[kind][where]
         for kind in ("equal_files", "near_duplicates")
@@ -367,7 +368,7 @@ def _leaks(audit: dict[str, Any]) -> dict[str, list[list[str]]]:
 
 
 def _of_each_class(ranked: Sequence[int], predictions: Sequence[Row], most: int) -> list[int]:
-    """Take the first of each class, then the second, until there are enough."""
+    """Return the first image of each class, then the second, and so on, at most `most`."""
     seen: Counter[str] = Counter()
     turns = []
     for i in ranked:

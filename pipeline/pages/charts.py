@@ -1,7 +1,7 @@
 """Charts as SVG, drawn by Vega-Lite, that follow a page's colours: light, dark and in print.
 
-Hues are from the palette of Okabe and Ito, which colour-blind people can tell apart; where a hue
-means something, a dash or a shape means the same.
+Hues are from the palette of Okabe and Ito, which colour-blind people can tell apart. A hue with a
+meaning always comes with a dash or a shape of the same meaning.
 """
 
 import math
@@ -13,9 +13,9 @@ from zlib import crc32
 import vl_convert
 from markupsafe import Markup
 
-BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#888888"  # blue is a lighter one in the dark
+BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#888888"  # blue is lighter in dark mode
 VEGA_LITE = "6.4"  # the version of the language
-WIDTH, HEIGHT = 290, 200  # with the axes' words no wider than a phone's screen
+WIDTH, HEIGHT = 290, 200  # with the axis labels no wider than a phone's screen
 TEXT = "currentColor"  # the page's own
 CONFIG = {
     "aria": False,  # the whole chart has one description
@@ -46,10 +46,10 @@ Row = dict[str, Any]
 
 
 def draw(spec: dict[str, Any], described: str) -> Markup:
-    """Draw a chart, with a description for who can't see it."""
+    """Draw a chart, with a description for screen readers."""
     whole = {"width": WIDTH, "height": HEIGHT, "config": CONFIG, **spec}
     svg: str = vl_convert.vegalite_to_svg(whole, vl_version=VEGA_LITE)
-    # One page holds many charts, whose names must not meet.
+    # A page holds many charts, whose ids must differ.
     own = f"chart-{crc32(described.encode()):08x}-"
     svg = svg.replace(' id="', f' id="{own}').replace("url(#", f"url(#{own}")
     svg = svg.replace('href="#', f'href="#{own}').replace(BLUE, "var(--data)")
@@ -58,7 +58,7 @@ def draw(spec: dict[str, Any], described: str) -> Markup:
 
 
 def intervals(rows: Sequence[Row], title: str, described: str, zero: bool = False) -> Markup:
-    """Draw values with their intervals: rows of name, value, and if any low, high, in percent."""
+    """Draw values with their intervals: rows of name, value and, if any, low, high, in percent."""
     names = {"field": "name", "type": "nominal", "sort": None, "title": None}
     x = {"type": "quantitative", "title": title, "scale": {"zero": zero, "nice": True}}
     layers: list[dict[str, Any]] = [
@@ -146,7 +146,7 @@ def confusion(rows: Sequence[Row], described: str) -> Markup:
         "data": {"values": list(rows)},
         "encoding": {
             "x": {"field": "predicted", "title": "predicted", "axis": {"labelAngle": -45}, **axis},
-            "y": {"field": "actual", "title": "is", **axis},
+            "y": {"field": "actual", "title": "actual", **axis},
         },
         "layer": [
             {
@@ -176,14 +176,14 @@ def confusion(rows: Sequence[Row], described: str) -> Markup:
 
 
 def calibration(rows: Sequence[Row], described: str) -> Markup:
-    """Draw what was right against what was said: rows of when, confidence, accuracy, in percent."""
+    """Draw accuracy against confidence: rows of when, confidence, accuracy, in percent."""
     least = min(min(row["confidence"], row["accuracy"]) for row in rows)
     low = 10 * (least // 10)
     domain = {"domain": [low, 100], "nice": False}
     kinds = {"field": "when", "type": "nominal", "sort": None}
     diagonal = [{"confidence": end, "accuracy": end} for end in (low, 100)]
     x = {"field": "confidence", "type": "quantitative", "title": "confidence, %", "scale": domain}
-    y = {"field": "accuracy", "type": "quantitative", "title": "right, %", "scale": domain}
+    y = {"field": "accuracy", "type": "quantitative", "title": "accuracy, %", "scale": domain}
     spec = {
         "data": {"values": list(rows)},
         "encoding": {"x": x, "y": y},
@@ -209,8 +209,8 @@ def calibration(rows: Sequence[Row], described: str) -> Markup:
     return draw(spec, described)
 
 
-# As Vega-Embed's own, but that what DVC's templates leave empty, or an earlier Vega-Lite wrote, is
-# drawn without a word.
+# Like Vega-Embed's own function, but without warnings about values that DVC's templates leave empty
+# or that an earlier Vega-Lite wrote.
 EMBED = """const isEmpty = v => v?.constructor === Object && !Object.keys(v).length;
 const cleaned = spec => JSON.parse(JSON.stringify(spec), (k, v) => isEmpty(v) ? undefined : v);
 window.vegaEmbed = (place, {$schema, ...spec}, options) =>
@@ -218,5 +218,5 @@ window.vegaEmbed = (place, {$schema, ...spec}, options) =>
 
 
 def script() -> Markup:
-    """Give what draws charts in a browser: Vega, Vega-Lite and Vega-Embed."""
+    """Return the script that draws charts in a browser: Vega, Vega-Lite and Vega-Embed."""
     return Markup(vl_convert.javascript_bundle(EMBED, VEGA_LITE))  # noqa: S704

@@ -1,4 +1,4 @@
-"""Pages for people: one HTML file each, which needs no other file and no network."""
+"""Render self-contained HTML pages, which need no other file and no internet access."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ EVIDENCE = (230, 159, 0)  # orange of Okabe and Ito's palette, on grey
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill a template, which may extend one of this folder; values are escaped, but for charts."""
+    """Fill a template, which may extend one of this folder; all values but charts are escaped."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, HERE]),
         autoescape=True,
@@ -28,19 +28,19 @@ def render(template: Path, **values: Any) -> str:
 
 
 def percent(share: float | str | None) -> str:
-    """Write a share as a percentage, also one read from a CSV file: 0.8180 is 81.8 %."""
+    """Format a share as a percentage, also one read from a CSV file: 0.8180 is 81.8 %."""
     return "-" if share in ("", None) else f"{100 * float(share):.1f} %"
 
 
 def picture(pixels: NDArray[np.uint8], side: int) -> str:
-    """Write packed pixels (H, W[, 3]) as the address of an image that holds them itself."""
+    """Return packed pixels (H, W[, 3]) as the data URL of an image."""
     return _address(_shrunk(Image.fromarray(pixels), side))
 
 
 def evidence_picture(
     pixels: NDArray[np.uint8], evidence: NDArray[np.floating[Any]], side: int
 ) -> str:
-    """Lay a map of evidence (h, w) from 0 to 1 over packed pixels, in colour on grey."""
+    """Overlay packed pixels, in grey, with a map of evidence (h, w) from 0 to 1, in colour."""
     grey = _shrunk(Image.fromarray(pixels), side).convert("L")
     shown = Image.fromarray(evidence.astype(np.float32)).resize(grey.size, Image.Resampling.BICUBIC)
     opacity = 0.7 * np.asarray(shown).clip(0, 1)[..., None]  # (H, W, 1)
