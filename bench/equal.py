@@ -1,10 +1,11 @@
-"""Whether our codes are those of the network as PyTorch runs it, and are worth as much.
+"""Compare our codes with those of the network as PyTorch runs it.
 
-    python -m bench.equal                  # after `dvc repro probe`; exits with 1 where they aren't
+    python -m bench.equal                  # after `dvc repro probe`; exits with 1 if they differ
     python -m bench.equal --images 100     # a quick look
 
-Folded and in bf16 on one side, eager and in fp32 on the other: the cosine between the last codes of
-each image, and the accuracy on all that isn't trained on of a linear probe on either.
+Our network is folded and in bf16; PyTorch's is eager and in fp32. The measures are the cosine
+between the last codes of each image, and the accuracy of a linear probe on either codes, on all
+images that it isn't trained on.
 """
 
 import argparse
@@ -59,21 +60,21 @@ def main() -> None:
 
 
 def our_codes(ours: Network, images: NDArray[np.uint8]) -> Codes:
-    """Compute the last codes (N, D) as extract does, of each image as it is."""
+    """Compute the last codes (N, D) as extract does, without flips."""
     with Taps(ours.model, [LAST], "average") as taps:
         parts = run_in_batches(images, ours, averaged(ours, taps, TTA("none", 1)))
         return np.concatenate([part[0] for part in parts])
 
 
 def plain_codes(ours: Network, images: NDArray[np.uint8]) -> Iterator[Codes]:
-    """Compute them with the network as PyTorch runs it, normalised as torchvision does."""
+    """Compute the same codes with the network as PyTorch runs it, normalised as in torchvision."""
     plain = unfolded()
     kept: list[torch.Tensor] = []
     head = plain.get_submodule(head_name(plain))
     head.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (ours.backbone.mean, ours.backbone.std))
     for start in range(0, len(images), BATCH):
-        # Grey, as the default images are: one plane, thrice.
+        # The default images are grey: one plane, three times.
         pixels = torch.tensor(images[start : start + BATCH]).float() / 255
         with torch.inference_mode():
             plain((pixels[:, None].expand(-1, 3, -1, -1) - mean) / std)
@@ -81,13 +82,13 @@ def plain_codes(ours: Network, images: NDArray[np.uint8]) -> Iterator[Codes]:
 
 
 def cosine(a: Codes, b: Codes) -> NDArray[np.float32]:
-    """Give the cosine (N,) of each pair of codes (N, D)."""
+    """Return the cosine (N,) of each pair of codes (N, D)."""
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.asarray((a * b).sum(1) / norms, np.float32)
 
 
 def probed(codes: dict[str, Codes], labels: dict[str, NDArray[np.int64]]) -> float:
-    """Fit a linear probe on train and give its accuracy on the other splits together."""
+    """Fit a linear probe on train and return its accuracy on the other splits together."""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=5000))
     model.fit(codes["train"], labels["train"])
     rest = [split for split in SPLITS if split != "train"]

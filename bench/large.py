@@ -1,15 +1,15 @@
-r"""Many images through prepare and extract: rates, memory, and a kill in the middle of each.
+r"""Run prepare and extract on many images: rates, memory, and a kill in the middle of each.
 
     python -m bench.large                                # 20,000 and 200,000 images of 64 pixels
     python -m bench.large --images 2000 --times 10 --storage jpeg
     python -m bench.large --images 100000 --times 2 --classes 1000 --grouped --stages prepare \
         --no-kills    # many classes and groups
 
-The images are drawn, in ten classes; the network is the default one with its ImageNet weights. Of
-the many, each stage is killed halfway and started again. What a stage may have in memory is what
-the system can't take back: anonymous memory, the highest of any moment. With groups, four images
-each lie in a folder of their own, one image in fifty is a near duplicate of one in another group,
-and the choice of groups for a split is measured by itself too.
+The images are generated, in ten classes; the network is the default one with its ImageNet weights.
+With the larger number of images, each stage is killed halfway and started again. Memory is peak
+anonymous memory, which the system can't take back. With groups, every four images have a folder of
+their own, one image in fifty is a near duplicate of one in another group, and the choice of groups
+for a split is also measured separately.
 """
 
 import argparse
@@ -48,7 +48,7 @@ STAGES = {
 
 
 def main() -> None:
-    """Run few and many, the many with kills, and print."""
+    """Run with few and with many images, the latter with kills, and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--times", type=int, default=10)
@@ -101,14 +101,14 @@ def draw(folder: Path, n: int, classes: int, grouped: bool) -> None:
 
 
 def name_of(i: int, classes: int, grouped: bool) -> str:
-    """Name the file of an image."""
+    """Return the file name of an image."""
     number, label = divmod(i, classes)
     group = f"group{number // GROUP}/" if grouped else ""
     return f"class{label}/{group}{i:07}.jpg"
 
 
 def draw_groups(index: Path) -> None:
-    """Time the choice of groups for a test split, and look at its memory."""
+    """Measure the time and the memory of the choice of groups for a test split."""
     with index.open(newline="", encoding="utf-8") as lines:
         rows = [(row["label"], int(row["group"])) for row in csv.DictReader(lines)]
     labels, groups = split.numbered(label for label, _ in rows), np.array([g for _, g in rows])
@@ -117,7 +117,7 @@ def draw_groups(index: Path) -> None:
     split.draw(labels, groups, 0.25, 0)
     busy = time.process_time() - start
     tracemalloc.start()
-    with patch.object(split, "DRAWS", 3):  # looking at memory takes time
+    with patch.object(split, "DRAWS", 3):  # tracing memory is slow
         split.draw(labels, groups, 0.25, 0)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -138,7 +138,7 @@ def write_params(folder: Path, photos: str, storage: str, grouped: bool) -> None
 
 
 def run(folder: Path, n: int, stages: Sequence[str], with_kills: bool) -> dict[str, int]:
-    """Run stages on n images; gives each one's peak of anonymous memory, in bytes."""
+    """Run stages on n images; return the peak of anonymous memory of each, in bytes."""
     shutil.rmtree(folder / "cache", ignore_errors=True)
     peaks = {}
     for stage in stages:
@@ -163,7 +163,7 @@ def run(folder: Path, n: int, stages: Sequence[str], with_kills: bool) -> dict[s
 
 
 class Watched(NamedTuple):
-    """What a stage took."""
+    """Time and memory of a stage."""
 
     seconds: float
     busy: float  # seconds of one processor, whatever else the machine does
@@ -171,7 +171,7 @@ class Watched(NamedTuple):
 
 
 def watched(stage: str, folder: Path, until: float = float("inf")) -> Watched:
-    """Run a stage, or kill it after so long."""
+    """Run a stage, or kill it after `until` seconds."""
     words = [sys.executable, "-m", "pipeline", stage, *STAGES[stage]]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE": str(folder / "cache")}
     start, before, highest = time.perf_counter(), os.times(), 0

@@ -1,11 +1,11 @@
-"""How much memory the stages take with twenty times the images: peak anonymous memory of each.
+"""Measure how the peak memory of each stage grows with twenty times the images.
 
     python -m bench.memory
     python -m bench.memory --images 200 --times 5    # a quick look
 
-The images are drawn, 64 pixels a side; the network is a tiny one. What is mapped from files isn't
-counted: the system takes that back when it needs to. The probe is left out: it fits all codes at
-once, (N, D), and its machines a kernel of at most `probe.svm_max_images` squared.
+The images are generated, with 64 pixels a side; the network is tiny. Only anonymous memory counts,
+because the system can take back the pages of mapped files. The probe is left out: it fits all codes
+(N, D) at once, and its SVMs need a kernel of at most `probe.svm_max_images` squared.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SHORT = {"image_size": SIZE, "epochs": 1}
 
 
 def main() -> None:
-    """Run both sizes and print."""
+    """Run with both numbers of images and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--times", type=int, default=20)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def peaks(n: int) -> dict[str, int]:
-    """Run the stages on `n` images; gives each one's peak of anonymous memory, in bytes."""
+    """Run the stages on `n` images; return the peak of anonymous memory of each, in bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "pipeline").symlink_to(ROOT / "pipeline")
@@ -62,7 +62,7 @@ def peaks(n: int) -> dict[str, int]:
 
 
 def draw(folder: Path, n: int) -> None:
-    """Write noise in two classes, one brighter."""
+    """Write images of noise in two classes, one of them brighter."""
     random = np.random.default_rng(0)
     for label in range(2):
         (folder / f"class{label}").mkdir(parents=True)
@@ -72,7 +72,7 @@ def draw(folder: Path, n: int) -> None:
 
 
 def small_params(folder: Path) -> dict[str, object]:
-    """Give the project's params, for a tiny network on small images."""
+    """Return the project's params, for a tiny network on small images."""
     model, _ = pretrained(NETWORK, "none", "", seed=0)
     weights = folder / "weights.safetensors"
     save_file(model.state_dict(), weights)
@@ -89,12 +89,12 @@ def small_params(folder: Path) -> dict[str, object]:
 
 
 def peak(command: list[str], folder: Path) -> int:
-    """Run a stage and watch its anonymous memory."""
+    """Run a stage and return its peak anonymous memory."""
     env = {**os.environ, "PIPELINE_CACHE": str(folder / "cache")}
     process = subprocess.Popen([sys.executable, *command], cwd=folder, env=env)
     highest = 0
     while process.poll() is None:
-        # A stage works in a child of the process that was started.
+        # A stage runs in a child of the process that was started.
         highest = max(highest, *map(anonymous, [process.pid, *children(process.pid)]))
         time.sleep(0.02)
     if process.wait():
@@ -113,7 +113,7 @@ def children(pid: int) -> list[int]:
 
 
 def anonymous(pid: int) -> int:
-    """Give a process's anonymous memory in bytes, 0 if it is gone."""
+    """Return a process's anonymous memory in bytes, 0 if it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,12 +1,12 @@
-"""What many images would cost, on paper: the rates of the last run here, times how many.
+"""Estimate the time and memory for many images from the rates of the last run here.
 
     dvc repro && python -m bench.paper
     python -m bench.paper --images 1.3e6 14e6 1e9
     python -m bench.paper --hashes 2000      # a quick look
 
-Times are those of this machine, with the params and the shares of train, validation and test of
-that run; nothing is said of what a machine with more of anything would do. The search for near
-duplicates is timed on drawn hashes, and grows with the square of their number.
+Times are for this machine, with the params and the split fractions of that run; other machines are
+not estimated. The search for near duplicates is timed on random hashes, and grows with the square
+of their number.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from pipeline.commands.table import aligned
 from pipeline.dataset.near_duplicates import near_duplicates
 from pipeline.stage_runtime.progress import duration, say
 
-# Bytes of memory an image while prepare lists and splits them (bench/large.py), on its own and in
-# one of many groups.
+# Bytes of memory per image while prepare lists and splits images (bench/large.py), ungrouped and in
+# many groups.
 LISTED, GROUPED = 524, 749
 
 
 class Blank:
-    """So many images that are all the same: none is compared, as no two hashes are close."""
+    """Identical blank images. They are never compared, as no two hashes are close."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -43,7 +43,7 @@ class Blank:
 
 
 def main() -> None:
-    """Print a column a number of images."""
+    """Print one column per number of images."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--images", type=float, nargs="+", default=[1.3e6, 14e6, 1e9])
     parser.add_argument("--root", type=Path, default=Path(), help="where the run is")
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def costs(root: Path, n: int, search: float) -> dict[str, str]:
-    """Say what n images cost, by subject."""
+    """Return the time or memory of n images for each step."""
     params = yaml.safe_load((root / "params.yaml").read_text())
     timings: dict[str, dict[str, float]] = {}
     for file in root.glob("models/*/timing.json"):
@@ -77,7 +77,7 @@ def costs(root: Path, n: int, search: float) -> dict[str, str]:
     trunk = timings["stage1"]["trunk_seconds"] / (one["views"] * counts["train"] + counts["val"])
     top = timings["stage1"]["epochs_seconds"] / one["epochs"] / (counts["train"] + counts["val"])
     step = timings["stage2"]["epochs_seconds"] / two["epochs"] / (counts["train"] + counts["val"])
-    # As advise timed it: of few images, what evaluate takes is mostly its start.
+    # As advise timed it: with few images, most of evaluate's time is start-up.
     tested = timings["advise"]["evaluate_expected_seconds"] / (counts["val"] + counts["test"])
     packed, codes = (bytes_below(root / "data" / f) for f in ("prepared/images", "features"))
     anew = one["epochs"] * (train * (trunk + top) + val * top) + val * trunk
@@ -96,7 +96,7 @@ def costs(root: Path, n: int, search: float) -> dict[str, str]:
 
 
 def long(seconds: float) -> str:
-    """Write a time that may be years."""
+    """Format a time, which may be years."""
     days = seconds / 86_400
     if days < 2:
         return duration(seconds)
@@ -109,7 +109,7 @@ def bytes_below(folder: Path) -> int:
 
 
 def size(n_bytes: float) -> str:
-    """Write a number of bytes as people say it."""
+    """Format a number of bytes."""
     for unit in ("MB", "GB", "TB"):
         n_bytes /= 1e3 if unit != "MB" else 1e6
         if n_bytes < 1000:

@@ -1,11 +1,10 @@
-"""What others would run on the same images: PyTorch's tutorial, fastai, Lightning, as they come.
+"""Train on the same images with PyTorch's tutorial, fastai and Lightning, with their defaults.
 
     python -m bench.peers fastai             # or tutorial, lightning; after `dvc repro prepare`
     python -m bench.peers tutorial --epochs 1    # a quick look
 
-Each reads the image files themselves, by the splits of data/prepared, starts from the same weights
-by params.yaml, trains at 160 pixels as its own documentation does it, and writes its accuracy on
-test.
+Each one reads the image files in the splits of data/prepared, starts from the weights in
+params.yaml, trains at 160 pixels as in its own documentation, and prints its test accuracy.
 """
 
 import argparse
@@ -39,24 +38,24 @@ Loaders = dict[str, DataLoader[Any]]
 
 
 class Files(Dataset[tuple[Tensor, int]]):
-    """The image files of one split, decoded each time they are asked for."""
+    """The image files of one split, decoded on each access."""
 
     def __init__(self, split: str, transform: Callable[[Image.Image], Tensor]) -> None:
         self.rows, self.transform = read_rows(PREPARED, split), transform
         self.folder = source()
 
     def __len__(self) -> int:
-        """Count the images."""
+        """Return the number of images."""
         return len(self.rows.paths)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        """Decode one."""
+        """Decode one image."""
         image = Image.open(self.folder / self.rows.paths[i]).convert("RGB")
         return self.transform(image), int(self.rows.labels[i])
 
 
 def loaders(batch_size: int) -> tuple[Loaders, nn.Module]:
-    """Load as PyTorch's tutorial does (its transforms, at our size); with the network, new head."""
+    """Return loaders as in PyTorch's tutorial (at our size), and the network with a new head."""
     model, backbone = network()
     t = torchvision.transforms
     ends = [t.ToTensor(), t.Normalize(backbone.mean, backbone.std)]
@@ -81,13 +80,13 @@ def read_params() -> dict[str, Any]:
 
 
 def source() -> Path:
-    """Give the folder that the paths of index.csv are relative to."""
+    """Return the folder that the paths of index.csv are relative to."""
     prepare = read_params()["prepare"]
     return elpv().folder if prepare["source"] == "elpv" else Path(prepare["path"])
 
 
 def start() -> tuple[nn.Module, Backbone]:
-    """Build the pretrained network as it comes."""
+    """Build the pretrained network with its own head."""
     of = read_params()["backbone"]
     return pretrained(of["name"], of["weights"], of["sha256"], SEED)
 
@@ -100,7 +99,7 @@ def network() -> tuple[nn.Module, Backbone]:
 
 
 def tutorial(epochs: int) -> Tensor:
-    """Train as docs.pytorch.org's transfer learning tutorial does: the best epoch by validation."""
+    """Train as in docs.pytorch.org's transfer learning tutorial; keep the best epoch."""
     data, model = loaders(4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
@@ -121,7 +120,7 @@ def tutorial(epochs: int) -> Tensor:
 
 
 def fastai(epochs: int) -> Tensor:
-    """Train by fastai's `fine_tune`: one epoch of the head, then all, one-cycle, their defaults."""
+    """Train with fastai's `fine_tune` and its defaults: one epoch of the head, then all layers."""
     import pandas
     from fastai.vision.all import ImageDataLoaders, Resize, accuracy, aug_transforms, vision_learner
 
@@ -164,7 +163,7 @@ def fastai(epochs: int) -> Tensor:
 
 
 def lightning(epochs: int) -> Tensor:
-    """Train by Lightning's `BackboneFinetuning`: the head, from the third epoch on all."""
+    """Train with Lightning's `BackboneFinetuning`: the head, then all layers from epoch 3 on."""
     import lightning as pl
     from lightning.pytorch.callbacks import BackboneFinetuning
 
@@ -174,7 +173,7 @@ def lightning(epochs: int) -> Tensor:
     model.set_submodule(name, nn.Identity())
 
     class Classifier(pl.LightningModule):  # type: ignore[misc]
-        """A backbone and a head, as the callback wants them."""
+        """A backbone and a head, as the callback expects them."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -209,7 +208,7 @@ def lightning(epochs: int) -> Tensor:
     return logits(classifier, data["test"])
 
 
-# The epochs that the comparison gives each.
+# With the number of epochs in the comparison.
 PEERS: dict[str, tuple[Callable[[int], Tensor], int]] = {
     "tutorial": (tutorial, 6),
     "fastai": (fastai, 5),
@@ -219,18 +218,18 @@ PEERS: dict[str, tuple[Callable[[int], Tensor], int]] = {
 
 @torch.inference_mode()
 def logits(model: nn.Module, data: DataLoader[Any]) -> Tensor:
-    """Score a split: (N, C)."""
+    """Return the logits (N, C) of a split."""
     model.eval()
     return torch.cat([model(x) for x, _ in data])
 
 
 def labels(split: str) -> Tensor:
-    """Give a split's labels (N,)."""
+    """Return a split's labels (N,)."""
     return torch.from_numpy(read_rows(PREPARED, split).labels)
 
 
 def named(rows: Rows) -> list[str]:
-    """Give the names of the labels."""
+    """Return the names of the labels."""
     classes = read_facts(PREPARED).classes
     return [classes[label] for label in rows.labels]
 

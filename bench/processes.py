@@ -1,10 +1,10 @@
-"""What a second process brings: extract and stage 2 by two processes, and by one with both threads.
+"""Compare extract and stage 2 in two processes with one process that has both threads.
 
     dvc repro stage1 && python -m bench.processes --rounds 3
     python -m bench.processes --rounds 1 --project FOLDER    # of another run than this project's
 
-Each round runs all of them one after the other, so that what else the machine does meets all alike.
-Rates leave out start-up: extract's images a second, and images a second of stage 2's only epoch.
+Each round runs all variants one after the other, so that other load on the machine affects all of
+them. Rates are in images per second, without start-up; that of stage 2 is of its only epoch.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WAYS = {
 
 
 def main() -> None:
-    """Print each way's rates as ratios to the first one's, the median of the rounds."""
+    """Print the rates of each variant as ratios to those of the first, the median over rounds."""
     parser = argparse.ArgumentParser(prog="python -m bench.processes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--project", type=Path, default=ROOT, help="where the run is")
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def one_round(project: Path) -> dict[tuple[str, str], float]:
-    """Run both stages in every way; gives their rates in images a second."""
+    """Run both stages in every variant; return their rates in images per second."""
     found = {}
     for way, env in WAYS.items():
         with tempfile.TemporaryDirectory() as scratch:
@@ -64,7 +64,7 @@ def one_round(project: Path) -> dict[tuple[str, str], float]:
 def run(
     stage: str, project: Path, folder: Path, env: dict[str, str], **paths: str
 ) -> dict[str, float]:
-    """Run a stage from nothing on what a project's run made, into a folder; gives its timing."""
+    """Run a stage on a project's outputs with an empty cache, into a folder; return its timing."""
     ways: dict[str, str | Path] = {
         "prepared": "data/prepared",
         "params": folder / "params.yaml",

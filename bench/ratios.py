@@ -1,12 +1,13 @@
-"""How fast the arithmetic of the stages is, against the bare network and against the usual loop.
+"""Compare the speed of the stages' computations with the bare network and with the usual loop.
 
     python -m bench.ratios                           # after `dvc repro probe`
     python -m bench.ratios --rounds 1 --images 64 --times 1    # a quick look
 
-On the first training images of data/prepared: what is compared takes turns within a round, a ratio
-is taken within a round, and printed as the median over rounds with the lowest and the highest. What
-stands before the slash is divided by what stands behind it. What isn't ours runs in a process of
-its own, as PyTorch comes: ours keeps freed memory, which speeds up the others too.
+It runs on the first training images of data/prepared. The compared programs take turns within a
+round, and a ratio is taken within a round; the median over rounds is printed with the lowest and
+the highest ratio. The time before the slash is divided by the time after it. Code that isn't ours
+runs in its own process with PyTorch's defaults: our set-up reuses freed memory, which would speed
+it up too.
 """
 
 import argparse
@@ -57,7 +58,7 @@ PREPARED, PROBE = Path("data/prepared"), Path("models/probe/probe.safetensors")
 BATCH, WHOLE, SMALL, EPOCHS, VIEWS = 32, 224, 160, 20, 8
 FLIPS = Augment("dihedral", 1.0, 0.0)
 TOPS = (["conv_head", "bn2"], ["blocks.5", "blocks.6", "conv_head", "bn2"])
-TURN = 8 * BATCH  # images in one go, where two loops take turns
+TURN = 8 * BATCH  # images per turn, if two loops take turns
 
 
 def main() -> None:
@@ -89,7 +90,7 @@ def main() -> None:
 
 
 class Bare:
-    """A process that times what isn't ours, when it is asked to; a single batch so often."""
+    """A process that times code that isn't ours; a single batch is timed `times` times."""
 
     def __init__(self, times: int) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -98,19 +99,19 @@ class Bare:
         self.process.start()
 
     def __call__(self, name: str, *arguments: object) -> float:
-        """Let it run one of its functions; gives the seconds."""
+        """Run one of its functions; return the seconds."""
         self.connection.send((name, arguments))
         found: float = self.connection.recv()
         return found
 
     def end(self) -> None:
-        """Let it go."""
+        """End the process."""
         self.connection.send(("", ()))
         self.process.join()
 
 
 def serve(connection: Connection, times: int) -> None:
-    """Time what is asked for, in a process as PyTorch comes."""
+    """Time the requested functions, in a process with PyTorch's defaults."""
     torch.set_num_threads(threads())
     known: dict[str, Callable[..., float]] = {
         "forward": partial(bare_forward, times),
@@ -126,14 +127,14 @@ def serve(connection: Connection, times: int) -> None:
 
 
 def bare_forward(times: int) -> float:
-    """Time the network's forward pass of a batch, as the tutorial runs it."""
+    """Time the network's forward pass on a batch, as in the tutorial."""
     plain, x = unfolded(), torch.rand(BATCH, 3, WHOLE, WHOLE)
     with torch.inference_mode():
         return seconds(lambda: plain(x), times)
 
 
 def folded_forward(times: int) -> float:
-    """Time the folded network's forward pass of a batch."""
+    """Time the folded network's forward pass on a batch."""
     ours = network(WHOLE)
     ours.model.requires_grad_(False)
     x = ours.normalise(255 * torch.rand(BATCH, WHOLE, WHOLE))
@@ -142,7 +143,7 @@ def folded_forward(times: int) -> float:
 
 
 def bare_step(times: int) -> float:
-    """Time the quickest step of the whole network, of two layouts and the formats there are."""
+    """Time a step of the whole network, in the fastest of two layouts and all number formats."""
     found = []
     y = torch.from_numpy(read_rows(PREPARED, "train").labels[:BATCH])
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -164,7 +165,7 @@ def bare_step(times: int) -> float:
 def usual_epoch(n: int, trained: list[str]) -> float:
     """Time the tutorial's epoch on `n` image files, with all but some modules frozen.
 
-    In batches of 32, which favours it: the tutorial's are of four.
+    The batch size is 32, which favours it: the tutorial uses four.
     """
     data = loaders(BATCH)[0]["train"]
     some = Subset(data.dataset, range(n))
@@ -192,8 +193,8 @@ def forwards(images: Images, bare: Bare, times: int) -> dict[str, float]:
     passes, extracted = 0.0, 0.0
     with Taps(tapped.model, [*depths(tapped.model), LAST, SOURCE], "both") as taps:
         run = averaged(tapped, taps, TTA("none", 1))
-        # In turns of some batches, so that both have the same share of what else the machine does;
-        # the first two turns only warm up.
+        # In turns of some batches, so that other load on the machine affects both; the first two
+        # turns only warm up.
         parts = [images[start : start + TURN] for start in range(0, len(images), TURN)]
         for number, part in enumerate([*parts[:2], *parts]):
             start = time.perf_counter()
@@ -214,7 +215,7 @@ def forwards(images: Images, bare: Bare, times: int) -> dict[str, float]:
 
 
 def first_stage(images: Images, top: list[str], bare: Bare) -> dict[str, float]:
-    """Compare stage 1 with the usual loop, and with its passes and steps without the rest."""
+    """Compare stage 1 with the usual loop, and with its passes and steps alone."""
     usual = bare("epoch", len(images), what_trains(network(SMALL), top))
     whole, limit = first_stage_seconds(images, top)
     name = f"stage 1, {EPOCHS} epochs, {VIEWS} views, {' '.join(top)}"
@@ -225,7 +226,7 @@ def first_stage(images: Images, top: list[str], bare: Bare) -> dict[str, float]:
 
 
 def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
-    """Time stage 1 from packed images on, and its passes and steps on ready input."""
+    """Time stage 1 from packed images on, and its passes and steps alone on prepared input."""
     rows = read_rows(PREPARED, "train")
     labels, ids, ones = rows.labels[: len(images)], rows.ids, np.ones(len(images))
     ours = network(SMALL)
@@ -240,7 +241,7 @@ def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
         return [cut.trunk(ours.normalise(x)) for x in augmented]
 
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["PIPELINE_CACHE"] = folder  # an empty one: nothing is paid already
+        os.environ["PIPELINE_CACHE"] = folder  # an empty cache: nothing is computed already
         start = time.perf_counter()
         key = key_of(ours, cut.name, read_images(PREPARED, "train").key)
         batch = cached_outputs(trunk_of, len(images), VIEWS, key, "trunk")
@@ -261,7 +262,7 @@ def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
 
 
 def steps(images: Images, bare: Bare, times: int) -> dict[str, float]:
-    """Compare stage 2's step, from packed pixels on, with the best bare one on ready input."""
+    """Compare stage 2's step, from packed pixels on, with the best bare one on prepared input."""
     rows = read_rows(PREPARED, "train")
     y = torch.from_numpy(rows.labels[:BATCH])
     ours = network(SMALL)
@@ -280,7 +281,7 @@ def steps(images: Images, bare: Bare, times: int) -> dict[str, float]:
 def depthwise_gradients(times: int) -> dict[str, float]:
     """Compare oneDNN's gradients of a depthwise convolution with ours, in bfloat16.
 
-    None where the processor has no such arithmetic.
+    Returns nothing if the processor doesn't support bfloat16.
     """
     if resolved("auto") != "bf16":
         return {}
@@ -305,21 +306,21 @@ def depthwise_gradients(times: int) -> dict[str, float]:
 
 
 def network(size: int) -> Network:
-    """Build what stages 1 and 2 start from."""
+    """Build the network that stages 1 and 2 start from."""
     found, _ = start_network(PROBE, read_facts(PREPARED), size, "probe", resolved("auto"))
     found.model.eval()
     return found
 
 
 def unfolded() -> nn.Module:
-    """Build the same network as PyTorch runs it by itself."""
+    """Build the same network as PyTorch runs it."""
     model = rebuild(network(WHOLE).backbone)
     set_head(model, len(read_facts(PREPARED).classes))
     return model.eval()
 
 
 def recipe() -> Recipe:
-    """Give stage 1's recipe with as many epochs as are compared."""
+    """Return stage 1's recipe with the number of epochs in the comparison."""
     numbers = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 5e-4, "layer_decay": 0.9}
     more = {"weight_decay": 0.01, "momentum": 0.9, "warmup_epochs": 1.0, "step_epochs": 7}
     kinds = {"optimizer": "adamw", "schedule": "cosine", "gamma": 0.1, "label_smoothing": 0.0}
@@ -329,7 +330,7 @@ def recipe() -> Recipe:
 def step(
     model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
 ) -> Callable[[], None]:
-    """Make a step of training: forward, backward, AdamW."""
+    """Return a function that runs one step of training: forward, backward, AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     model.train()
 
@@ -342,7 +343,7 @@ def step(
 
 
 def seconds(run: Callable[[], object], times: int) -> float:
-    """Time something short: the median of so many runs, after two that aren't timed."""
+    """Return the median time of `times` runs, after two runs as warm-up."""
     taken = []
     for number in range(times + 2):
         start = time.perf_counter()

@@ -1,12 +1,12 @@
-"""Is it the same experiment by two processes as by one? Stage 2 on the default data, in float32.
+"""Check that two processes run the same experiment as one: stage 2 on the default data, float32.
 
     dvc repro stage1 && python -m bench.same
     python -m bench.same --project FOLDER    # of another run than this project's
 
-Prints how far the losses of the first steps are apart, and the weights that are kept: by two
-processes and by one, and by one with one thread and with two, which round otherwise too. The
-difference of weights is relative to how far training moved them, in norm over all of them. Exit
-code 1 if two processes are much further apart than that, or nothing moved.
+Prints the differences of the losses of the first steps, and of the final weights, between two
+processes and one, and between one thread and two, whose rounding differs too. The difference of
+weights is relative to how far training moved them, in the norm over all weights. Exits with 1 if
+the two processes differ much more than the threads, or if nothing moved.
 """
 
 import argparse
@@ -30,16 +30,16 @@ from pipeline.stage_runtime.progress import say
 ROOT = Path(__file__).parent.parent
 LOSSES = "BENCH_LOSSES"  # where a stage that this command started writes the losses of its steps
 START = "models/stage1/model.safetensors"
-# Losses of steps, in nats, and weights in parts of their movement.
+# Losses of steps in nats, and weights as a fraction of their movement.
 FIRST, CLOSE, WEIGHTS_CLOSE = 20, 1e-4, 0.1
-# Processes and threads: all against the first.
+# Processes and threads; all are compared with the first.
 WAYS = {"one process, two threads": (1, 2), "two processes": (2, 2), "one thread": (1, 1)}
 
 Weights = dict[str, NDArray[Any]]
 
 
 class Ran(NamedTuple):
-    """What a run of stage 2 came to."""
+    """The results of a run of stage 2."""
 
     losses: list[float]  # of its steps
     history: list[dict[str, str]]
@@ -47,7 +47,7 @@ class Ran(NamedTuple):
 
 
 def main() -> None:
-    """Run stage 2 in each way and compare."""
+    """Run stage 2 in each variant and compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--project", type=Path, default=ROOT, help="where the run is")
     project = parser.parse_args().project.resolve()
@@ -77,9 +77,9 @@ def main() -> None:
 
 
 def apart_of(start: Weights, one: Weights, two: Weights) -> float:
-    """Give how far two runs' weights are apart, in parts of how far training moved the first's.
+    """Return the difference of two runs' weights, relative to the movement of the first's.
 
-    In the Euclidean norm over all weights; infinite if nothing moved.
+    Both are Euclidean norms over all weights; the result is infinite if nothing moved.
     """
 
     def norm(a: Weights, b: Weights) -> float:
@@ -91,13 +91,13 @@ def apart_of(start: Weights, one: Weights, two: Weights) -> float:
 
 
 def run(project: Path, folder: Path, n: int, threads: int) -> Ran:
-    """Run stage 2 in n processes on what a project's run made, into a folder."""
+    """Run stage 2 in n processes on a project's outputs, into a folder."""
     env = {"PIPELINE_CACHE": str(folder), LOSSES: str(folder / "losses"), "PYTHONPATH": str(ROOT)}
     env |= {"PIPELINE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads // n)}
     folder.mkdir()
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["precision"] = "fp32"
-    params["stage2"]["interpolate"] = False  # what training came to, and no mean with stage 1
+    params["stage2"]["interpolate"] = False  # the trained weights alone
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     ways: dict[str, str | Path] = {"prepared": "data/prepared", "stage1": START}
     ways |= {"params": folder / "params.yaml", "out": folder / "out", "timing": folder / "t.json"}
@@ -118,7 +118,7 @@ def run(project: Path, folder: Path, n: int, threads: int) -> Ran:
 
 
 def as_stage2() -> None:
-    """Be stage 2, and note the loss of each step."""
+    """Run stage 2 and record the loss of each step."""
     from pipeline import stage2
     from pipeline.launcher.stage import main as stage
     from pipeline.stage_runtime.distributed import all_reduce_gradients

@@ -1,11 +1,11 @@
-"""How long each stage takes to start, against the bare import of the libraries it uses.
+"""Compare the start-up time of each stage with the bare import of the libraries it uses.
 
     python -m bench.startup
     python -m bench.startup --rounds 3
     python -m bench.startup --rounds 1 --stages prepare    # a quick look
 
-Each start is a process of its own: `import pipeline.STAGE` beside the import, in the same order, of
-every module of other packages that this brings along. The two take turns; a ratio is taken within a
+Each start is a process of its own: either `import pipeline.STAGE`, or the import of all modules of
+other packages that this loads, in the same order. The two take turns; a ratio is taken within a
 round. The last line is the pipeline with nothing to do: `dvc repro` of an up-to-date graph.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def importing(names: list[str]) -> str:
-    """Write the program that imports modules by name, of which some are no module's own."""
+    """Return a program that imports modules by name; some names can't be imported by themselves."""
     # torchvision needs two operators declared first, beside a CPU build of PyTorch.
     first = (
         "from pipeline.nets.torchvision_import import torchvision\n"
@@ -74,7 +74,7 @@ def importing(names: list[str]) -> str:
 
 
 def python(program: str) -> str:
-    """Run a program and give what it prints."""
+    """Run a program and return its output."""
     words = [sys.executable, "-c", program]
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 

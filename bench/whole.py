@@ -1,12 +1,12 @@
-"""How long a whole run takes and what it reaches: ours, and each peer, as commands.
+"""Measure the time and the test accuracy of a whole run: ours and each peer's, as commands.
 
     python -m bench.whole                            # in an environment made by `make bench`
     python -m bench.whole --peers tutorial           # only some of them
     python -m bench.whole --peers tutorial --epochs 1 --project FOLDER    # of another repository
 
-Ours is `dvc repro` of the last commit in a fresh clone with empty caches, start-up of every stage
-included; a model counts from the moment its stage has ended. A peer is its process from start to
-end. Test accuracy is that on the same images.
+Ours is `dvc repro` of the last commit in a fresh clone with empty caches, including the start-up of
+every stage; the time of a model ends with its stage. The time of a peer is that of its process.
+Test accuracies are on the same images.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def cloned(project: Path, scratch: Path) -> tuple[Path, dict[str, str]]:
-    """Clone the last commit beside an empty cache; gives the clone and the environment for it."""
+    """Clone the last commit, with an empty cache; return the clone and its environment."""
     clone = scratch / "clone"
     subprocess.run(["git", "clone", "--quiet", str(project), str(clone)], check=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -62,7 +62,7 @@ def cloned(project: Path, scratch: Path) -> tuple[Path, dict[str, str]]:
 
 
 def ours(clone: Path, env: dict[str, str]) -> dict[str, Any]:
-    """Run the graph; gives each model's test accuracy and when its stage had ended, in seconds."""
+    """Run the graph; return each model's test accuracy and the seconds until its stage ended."""
     started = time.time()
     subprocess.run(["dvc", "repro", "--quiet"], cwd=clone, env=env, check=True)
     seconds = time.time() - started
@@ -81,7 +81,7 @@ def ours(clone: Path, env: dict[str, str]) -> dict[str, Any]:
 
 
 def linear_search(clone: Path, env: dict[str, str]) -> float:
-    """Run the probe with linear probes alone, on all depths and C; gives the seconds."""
+    """Run the probe stage with linear probes only, for all depths and C; return the seconds."""
     params = yaml.safe_load((clone / "params.yaml").read_text())
     params["probe"]["kinds"] = ["linear"]
     (clone / "linear.yaml").write_text(yaml.safe_dump(params))
@@ -93,7 +93,7 @@ def linear_search(clone: Path, env: dict[str, str]) -> float:
 
 
 def theirs(peer: str, epochs: int | None, clone: Path, env: dict[str, str]) -> dict[str, float]:
-    """Run a peer on the clone's splits; gives its test accuracy and the seconds of its process."""
+    """Run a peer on the clone's splits; return its test accuracy and the seconds of its process."""
     file = clone / f"{peer}.json"
     command = [sys.executable, "-m", "bench.peers", peer, "--json", str(file)]
     command += ["--epochs", str(epochs)] if epochs else []
@@ -103,7 +103,7 @@ def theirs(peer: str, epochs: int | None, clone: Path, env: dict[str, str]) -> d
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """Lay a round out as lines: each peer beside our first model that is as good."""
+    """Return a round as lines of text: each peer with our first model that is as good."""
     own, chosen = found["ours"]["models"], found["ours"]["chosen"]
     lines = [
         f"{name:<10} test acc {model['accuracy']:.4f} after {model['seconds']:5.0f} s"

@@ -1,10 +1,10 @@
-"""Show what is advised and what happened over the runs in results.csv, and what tells a gain.
+"""Compare expected with measured gains of the runs in results.csv; show what predicts a gain.
 
     python -m runs.known
 
 Prints the lines for OURS in pipeline/advice/prior_results.py, a table for docs/advice.md (the
-expectation is computed anew, without the runs on the same data), and how well each piece of
-evidence ranks the gains (Spearman), over the runs' means over seeds.
+expected gain is recomputed without the runs on the same data), and the Spearman correlation of each
+measure with the gains. All use the runs' means over seeds.
 """
 
 import csv
@@ -44,7 +44,7 @@ def main() -> None:
     for name, m in means.items():
         of = by_name[name]
         gains = [float(line["gain_accuracy"]) for line in of]
-        # Of one run the interval over its test images, of several the spread over seeds.
+        # With one run, the interval over its test images; with several, the spread over seeds.
         ends = [float(of[0][f"gain_{k}"]) for k in ("low", "high")]
         spread = f"± {100 * stdev(gains):.1f}" if len(of) > 1 else f"({points(*ends)})"
         expected = expectation(name, m)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def expectation(name: str, m: dict[str, float]) -> Expected:
-    """Compute what would be expected of a run had its data never been run before."""
+    """Return the expected gain of a run, without the results of other runs on its data."""
     others = [k for k in OURS if data_of(k.name) != data_of(name)]
     return expected_gain(
         round(m["images"]), m["cv_probe_linear"], m["cv_probe"], [*PUBLISHED, *others]
@@ -79,13 +79,13 @@ def expectation(name: str, m: dict[str, float]) -> Expected:
 
 
 def data_of(name: str) -> str:
-    """Take the data's name from a run's: elpv-few is on elpv."""
+    """Return the name of the data of a run: elpv-few is on elpv."""
     first = name.replace(" ", "-").split("-")[0]
     return SAME_DATA.get(first, first)
 
 
 def points(*shares: float) -> str:
-    """Write differences of accuracy in points."""
+    """Format differences of accuracy in points."""
     return " to ".join(f"{100 * share:+.1f}" for share in shares)
 
 

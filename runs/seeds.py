@@ -7,9 +7,9 @@
     python runs/seeds.py digits --path data/digits --set backbone.weights=none
     python runs/seeds.py mine --set prepare.source=folder --set prepare.path=data/mine
 
-Each run is a `dvc exp run --temp` of the last commit: it leaves the workspace alone, its metrics
-stay under the experiment's name, and what has run before is taken from the cache. A line a run is
-kept in results.csv, of which runs/known.py makes tables.
+Each run is a `dvc exp run --temp` of the last commit: it doesn't change the workspace, its metrics
+are stored under the experiment's name, and stages that ran before are taken from the cache. Each
+run writes one line to results.csv, from which runs/known.py makes tables.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DIGITS = [
     *("prepare.source=folder", "prepare.split_by=image", "flips=none"),
     *("stage1.image_size=224", "stage2.image_size=224"),
 ]
-# Pictures of 28 pixels a side, thousands of them.
+# Thousands of images of 28 pixels a side.
 SMALL = [
     *("prepare.source=folder", "prepare.split_by=image", "prepare.size=64"),
     *("extract.image_size=64", "stage1.image_size=64", "stage2.image_size=64"),
@@ -46,14 +46,14 @@ SETTINGS = {
         "prepare.size=288",
         "prepare.fit=crop",
         "extract.image_size=288",
-        # Some 200 images are too few to tune a layer for: the head alone, then all, gently.
+        # Some 200 images are too few to tune single layers: first the head, then all at a low rate.
         "stage1.unfreeze=[]",
         "stage1.image_size=288",
         "stage1.views=2",  # as many as there are horizontal flips
         "stage1.lr=1.0e-4",
         "stage2.image_size=288",
     ],
-    # The recipe of PyTorch's tutorial on them: everything trains, from a random head.
+    # The recipe of PyTorch's tutorial on the same images: everything trains, from a random head.
     "tutorial": [
         "prepare.source=folder",
         "prepare.not_images=skip",
@@ -77,7 +77,7 @@ SETTINGS = {
         "stage1.warmup_epochs=0.0",
         "evaluate.views=1",
     ],
-    # Pictures of 8 pixels a side: codes at 160 pixels are quite others than at 224.
+    # Images of 8 pixels a side: codes at 160 pixels are very different from codes at 224.
     "digits": DIGITS,
     "emoji": ["prepare.source=folder", "flips=horizontal"],
     "wafers": ["prepare.source=folder"],
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def accuracies(metrics: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """Give the models' accuracies: of test, or of validation where no images are kept for one."""
+    """Return the models' accuracies on test, or on validation if there are no test images."""
     test, chosen = metrics.get("test"), metrics["chosen"]  # DVC shows no empty metrics
     if not test:
         of = {m: metrics[f"models/{m}/metrics.json:{m}"] for m in ("probe", "stage1", "stage2")}
@@ -142,7 +142,7 @@ def accuracies(metrics: dict[str, Any]) -> tuple[str, dict[str, float]]:
 
 
 def record(name: str, seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Gather what one run was advised and what came of it, as a line of results.csv."""
+    """Return the advice and the results of one run, as a line of results.csv."""
     # Without pretrained weights there is no advice, and DVC shows no empty metrics.
     advice = metrics.get("advice", {"case": ""})
     test, gain = metrics["test"], metrics["stage2_minus_probe"]
@@ -163,7 +163,7 @@ def record(name: str, seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep(line: dict[str, Any]) -> None:
-    """Add a line to results.csv, in the place of an earlier one of the same run."""
+    """Add a line to results.csv, replacing an earlier one of the same run."""
     lines = []
     if RESULTS.exists():
         with RESULTS.open(newline="", encoding="utf-8") as file:

