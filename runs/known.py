@@ -36,7 +36,7 @@ def main() -> None:
     }
     for name, m in means.items():
         print(
-            f'    Known("{name}", {m["images"]:.0f}, {m["probe_linear"]:.3f}, {m["stage2"]:.3f}),'
+            f'    PriorResult("{name}", {m["images"]:.0f}, {m["probe_linear"]:.3f}, {m["stage2"]:.3f}),'
         )
 
     print("\n| run | seeds | case | images | best probe | stage 2 | expected | measured | held |")

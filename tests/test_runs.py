@@ -149,7 +149,7 @@ def test_the_table_expects_nothing_from_the_runs_own_data(tmp_path, monkeypatch,
     known.main()
     said = capsys.readouterr().out
     assert "| two | 2 | 1 | 101 | 0.800 | 0.900 | +10.0 (+10.0 to +10.0) | +10.0 ± 1.4 | " in said
-    assert 'Known("two", 101, 0.801, 0.900)' in said
+    assert 'PriorResult("two", 101, 0.801, 0.900)' in said
 
 
 @pytest.mark.parametrize("name", sorted(script("seeds").SETTINGS))
