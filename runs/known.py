@@ -35,9 +35,8 @@ def main() -> None:
         for name, of in by_name.items()
     }
     for name, m in means.items():
-        print(
-            f'    PriorResult("{name}", {m["images"]:.0f}, {m["probe_linear"]:.3f}, {m["stage2"]:.3f}),'
-        )
+        figures = f"{m['images']:.0f}, {m['probe_linear']:.3f}, {m['stage2']:.3f}"
+        print(f'    PriorResult("{name}", {figures}),')
 
     print("\n| run | seeds | case | images | best probe | stage 2 | expected | measured | held |")
     print("|---|---|---|---|---|---|---|---|---|")
