@@ -232,7 +232,7 @@ def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
     ours = network(SMALL)
     trained = what_trains(ours, top)
     freeze_all_but(ours.model, trained, "frozen")
-    cut = cut_below(ours.model, trained)
+    cut = cut_below(ours.model, trained, ours.image_size)
 
     @torch.no_grad()
     def trunk_of(epochs: Sequence[int], chosen: Ints) -> list[Tensor]:

@@ -18,6 +18,7 @@ Commands:
     compare       compare runs: which differences are more than noise
     sweep         run the graph for every combination of param values
     params        what each param does, and its allowed values
+    networks      the architectures that can be a backbone, and why others can not
     layers        the modules of a network that params can name
     explain       which stages would run, and why
     machine       which devices this machine has, whether they compute correctly, how fast they are

@@ -19,6 +19,7 @@ from pipeline.advice.throughput import Throughput, measure
 from pipeline.advice.transferability import Transferability, case_of, profile, transferability
 from pipeline.images.augment import Augment, views
 from pipeline.images.shards import SPLITS, read_facts, read_splits
+from pipeline.nets.automatic import TRAINED_AT, Auto, input_size
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import Precision, resolved
 from pipeline.probing.codes import SOURCE, read_codes, read_feature_facts, read_labels
@@ -27,7 +28,7 @@ from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import Key, Out, Seed
 from pipeline.training.start import start_network, what_trains
 
-Size = Interval(ge=16, le=2048)
+Size = Annotated[int, Interval(ge=16, le=2048)]
 MOST = 10_000  # images, evenly spaced, on which the source's predictions are evaluated
 
 WON = sum(k.fine_tuned > (k.scratch or 0) for k in PUBLISHED)
@@ -48,12 +49,12 @@ TO_DO = {
 class Lengths:
     """The params that set how long the later stages run: read here, checked there."""
 
-    unfreeze: Annotated[list[str], Key("stage1.unfreeze", foreign=True)]
-    first_size: Annotated[int, Key("stage1.image_size", foreign=True), Size]
+    unfreeze: Annotated[Auto | list[str], Key("stage1.unfreeze", foreign=True)]
+    first_size: Annotated[Auto | Size, Key("stage1.image_size", foreign=True)]
     first_views: Annotated[int, Key("stage1.views", foreign=True), Ge(0)]
     first_epochs: Annotated[int, Key("stage1.epochs", foreign=True), Ge(1)]
     batch_size: Annotated[int, Key("stage1.batch_size", foreign=True), Ge(2)]
-    second_size: Annotated[int, Key("stage2.image_size", foreign=True), Size]
+    second_size: Annotated[Auto | Size, Key("stage2.image_size", foreign=True)]
     second_epochs: Annotated[int, Key("stage2.epochs", foreign=True), Ge(1)]
     test_views: Annotated[int, Key("evaluate.views", foreign=True), Interval(ge=1, le=8)]
 
@@ -90,11 +91,15 @@ def advise(
             f"stage 1 trains everything. For comparison: {PRETRAINED_WON}."
         )
     else:
+        headless = facts["backbone"].get("headless", False)
         rows = np.unique(np.linspace(0, len(train.labels) - 1, MOST).astype(int))
         advice, text = _advice(
             list(facts["classes"]),
             transferability(
-                train.labels, rows, read_codes(features, "train", SOURCE)[rows], by_depth
+                train.labels,
+                rows,
+                None if headless else read_codes(features, "train", SOURCE)[rows],
+                by_depth,
             ),
             json.loads(scores.read_text(encoding="utf-8"))["probe"],
         )
@@ -105,11 +110,13 @@ def advise(
     packed = read_facts(prepared)
     _, images = read_splits(prepared, (), SPLITS)
     network, _ = start_network(probe, packed, lengths.first_size, "probe", resolved(precision))
+    name = network.backbone.name
+    second = input_size(name, lengths.second_size, packed.size, TRAINED_AT)
     pace = measure(
         network,
         what_trains(network, lengths.unfreeze),
         images[0],
-        (lengths.first_size, lengths.second_size),
+        (network.image_size, second),
         lengths.batch_size,
         how,
     )
@@ -131,7 +138,7 @@ def _advice(
     # Results on this data set itself are left out.
     known = [k for k in (*PUBLISHED, *OURS) if list(k.classes) != classes]
     expected, case = expected_gain(found.images, linear, winner, known), case_of(found)
-    advice = {
+    advice: dict[str, object] = {
         "case": case,
         "probe": winner,
         "probe_linear": linear,
@@ -141,10 +148,24 @@ def _advice(
     return advice, paragraph(case, found, winner, expected)
 
 
-def paragraph(case: int, found: Transferability, winner: float, expected: Expected) -> str:
+def paragraph(case: int | None, found: Transferability, winner: float, expected: Expected) -> str:
     """Return the advice in words."""
     size = "large" if found.images >= LARGE else "small"
-    like = "unlike" if case > 2 else "like"
+    if case is None:
+        which = (
+            f"A {size} data set; the weights have no classifier, so their likeness to it is not "
+        )
+        which += "known"
+        source, to_do = "", "Compare the probe with stages 1 and 2"
+    else:
+        like = "unlike" if case > 2 else "like"
+        which = f"Case {case}: {size}, {like} what the weights were trained on"
+        source = (
+            f"The source's classifier has a mean confidence of {found.source_confidence:.2f} on "
+            f"these images, and its classes explain {found.source_information:.0%} of the label "
+            "entropy. "
+        )
+        to_do = f"For this case: {TO_DO[case]}"
     low, high = f"{100 * expected.low:+.1f}", f"{100 * expected.high:+.1f}"
     worth = (
         "it should pay"
@@ -154,12 +175,10 @@ def paragraph(case: int, found: Transferability, winner: float, expected: Expect
         else "it may or may not pay, which evaluate will show"
     )
     return (
-        f"Case {case}: {size}, {like} what the weights were trained on. {found.images:,} training "
+        f"{which}. {found.images:,} training "
         f"images in {found.classes} classes ({found.smallest_class:,} in the smallest). "
         f"Cross-validation accuracy is {found.late:.3f} on the last codes and {found.early:.3f} on "
-        f"the best earlier ones. The source's classifier has a mean confidence of "
-        f"{found.source_confidence:.2f} on these images, and its classes explain "
-        f"{found.source_information:.0%} of the label entropy. For this case: {TO_DO[case]}. The "
+        f"the best earlier ones. {source}{to_do}. The "
         f"expected gain of full fine-tuning over the probe's {winner:.3f} is "
         f"{100 * expected.gain:+.1f} points (80 % of cases: {low} to {high}), estimated from "
         f"{expected.sets:.0f} known data sets of similar size: {worth}. "

@@ -13,11 +13,13 @@ from pipeline.images.shards import SPLITS, Images, read_facts, read_splits, refu
 from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import TTA, Run, averaged
 from pipeline.nets import blocks
-from pipeline.nets.backbone import pretrained
+from pipeline.nets.automatic import Auto
+from pipeline.nets.backbone import licence_of, pretrained
 from pipeline.nets.batches import run_in_batches
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import Precision, resolved
 from pipeline.nets.network import Network, for_images
+from pipeline.nets.tokens import layout_of
 from pipeline.probing.codes import LAST, SOURCE, codes_name, write_labels
 from pipeline.stage_runtime.distributed import Arrays
 from pipeline.stage_runtime.errors import ParamError
@@ -31,7 +33,7 @@ def extract(
     *,
     prepared: Path,
     out: Out,
-    image_size: Annotated[int, Interval(ge=16, le=2048)],
+    image_size: Auto | Annotated[int, Interval(ge=16, le=2048)],
     views: Annotated[int, Interval(ge=1, le=8)],
     depths: Literal["auto"] | list[str],
     pooling: Pooling,
@@ -58,15 +60,17 @@ def extract(
     packed = read_facts(prepared)
     refuse_larger("extract", image_size, packed.size)
     model, backbone = pretrained(name, weights, sha256, seed, say)
+    if weights != "none":
+        say(f"weights: {weights} of {name}; their licence: {licence_of(name, weights)}")
     chosen = (
         blocks.depths(model) if depths == "auto" else blocks.match(model, depths, "extract.depths")
     )
-    shapes = {call.name: call.shape for call in blocks.trace(model, image_size)}
-    for depth in chosen:
-        if len(shapes.get(depth, ())) != 4:
-            raise ParamError(f"extract.depths: {depth} outputs no feature maps; choose a block")
     model.eval().requires_grad_(False)
     network = for_images(model, backbone, packed, image_size, resolved(precision))
+    shapes = {call.name: call.shape for call in blocks.trace(model, network.image_size)}
+    for depth in chosen:
+        if layout_of(shapes.get(depth, ())) is None:
+            raise ParamError(f"extract.depths: {depth} outputs no feature maps; choose a block")
     labelled, of_split = read_splits(prepared, ("train", "val"), ("test",))
     seconds, n_images = 0.0, 0
     with whole_folder(out) as folder, Taps(network.model, [*chosen, LAST, SOURCE], pooling) as taps:

@@ -17,6 +17,7 @@ from pipeline.final_model.grad_cam import activation_maps, explained_block
 from pipeline.final_model.graph import Graph
 from pipeline.images.shards import read_splits
 from pipeline.nets import checkpoint
+from pipeline.nets.backbone import licence_of
 from pipeline.nets.device import set_up_torch
 from pipeline.pages import charts
 from pipeline.pages.render import evidence_picture, percent, picture, render
@@ -75,6 +76,7 @@ def report(
     _, (train_images, val_images) = read_splits(prepared, (), ("train", "val"))
     histories = [_rows(folder / "history.csv", folder.name) for folder in (stage1, stage2)]
     chosen = metrics["chosen"]
+    backbone = classifier.network.backbone.name, classifier.network.backbone.weights
     page = render(
         TEMPLATE,
         metrics=metrics,
@@ -101,6 +103,7 @@ def report(
         most_rows=MOST_ROWS,
         calibration=_calibration(predictions, chosen),
         classifier=classifier,
+        licence=licence_of(*backbone),
         sure=sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images),
         galleries=[
             *_galleries(_rows(evaluated / "validation.csv"), val_images, classifier),

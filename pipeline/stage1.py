@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
 from pipeline.images.shards import read_facts, read_splits, refuse_larger
+from pipeline.nets.automatic import Auto
 from pipeline.nets.batches import in_batches
 from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
@@ -38,9 +39,9 @@ def stage1(
     prepared: Path,
     probe: Path,
     out: Out,
-    unfreeze: list[str],
+    unfreeze: Auto | list[str],
     head_init: Literal["probe", "random"],
-    image_size: Annotated[int, Interval(ge=16, le=2048)],
+    image_size: Auto | Annotated[int, Interval(ge=16, le=2048)],
     views: Annotated[int, Interval(ge=0, le=64)],
     batchnorm: Literal["frozen", "train"],
     patience: Annotated[int, Ge(0)],
@@ -72,7 +73,7 @@ def stage1(
         batchnorm = "train"
     refuse_shared_statistics("stage1", batchnorm)
     trainable = freeze_all_but(network.model, trained, batchnorm)
-    cut = cut_below(network.model, trained)
+    cut = cut_below(network.model, trained, network.image_size)
     say(f"training {len(trainable)} tensors in {', '.join(trained)}; frozen below {cut.name}")
 
     (rows, val_rows), (images, val_images) = read_splits(prepared, ("train", "val"))
@@ -126,7 +127,7 @@ def stage1(
         resume_state,
     )
     before = validate()
-    say(f"epoch   0  {_at_the_start(before, of_probe, image_size, head_init)}")
+    say(f"epoch   0  {_at_the_start(before, of_probe, network.image_size, head_init)}")
     best = best_epoch(
         *("stage1", out, network.model, epochs_run, validate, [before], patience, resume_state),
         start_counts=True,  # a head from the probe may be the best there is

@@ -16,6 +16,7 @@ from pipeline.images.augment import Augment, augment
 from pipeline.images.shards import read_facts, read_splits, refuse_larger
 from pipeline.inference.tta import TTA, logits
 from pipeline.nets import checkpoint
+from pipeline.nets.automatic import TRAINED_AT, Auto, input_size
 from pipeline.nets.checkpoint import refuse_other_classes, versions
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.device_images import DeviceImages
@@ -43,7 +44,7 @@ def stage2(
     prepared: Path,
     stage1: Path,
     out: Out,
-    image_size: Annotated[int, Interval(ge=16, le=2048)],
+    image_size: Auto | Annotated[int, Interval(ge=16, le=2048)],
     batchnorm: Literal["frozen", "train"],
     interpolate: bool,
     patience: Annotated[int, Ge(0)],
@@ -79,9 +80,10 @@ def stage2(
 
     before = [validate()]
     _refuse_other_score(before[0], meta, stage1, len(val_images))
-    if image_size != network.image_size:
-        sizes = f"{network.image_size} to {image_size} px"
-        network.take(image_size)
+    size = input_size(network.backbone.name, image_size, packed.size, TRAINED_AT)
+    if size != network.image_size:
+        sizes = f"{network.image_size} to {size} px"
+        network.take(size)
         before.append(validate())
         gain = before[1]["accuracy"] - before[0]["accuracy"]
         say(f"from {sizes}, before training: {100 * gain:+.1f} points on validation")

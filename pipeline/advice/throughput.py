@@ -57,7 +57,7 @@ def measure(
     network.model.eval()
     with torch.no_grad():
         first = _seconds(lambda: network.model(normalised(1, some))) / len(some)
-        cut = cut_below(network.model, trained)
+        cut = cut_below(network.model, trained, network.image_size)
         trunk = _seconds(lambda: cut.trunk(normalised(1, some))) / len(some)
         kept = cut.trunk(normalised(1, np.arange(batch_size)))
     # Random weights use the statistics of the batch, as in stage 1: with their initial running

@@ -29,8 +29,9 @@ class Transferability:
     smallest_class: int  # its training images
     early: float  # accuracy by cross-validation of the best probe on a block's codes
     late: float  # of the best on the last codes
-    source_confidence: float  # mean confidence of the source's classifier on these images
-    source_information: float  # share of the labels' entropy that its classes explain
+    # Of the source's classifier; None for weights that are published without one.
+    source_confidence: float | None  # its mean confidence on these images
+    source_information: float | None  # share of the labels' entropy that its classes explain
 
 
 def source_confidence(logits: Codes) -> float:
@@ -86,12 +87,12 @@ def profile(grid: Path, depths: Sequence[str]) -> dict[str, float]:
 
 
 def transferability(
-    labels: Ints, rows: Ints, logits: Codes, by_depth: dict[str, float]
+    labels: Ints, rows: Ints, logits: Codes | None, by_depth: dict[str, float]
 ) -> Transferability:
     """Return the measures that determine the case.
 
     They are computed from all labels (N,), the source's logits (R, S) of the images at `rows` (R,),
-    and the profile.
+    if it has a classifier, and the profile.
     """
     counts = np.bincount(labels)
     of_blocks = [a for depth, a in by_depth.items() if depth not in (LAST, SOURCE)]
@@ -101,17 +102,19 @@ def transferability(
         smallest_class=int(counts[counts > 0].min()),
         early=max(of_blocks, default=0.0),
         late=by_depth[LAST],
-        source_confidence=source_confidence(logits),
-        source_information=source_information(logits, labels[rows]),
+        source_confidence=None if logits is None else source_confidence(logits),
+        source_information=None if logits is None else source_information(logits, labels[rows]),
     )
 
 
-def case_of(found: Transferability) -> int:
+def case_of(found: Transferability) -> int | None:
     """Return the number of the case: 1 small, 2 large and similar; 3 small, 4 large and different.
 
     Data are similar if the source's classes explain much of the labels' entropy. Of all measures,
     this one ranked the gains of our own runs best (runs/known.py). Those runs lie on both sides of
-    the bound, at .04 to .09 and from .26 on.
+    the bound, at .04 to .09 and from .26 on. None if the source has no classifier.
     """
+    if found.source_information is None:
+        return None
     different = found.source_information < SIMILAR
     return int(1 + (found.images >= LARGE) + 2 * different)

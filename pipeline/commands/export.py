@@ -20,6 +20,7 @@ from pipeline.final_model.classifier import Classifier, load
 from pipeline.final_model.graph import Graph
 from pipeline.images.shards import read_images
 from pipeline.launcher.command import one_line_errors, parser_of
+from pipeline.nets.backbone import licence_of
 from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
 from pipeline.stage_runtime.errors import CheckpointError, DataError
@@ -137,6 +138,7 @@ def card(
 ) -> str:
     """Return the model card: description, inputs and outputs, accuracy, and origin."""
     network = classifier.network
+    backbone = network.backbone
     size, colours = network.packed_size, "grey" if network.channels == 1 else "RGB"
     shape = f"(N, {size}, {size})" if network.channels == 1 else f"(N, {size}, {size}, 3)"
     sure = sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images)
@@ -179,6 +181,7 @@ def card(
         f"- packed images (DVC): {origin['data']}",
         f"- initial weights: {network.backbone.weights} of {network.backbone.name}, "
         f"SHA-256 {network.backbone.sha256 or 'none'}",
+        f"- licence of these weights: {licence_of(backbone.name, backbone.weights)}",
         "- libraries: " + ", ".join(f"{name} {v}" for name, v in versions().items()),
         "",
         "The licences of the data and of the initial weights may also apply to this model.",

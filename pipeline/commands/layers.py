@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.commands.table import aligned
 from pipeline.launcher.command import one_line_errors, parser_of
+from pipeline.nets.automatic import compute_shares
 from pipeline.nets.backbone import SOURCE_CLASSES, build, head_name
 from pipeline.nets.blocks import chain, depths, is_inside, trace
 from pipeline.stage_runtime.progress import say
@@ -34,24 +33,13 @@ class Layer:
 def layers(model: nn.Module, image_size: int, all_modules: bool = False) -> list[Layer]:
     """List a network's blocks that hold parameters, in the order they run, or all such modules.
 
-    Multiplications are counted by PyTorch's FlopCounterMode.
-
     Raises ParamError for a network that can't take images of that size.
     """
     shapes = {call.name: call.shape[1:] for call in trace(model, image_size)}
     chosen, blocks = depths(model), chain(model)
     names = [n for n in shapes if (n in blocks or all_modules) and _size(model, n)]
-    model.eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size))
-    flops = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-    total = sum(counter.get_flop_counts()["Global"].values())
-    outer = type(model).__name__
-
-    def share(name: str) -> float:
-        return float(flops.get(f"{outer}.{name}", 0) / total)
-
-    return [Layer(n, shapes[n], _size(model, n), share(n), n in chosen) for n in names]
+    shares = compute_shares(model, image_size)
+    return [Layer(n, shapes[n], _size(model, n), shares.get(n, 0.0), n in chosen) for n in names]
 
 
 def _size(model: nn.Module, name: str) -> int:

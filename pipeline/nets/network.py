@@ -1,6 +1,6 @@
 """A classifier with everything that is needed to use it: network, classes, size, normalisation."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.images.shards import Facts
 from pipeline.images.tones import PLAIN, Tones, of_facts
 from pipeline.nets import checkpoint
+from pipeline.nets.automatic import Auto, input_size
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
 from pipeline.nets.blocks import trace
 from pipeline.nets.device import device, device_of
@@ -59,7 +60,7 @@ class Network:
         """Return everything except the weights, for a checkpoint's metadata."""
         apart = ("model", "tones")
         facts = {name: value for name, value in vars(self).items() if name not in apart}
-        return {**facts, "backbone": asdict(self.backbone), **self.tones.facts()}
+        return {**facts, "backbone": self.backbone.facts(), **self.tones.facts()}
 
     def save(self, file: Path, **more: Any) -> None:
         """Write the checkpoint; `more` is added to the metadata."""
@@ -98,11 +99,18 @@ def for_images(
     model: nn.Module,
     backbone: Backbone,
     packed: Facts,
-    image_size: int,
+    image_size: int | Auto,
     precision: Literal["fp32", "bf16"],
+    of: float = 1.0,
 ) -> Network:
-    """Make a network for packed images from a model, on this process's device."""
-    facts = (packed.classes, image_size, packed.size, packed.fit, packed.channels)
+    """Make a network for packed images from a model, on this process's device.
+
+    An `image_size` of auto is a share `of` the size that the network is made for. Raises ParamError
+    if the network can't take images of this size.
+    """
+    size = input_size(backbone.name, image_size, packed.size, of)
+    trace(model, size)
+    facts = (packed.classes, size, packed.size, packed.fit, packed.channels)
     fused = fuse(model, precision)
     return Network(fused, backbone, *facts, precision, packed.tones).on(device())
 

@@ -50,6 +50,7 @@ WRAPPERS = (
 )
 # Layers that wrap a module in another one: data parallel, compiled, sharded, recomputed.
 WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+NO_HEAD = "no head in the file: a random one is used, whose outputs have no meaning"
 DEEPEST = 4  # levels of nested wrappers that are searched
 
 
@@ -246,7 +247,7 @@ def _complete_head(tensors: dict[str, Tensor], of_head: Mapping[str, Tensor]) ->
     """Return remarks on the head in a file; a head without a bias gets a bias of 0."""
     weight, bias = of_head
     if weight not in tensors:
-        return ["no head in the file: a random one is used, whose outputs have no meaning"]
+        return [NO_HEAD]
     remarks, n_classes = [], len(tensors[weight])
     if n_classes != len(of_head[weight]):
         remarks.append(f"its head has {n_classes} classes")

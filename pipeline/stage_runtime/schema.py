@@ -188,8 +188,10 @@ def _checked(param: Param, value: Any) -> Any:
     try:
         return TypeAdapter(param.hint, config=STRICT).validate_python(value)
     except ValidationError as error:
-        said = error.errors()[0]["msg"]
-        said = said[0].lower() + said[1:]
+        found = error.errors()
+        # Of a union, what is wrong with a value of the right type tells more than the other types.
+        precise = [one for one in found if not one["type"].endswith(("_type", "literal_error"))]
+        said = " or ".join(one["msg"][0].lower() + one["msg"][1:] for one in precise or found)
         raise ParamError(f"params.yaml: {param.key} = {short(value)}: {said}") from None
     except RecursionError:
         raise ParamError(f"params.yaml: {param.key} contains itself") from None

@@ -24,6 +24,8 @@ from pipeline.training.schedule import Schedule, layer_factors, rate
 
 Ints = NDArray[np.int64]
 
+# In the names of a transformer's class token, registers and positions, relative ones too.
+PLACES = ("_token", "pos_emb", "position", "relative_", "rel_pos")
 EXPLODED = 1000.0  # nats: the right class at a probability of e^-1000
 
 
@@ -160,7 +162,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return an optimiser that holds exactly the trainable parameters.
 
     It has one parameter group per pair of block and weight decay. Blocks further from the head have
-    lower rates; tensors of one dimension (biases, normalisation) have no weight decay.
+    lower rates; biases, normalisation, tokens and positions have no weight decay.
     """
     factors = layer_factors(layer_groups(model), recipe.layer_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -169,7 +171,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             inside = [f for block, f in factors.items() if is_inside(name, block)]
             # A parameter outside all blocks belongs to no depth: it gets the lowest rate.
             factor = inside[0] if inside else min(factors.values())
-            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            is_weight = parameter.ndim > 1 and not any(part in name for part in PLACES)
+            decay = recipe.weight_decay if is_weight else 0.0
             groups.setdefault((factor, decay), []).append(parameter)
     settings = [
         {"params": parameters, "lr": recipe.lr * factor, "weight_decay": decay}

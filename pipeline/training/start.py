@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 
 from pipeline.images.shards import Facts
+from pipeline.nets.automatic import TRAINED_AT, Auto, top_blocks
 from pipeline.nets.backbone import backbone_of, head_name, rebuild, set_head
-from pipeline.nets.blocks import match, trace, trained_with
+from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.checkpoint import refuse_other_classes
 from pipeline.nets.network import Network, for_images
 from pipeline.probing.probes import head_of, read_probes
@@ -18,7 +19,7 @@ from pipeline.training.freeze import everything
 def start_network(
     file: Path,
     packed: Facts,
-    image_size: int,
+    image_size: int | Auto,
     head_init: Literal["probe", "random"],
     precision: Literal["fp32", "bf16"],
 ) -> tuple[Network, dict[str, Any]]:
@@ -35,19 +36,20 @@ def start_network(
     backbone = backbone_of(meta)
     refuse_other_classes("probe", file, meta["classes"], packed.classes)
     model = rebuild(backbone)
-    trace(model, image_size)
     set_head(model, len(packed.classes))
     if head_init == "probe" and backbone.weights != "none":
         weight, bias = head_of(linear)
         head = model.get_submodule(head_name(model))
         head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
-    return for_images(model, backbone, packed, image_size, precision), meta
+    return for_images(model, backbone, packed, image_size, precision, TRAINED_AT), meta
 
 
-def what_trains(network: Network, unfreeze: Sequence[str]) -> list[str]:
+def what_trains(network: Network, unfreeze: Sequence[str] | Auto) -> list[str]:
     """Return the modules that stage 1 trains: the unfrozen ones and the head.
 
     Without pretrained weights nothing is worth freezing, so all modules train.
     """
+    if unfreeze == "auto":
+        unfreeze = top_blocks(network.backbone.name)
     named = trained_with(network.model, match(network.model, unfreeze, "stage1.unfreeze"))
     return everything(network.model) if network.backbone.weights == "none" else named

@@ -1,0 +1,101 @@
+"""Networks: which architectures of timm and torchvision can be a backbone, and why others can't.
+
+python -m pipeline networks                # how many, and those that can't, with the reason
+python -m pipeline networks 'timm/vit_*'   # each one that matches: the input size that `auto` means
+
+Each is built and run on PyTorch's meta device, which computes shapes and no numbers.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from pipeline.commands.table import aligned
+from pipeline.launcher.command import one_line_errors, parser_of
+from pipeline.nets.automatic import TRAINED_AT, input_size, skeleton, top_blocks
+from pipeline.nets.backbone import head_name, names
+from pipeline.nets.blocks import depths, evaluating, run_on_zeros, traced_size
+from pipeline.stage_runtime.errors import PipelineError, one_line
+from pipeline.stage_runtime.progress import say, track
+
+LARGEST = 2048  # pixels, of packed images
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One architecture."""
+
+    name: str
+    refused: str = ""  # why it can't be used; empty if it can
+    sizes: tuple[int, int] = (0, 0)  # of the input in extract and in training, in pixels
+    unfreeze: tuple[str, ...] = ()
+
+
+def examined(name: str) -> Examined:
+    """Build a network without its numbers, and find out whether each stage could use it."""
+    try:
+        model = skeleton(name)
+        _refuse_other_outputs(model)
+        if not depths(model):
+            return Examined(name, "no block returns feature maps or tokens")
+        sizes = (
+            input_size(name, "auto", LARGEST),
+            input_size(name, "auto", LARGEST, TRAINED_AT),
+        )
+        return Examined(name, "", sizes, tuple(top_blocks(name)))
+    except PipelineError as error:
+        return Examined(name, one_line(error, 160))
+    except Exception as error:  # of a network that can't be built
+        return Examined(name, f"{type(error).__name__}: {one_line(error, 120)}")
+
+
+def _refuse_other_outputs(model: nn.Module) -> None:
+    """Raise ValueError unless the head's output is the network's."""
+    outputs: list[Tensor] = []
+    head = model.get_submodule(head_name(model))
+    handle = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    try:
+        with evaluating(model):
+            found = run_on_zeros(model, traced_size(model))
+    finally:
+        handle.remove()
+    if not outputs or found is not outputs[-1]:
+        raise ValueError("its output is not that of its last linear layer")
+
+
+def all_examined(pattern: str) -> Iterator[Examined]:
+    """Examine the networks whose names match a shell pattern."""
+    chosen = [name for name in names() if fnmatchcase(name, pattern)]
+    for name in track(chosen, len(chosen), "networks", summary=False):
+        yield examined(name)
+        skeleton.cache_clear()
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = parser_of("networks", __doc__ or "")
+    parser.add_argument("pattern", nargs="?", default="*", help="a name, or a shell pattern")
+    options = parser.parse_args()
+    with one_line_errors():
+        found = list(all_examined(options.pattern))
+        if options.pattern != "*":
+            for line in aligned([_cells(one) for one in found]):
+                say(line)
+        else:
+            for line in aligned([_cells(one) for one in found if one.refused]):
+                say(line)
+        of = Counter(one.name.partition("/")[0] for one in found)
+        usable = Counter(one.name.partition("/")[0] for one in found if not one.refused)
+        for library, n in of.items():
+            say(f"{library}: {usable[library]} of {n} architectures can be used")
+
+
+def _cells(one: Examined) -> tuple[str, ...]:
+    if one.refused:
+        return (one.name, f"refused: {one.refused}")
+    first, second = one.sizes
+    blocks = f"{one.unfreeze[0]} to {one.unfreeze[-1]}" if one.unfreeze else "the head alone"
+    return (one.name, f"{first} px, trained at {second} px: {blocks}")

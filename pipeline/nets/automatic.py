@@ -1,0 +1,75 @@
+"""What `auto` in params.yaml stands for: functions of the network's name.
+
+They run the network on the meta device, which computes shapes and no numbers.
+"""
+
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.nets.backbone import SOURCE_CLASSES, build, head_name
+from pipeline.nets.blocks import chain, evaluating, fails_at, is_inside, made_for, traced_size
+from pipeline.nets.device import device_of
+from pipeline.stage_runtime.errors import ParamError
+
+Auto = Literal["auto"]
+USUAL, STEP = 224, 32  # pixels: the side where a network names none, and what most sides divide by
+TRAINED_AT = 5 / 7  # of the side of extract: 160 of 224 pixels, half of the compute
+TRAINED_SHARE = 0.6  # of the compute, at most, in what stage 1 trains
+
+
+@cache
+def skeleton(name: str) -> nn.Module:
+    """Build a network without its numbers."""
+    with torch.device("meta"):
+        return build(name, SOURCE_CLASSES).requires_grad_(False)
+
+
+def input_size(name: str, asked: int | Auto, packed: int, of: float = 1.0) -> int:
+    """Return the side of a network's input in pixels: as asked, or a share of its usual one.
+
+    The share is rounded to a multiple of STEP, or else to the nearest side that the network takes,
+    and is no larger than the packed images. Raises ParamError if there is none.
+    """
+    if asked != "auto":
+        return asked
+    model = skeleton(name)
+    own = next(iter(made_for(model)), USUAL)
+    wanted = min(own if of == 1 else max(STEP, STEP * round(of * own / STEP)), packed)
+    near = sorted(range(wanted - STEP // 2, wanted + STEP // 2), key=lambda s: abs(s - wanted))
+    for side in (*near, own):
+        if side <= packed and fails_at(model, side) is None:
+            return side
+    raise ParamError(
+        f"backbone.name: {name} takes images of {own} px, and the packed ones have {packed}; "
+        f"set prepare.size to {own}"
+    )
+
+
+def top_blocks(name: str) -> list[str]:
+    """Return the blocks next to the head that hold at most TRAINED_SHARE of the compute."""
+    model = skeleton(name)
+    head = head_name(model)
+    shares = compute_shares(model, max(traced_size(model), *made_for(model), USUAL))
+    kept: list[str] = []
+    share = 0.0
+    for block in reversed(chain(model)):
+        share += shares.get(block, 0.0)
+        if share > TRAINED_SHARE:
+            break
+        has_parameters = any(True for _ in model.get_submodule(block).parameters())
+        if has_parameters and not is_inside(head, block):
+            kept.append(block)
+    return kept[::-1]
+
+
+def compute_shares(model: nn.Module, size: int) -> dict[str, float]:
+    """Return each module's share of the network's multiplications, by PyTorch's FlopCounterMode."""
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size, device=device_of(model)))
+    flops = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    outer = f"{type(model).__name__}."
+    return {name.removeprefix(outer): n / flops["Global"] for name, n in flops.items()}
