@@ -84,6 +84,8 @@ def fuse(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
     if linear is not None:
         linear.forward = _linear(linear, torch.float32)  # type: ignore[method-assign, assignment]
     if precision == "bf16" and _computes_otherwise(model):
+        if linear is not None:
+            linear.forward = _autocast(linear.forward, None)  # type: ignore[method-assign]
         model.forward = _autocast(model.forward, low)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch omits it
     return model
@@ -96,11 +98,14 @@ def _computes_otherwise(model: nn.Module) -> bool:
     return any(True for m in others for _ in m.parameters(recurse=False))
 
 
-def _autocast(forward: Callable[..., Tensor], low: torch.dtype) -> Callable[..., Tensor]:
-    """Let PyTorch choose the format of all that isn't rewritten here, such as attention."""
+def _autocast(forward: Callable[..., Tensor], low: torch.dtype | None) -> Callable[..., Tensor]:
+    """Let PyTorch choose the format of all that isn't rewritten here, such as attention.
+
+    None keeps it from doing so.
+    """
 
     def within(x: Tensor, *rest: Any, **more: Any) -> Tensor:
-        with torch.autocast(x.device.type, low):
+        with torch.autocast(x.device.type, low, enabled=low is not None):
             return forward(x, *rest, **more)
 
     return within
@@ -255,8 +260,7 @@ def _linear(linear: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     def forward(x: Tensor) -> Tensor:
         def run(dtype: torch.dtype) -> Tensor:
             bias = None if linear.bias is None else linear.bias.to(dtype)
-            with torch.autocast(x.device.type, enabled=False):
-                return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+            return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
 
         return _in_format(run, dtype)
 
