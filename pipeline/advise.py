@@ -110,8 +110,7 @@ def advise(
     packed = read_facts(prepared)
     _, images = read_splits(prepared, (), SPLITS)
     network, _ = start_network(probe, packed, lengths.first_size, "probe", resolved(precision))
-    name = network.backbone.name
-    second = input_size(name, lengths.second_size, packed.size, TRAINED_AT)
+    second = input_size(network.model, lengths.second_size, packed.size, TRAINED_AT)
     pace = measure(
         network,
         what_trains(network, lengths.unfreeze),

@@ -80,7 +80,7 @@ def stage2(
 
     before = [validate()]
     _refuse_other_score(before[0], meta, stage1, len(val_images))
-    size = input_size(network.backbone.name, image_size, packed.size, TRAINED_AT)
+    size = input_size(network.model, image_size, packed.size, TRAINED_AT)
     if size != network.image_size:
         sizes = f"{network.image_size} to {size} px"
         network.take(size)

@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.advice.prior_results import Expected
 from pipeline.advice.transferability import case_of, transferability
 from pipeline.advise import paragraph
-from pipeline.commands.networks import examined
+from pipeline.commands.networks import examined, skeleton
 from pipeline.inference.taps import pool
 from pipeline.nets.automatic import TRAINED_AT, input_size, top_blocks
 from pipeline.nets.backbone import build
@@ -21,9 +21,9 @@ LITE0 = "timm/tf_efficientnet_lite0"
 
 
 def test_of_the_default_network_auto_is_what_was_measured_best():
-    assert input_size(LITE0, "auto", 224) == 224
-    assert input_size(LITE0, "auto", 224, TRAINED_AT) == 160
-    assert top_blocks(LITE0) == ["blocks.4", "blocks.5", "blocks.6", "conv_head", "bn2"]
+    assert input_size(skeleton(LITE0), "auto", 224) == 224
+    assert input_size(skeleton(LITE0), "auto", 224, TRAINED_AT) == 160
+    assert top_blocks(skeleton(LITE0)) == ["blocks.4", "blocks.5", "blocks.6", "conv_head", "bn2"]
 
 
 @pytest.mark.parametrize(
@@ -38,19 +38,20 @@ def test_of_the_default_network_auto_is_what_was_measured_best():
     ],
 )
 def test_sizes_are_the_nearest_that_a_network_takes(name, packed, sizes):
-    found = input_size(name, "auto", packed), input_size(name, "auto", packed, TRAINED_AT)
+    model = skeleton(name)
+    found = input_size(model, "auto", packed), input_size(model, "auto", packed, TRAINED_AT)
     assert found == sizes
-    assert input_size(name, 96, packed) == 96  # as asked
+    assert input_size(model, 96, packed) == 96  # as asked
 
 
 def test_a_network_of_one_size_that_is_too_large_says_so():
     with pytest.raises(ParamError, match=r"takes images of 224 px, and the packed ones have 160;"):
-        input_size("torchvision/vit_b_16", "auto", 160)
+        input_size(skeleton("torchvision/vit_b_16"), "auto", 160)
 
 
 def test_of_a_transformer_the_upper_blocks_train():
     blocks = [f"blocks.{i}" for i in range(5, 12)]
-    assert top_blocks("timm/vit_small_patch16_224") == [*blocks, "norm"]
+    assert top_blocks(skeleton("timm/vit_small_patch16_224")) == [*blocks, "norm"]
 
 
 @pytest.mark.parametrize(

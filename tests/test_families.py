@@ -11,6 +11,7 @@ from conftest import paths, read_params, run, write_photos
 from safetensors.torch import load_file, save
 from test_resume import Killed, contents, kill_at
 
+from pipeline.commands.networks import skeleton
 from pipeline.final_model import classifier, onnx
 from pipeline.final_model.graph import Graph
 from pipeline.images.shards import read_images
@@ -97,7 +98,7 @@ def test_a_network_goes_through_the_whole_graph_by_its_name(name, size, tmp_path
     assert frozen
     for tensor in frozen:
         np.testing.assert_array_equal(after[tensor], before[tensor].numpy(), err_msg=tensor)
-    assert meta["image_size"] == input_size(name, "auto", size, of=5 / 7)
+    assert meta["image_size"] == input_size(skeleton(name), "auto", size, of=5 / 7)
 
     # Stage 2 begins where stage 1 ended.
     with (at["stage2"]["out"] / "history.csv").open() as file:

@@ -235,17 +235,23 @@ def test_a_wrong_variable_is_named(name, said, ask, line, monkeypatch):
     assert line in str(caught.value)
 
 
-def test_a_wrong_variable_ends_a_stage_in_a_line(repo):
-    done = with_processes(repo, 1, *EXTRACT, PIPELINE_HOSTS="2")
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "PIPELINE_MEET" in line
-    assert "Traceback" not in done.stderr
-
-
-def test_tasks_of_srun_that_do_not_know_each_other_are_refused(repo):
-    """Each would be a whole stage, and write the same files."""
-    done = with_processes(repo, 1, *EXTRACT, SLURM_STEP_NUM_TASKS="8")
-    assert "error: srun started 8 tasks that form no process group" in done.stderr
+@pytest.mark.parametrize(
+    ("name", "said", "line"),
+    [
+        ("PIPELINE_HOSTS", "2", "PIPELINE_MEET"),
+        (
+            "PIPELINE_LAUNCHER",
+            "no-such-srun -n 2",
+            "error: PIPELINE_LAUNCHER = 'no-such-srun -n 2': No such file",
+        ),
+        # Each task would be a whole stage, and write the same files.
+        ("SLURM_STEP_NUM_TASKS", "8", "error: srun started 8 tasks that form no process group"),
+    ],
+)
+def test_a_wrong_variable_ends_a_stage_in_a_line(name, said, line, repo):
+    done = with_processes(repo, 1, *EXTRACT, **{name: said})
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line in error
     assert "Traceback" not in done.stderr
 
 
@@ -291,9 +297,3 @@ def test_a_command_may_start_the_processes(by, alone, tmp_path):
     for file in sorted((alone / "data/features").glob("*.npy")):
         other = np.load(folder / "data/features" / file.name)
         np.testing.assert_allclose(other, np.load(file), rtol=1e-4, atol=1e-5)
-
-
-def test_a_command_that_is_not_there_is_named(repo):
-    done = with_processes(repo, 1, *EXTRACT, PIPELINE_LAUNCHER="no-such-srun -n 2")
-    assert "error: PIPELINE_LAUNCHER = 'no-such-srun -n 2': No such file" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     with one_line_errors():
         name = options.name or read_params(Path("params.yaml"))["backbone"]["name"]
-        model = build(name, SOURCE_CLASSES)
+        model = build(name, SOURCE_CLASSES).requires_grad_(False)
         for line in as_table(layers(model, options.size, options.all), head_name(model)):
             say(line)
         say('shell patterns work too, as in stage1.unfreeze: ["blocks.[56]", conv_head]')

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.commands.table import aligned
 from pipeline.launcher.command import one_line_errors, parser_of
-from pipeline.nets.automatic import TRAINED_AT, input_size, skeleton, top_blocks
-from pipeline.nets.backbone import head_name, names
+from pipeline.nets.automatic import TRAINED_AT, input_size, top_blocks
+from pipeline.nets.backbone import SOURCE_CLASSES, build, head_name, names
 from pipeline.nets.blocks import depths, evaluating, run_on_zeros, traced_size
 from pipeline.stage_runtime.errors import PipelineError, one_line
 from pipeline.stage_runtime.progress import say, track
@@ -34,6 +35,12 @@ class Examined:
     unfreeze: tuple[str, ...] = ()
 
 
+def skeleton(name: str) -> nn.Module:
+    """Build a network without its numbers."""
+    with torch.device("meta"):
+        return build(name, SOURCE_CLASSES).requires_grad_(False)
+
+
 def examined(name: str) -> Examined:
     """Build a network without its numbers, and find out whether each stage could use it."""
     try:
@@ -42,10 +49,10 @@ def examined(name: str) -> Examined:
         if not depths(model):
             return Examined(name, "no block returns feature maps or tokens")
         sizes = (
-            input_size(name, "auto", LARGEST),
-            input_size(name, "auto", LARGEST, TRAINED_AT),
+            input_size(model, "auto", LARGEST),
+            input_size(model, "auto", LARGEST, TRAINED_AT),
         )
-        return Examined(name, "", sizes, tuple(top_blocks(name)))
+        return Examined(name, "", sizes, tuple(top_blocks(model)))
     except PipelineError as error:
         return Examined(name, one_line(error, 160))
     except Exception as error:  # of a network that can't be built
@@ -71,7 +78,6 @@ def all_examined(pattern: str) -> Iterator[Examined]:
     chosen = [name for name in names() if fnmatchcase(name, pattern)]
     for name in track(chosen, len(chosen), "networks", summary=False):
         yield examined(name)
-        skeleton.cache_clear()
 
 
 def main() -> None:

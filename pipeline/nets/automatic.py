@@ -1,16 +1,12 @@
-"""What `auto` in params.yaml stands for: functions of the network's name.
+"""What `auto` in params.yaml stands for: functions of the network, whatever its weights are."""
 
-They run the network on the meta device, which computes shapes and no numbers.
-"""
-
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.nets.backbone import SOURCE_CLASSES, build, head_name
+from pipeline.nets.backbone import head_name
 from pipeline.nets.blocks import chain, evaluating, fails_at, is_inside, made_for, traced_size
 from pipeline.nets.device import device_of
 from pipeline.stage_runtime.errors import ParamError
@@ -21,14 +17,7 @@ TRAINED_AT = 5 / 7  # of the side of extract: 160 of 224 pixels, half of the com
 TRAINED_SHARE = 0.6  # of the compute, at most, in what stage 1 trains
 
 
-@cache
-def skeleton(name: str) -> nn.Module:
-    """Build a network without its numbers."""
-    with torch.device("meta"):
-        return build(name, SOURCE_CLASSES).requires_grad_(False)
-
-
-def input_size(name: str, asked: int | Auto, packed: int, of: float = 1.0) -> int:
+def input_size(model: nn.Module, asked: int | Auto, packed: int, of: float = 1.0) -> int:
     """Return the side of a network's input in pixels: as asked, or a share of its usual one.
 
     The share is rounded to a multiple of STEP, or else to the nearest side that the network takes,
@@ -36,7 +25,6 @@ def input_size(name: str, asked: int | Auto, packed: int, of: float = 1.0) -> in
     """
     if asked != "auto":
         return asked
-    model = skeleton(name)
     own = next(iter(made_for(model)), USUAL)
     wanted = min(own if of == 1 else max(STEP, STEP * round(of * own / STEP)), packed)
     near = sorted(range(wanted - STEP // 2, wanted + STEP // 2), key=lambda s: abs(s - wanted))
@@ -44,14 +32,13 @@ def input_size(name: str, asked: int | Auto, packed: int, of: float = 1.0) -> in
         if side <= packed and fails_at(model, side) is None:
             return side
     raise ParamError(
-        f"backbone.name: {name} takes images of {own} px, and the packed ones have {packed}; "
-        f"set prepare.size to {own}"
+        f"backbone.name: {type(model).__name__} takes images of {own} px, and the packed ones have "
+        f"{packed}; set prepare.size to {own}"
     )
 
 
-def top_blocks(name: str) -> list[str]:
+def top_blocks(model: nn.Module) -> list[str]:
     """Return the blocks next to the head that hold at most TRAINED_SHARE of the compute."""
-    model = skeleton(name)
     head = head_name(model)
     shares = compute_shares(model, max(traced_size(model), *made_for(model), USUAL))
     kept: list[str] = []
@@ -67,7 +54,10 @@ def top_blocks(name: str) -> list[str]:
 
 
 def compute_shares(model: nn.Module, size: int) -> dict[str, float]:
-    """Return each module's share of the network's multiplications, by PyTorch's FlopCounterMode."""
+    """Return each module's share of the network's multiplications, by PyTorch's FlopCounterMode.
+
+    The network's parameters must be frozen: the counter fails on some that could train.
+    """
     with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, size, size, device=device_of(model)))
     flops = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}

@@ -69,10 +69,10 @@ def build(name: str, n_classes: int) -> nn.Module:
         known = zoo.list_models(module=zoo)
         model = _made(name, model_name, known, lambda: _of_torchvision(model_name))
     elif library == "timm":
-        network = hub.architecture(model_name)
-        if network != model_name and network in timm.list_models():
+        network, known = hub.architecture(model_name), timm.list_models()
+        if network != model_name and network in known:
             hub.configuration(model_name)  # refuses an unknown tag
-        model = _made(f"timm/{network}", network, timm.list_models(), lambda: _of_timm(model_name))
+        model = _made(f"timm/{network}", network, known, lambda: _of_timm(model_name))
     else:
         raise ParamError(f"backbone.name = {name!r}: expected timm/NAME or torchvision/NAME")
     set_head(model, n_classes)

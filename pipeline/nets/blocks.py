@@ -104,12 +104,9 @@ def trace(model: nn.Module, size: int | None = None) -> list[Call]:
             handles.append(module.register_forward_pre_hook(before(name)))
             handles.append(module.register_forward_hook(after))
     try:
-        with evaluating(model):
-            run_on_zeros(model, size)
-    except Exception as error:
-        if isinstance(error, PipelineError) or is_out_of_memory(error):
-            raise  # its message is clear
-        raise _named(model, size, error) from error
+        error = fails_at(model, size)
+        if error is not None:
+            raise _named(model, size, error) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -108,7 +108,7 @@ def for_images(
     An `image_size` of auto is a share `of` the size that the network is made for. Raises ParamError
     if the network can't take images of this size.
     """
-    size = input_size(backbone.name, image_size, packed.size, of)
+    size = input_size(model, image_size, packed.size, of)
     trace(model, size)
     facts = (packed.classes, size, packed.size, packed.fit, packed.channels)
     fused = fuse(model, precision)

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.images.shards import Facts
 from pipeline.nets.automatic import TRAINED_AT, Auto, top_blocks
-from pipeline.nets.backbone import backbone_of, head_name, rebuild, set_head
+from pipeline.nets.backbone import backbone_of, build, head_name, rebuild, set_head
 from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.checkpoint import refuse_other_classes
 from pipeline.nets.network import Network, for_images
@@ -50,6 +50,8 @@ def what_trains(network: Network, unfreeze: Sequence[str] | Auto) -> list[str]:
     Without pretrained weights nothing is worth freezing, so all modules train.
     """
     if unfreeze == "auto":
-        unfreeze = top_blocks(network.backbone.name)
+        with torch.random.fork_rng(devices=[]):  # weights are drawn, and don't matter
+            unfused = build(network.backbone.name, network.n_outputs).requires_grad_(False)
+        unfreeze = top_blocks(unfused)
     named = trained_with(network.model, match(network.model, unfreeze, "stage1.unfreeze"))
     return everything(network.model) if network.backbone.weights == "none" else named
