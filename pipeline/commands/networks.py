@@ -87,12 +87,9 @@ def main() -> None:
     options = parser.parse_args()
     with one_line_errors():
         found = list(all_examined(options.pattern))
-        if options.pattern != "*":
-            for line in aligned([_cells(one) for one in found]):
-                say(line)
-        else:
-            for line in aligned([_cells(one) for one in found if one.refused]):
-                say(line)
+        shown = [one for one in found if one.refused or options.pattern != "*"]
+        for line in aligned([_cells(one) for one in shown]):
+            say(line)
         of = Counter(one.name.partition("/")[0] for one in found)
         usable = Counter(one.name.partition("/")[0] for one in found if not one.refused)
         for library, n in of.items():
