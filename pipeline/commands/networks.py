@@ -19,7 +19,7 @@ from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.nets.automatic import TRAINED_AT, input_size, top_blocks
 from pipeline.nets.backbone import SOURCE_CLASSES, build, head_name, names
 from pipeline.nets.blocks import depths, evaluating, run_on_zeros, traced_size
-from pipeline.stage_runtime.errors import PipelineError, one_line
+from pipeline.stage_runtime.errors import ParamError, PipelineError, one_line, suggest
 from pipeline.stage_runtime.progress import say, track
 
 LARGEST = 2048  # pixels, of packed images
@@ -75,7 +75,10 @@ def _refuse_other_outputs(model: nn.Module) -> None:
 
 def all_examined(pattern: str) -> Iterator[Examined]:
     """Examine the networks whose names match a shell pattern."""
-    chosen = [name for name in names() if fnmatchcase(name, pattern)]
+    known = names()
+    chosen = [name for name in known if fnmatchcase(name, pattern)]
+    if not chosen:
+        raise ParamError(f"no architecture is called {pattern!r}; {suggest(pattern, known)}")
     for name in track(chosen, len(chosen), "networks", summary=False):
         yield examined(name)
 

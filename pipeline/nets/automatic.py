@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.nets.backbone import head_name
-from pipeline.nets.blocks import chain, evaluating, fails_at, is_inside, made_for, traced_size
+from pipeline.nets.blocks import chain, evaluating, fails_at, is_inside, made_for
 from pipeline.nets.device import device_of
 from pipeline.stage_runtime.errors import ParamError
 
@@ -25,7 +25,7 @@ def input_size(model: nn.Module, asked: int | Auto, packed: int, of: float = 1.0
     """
     if asked != "auto":
         return asked
-    own = next(iter(made_for(model)), USUAL)
+    own = usual_size(model)
     wanted = min(own if of == 1 else max(STEP, STEP * round(of * own / STEP)), packed)
     near = sorted(range(wanted - STEP // 2, wanted + STEP // 2), key=lambda s: abs(s - wanted))
     for side in (*near, own):
@@ -37,10 +37,15 @@ def input_size(model: nn.Module, asked: int | Auto, packed: int, of: float = 1.0
     )
 
 
+def usual_size(model: nn.Module) -> int:
+    """Return the side that a network was made for, or USUAL if it names none."""
+    return next(iter(made_for(model)), USUAL)
+
+
 def top_blocks(model: nn.Module) -> list[str]:
     """Return the blocks next to the head that hold at most TRAINED_SHARE of the compute."""
     head = head_name(model)
-    shares = compute_shares(model, max(traced_size(model), *made_for(model), USUAL))
+    shares = compute_shares(model, usual_size(model))
     kept: list[str] = []
     share = 0.0
     for block in reversed(chain(model)):
