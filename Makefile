@@ -24,10 +24,11 @@ experiments: install  ## a line an experiment: validation accuracies that differ
 	@$(RUN) dvc exp show --md --only-changed --hide-workspace --drop '.*($(DETAIL)).*'
 
 test: lint  ## lint, types and all tests that don't take minutes
-	@$(RUN) pytest -m "not long" $(LANES)
+	@$(RUN) pytest -m "not long and not families" $(LANES)
 
-test-long: .venv/.dev  ## the tests that take minutes: an hour on two cores, alone
+test-long: .venv/.dev  ## the tests that take minutes: an hour and a half on two cores, alone
 	@$(RUN) pytest -m long $(LANES)
+	@$(RUN) pytest -m families $(subst loadfile,load,$(LANES))
 	@$(RUN) pytest --fuzz 20 tests/test_fuzz.py
 
 verify: install  ## two clean clones run the graph: the same hashes?

@@ -41,7 +41,6 @@ from pipeline.nets.convolve import convolve, shape_of
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import resolved
 from pipeline.nets.network import Network
-from pipeline.nets.normalise import shrunk
 from pipeline.probing.codes import LAST, SOURCE
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import threads
@@ -236,7 +235,7 @@ def first_stage_seconds(images: Images, top: list[str]) -> tuple[float, float]:
 
     @torch.no_grad()
     def trunk_of(epochs: Sequence[int], chosen: Ints) -> list[Tensor]:
-        pixels = shrunk(torch.from_numpy(images[chosen]), ours.image_size)
+        pixels = ours.shrink(torch.from_numpy(images[chosen]))
         augmented = (augment(pixels, ids[chosen], epoch, 0, FLIPS) for epoch in epochs)
         return [cut.trunk(ours.normalise(x)) for x in augmented]
 

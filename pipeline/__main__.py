@@ -16,6 +16,7 @@ Commands:
     predict       label new images with the final model
     export        write the final model as ONNX
     compare       compare runs: which differences are more than noise
+    rank          rank the backbones of runs by their probes
     sweep         run the graph for every combination of param values
     params        what each param does, and its allowed values
     networks      the architectures that can be a backbone, and why others can not

@@ -20,7 +20,6 @@ from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.fuse import Precision, resolved
-from pipeline.nets.normalise import shrunk
 from pipeline.scoring.metrics import validation
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
@@ -83,7 +82,7 @@ def stage1(
     def trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
         pixels = feed(chosen)
         if how.crop == 1:  # once for all epochs: without crops, the order makes no difference
-            pixels = shrunk(pixels, network.image_size)
+            pixels = network.shrink(pixels)
         augmented = (augment(pixels, rows.ids[chosen], epoch, seed, how) for epoch in epochs)
         return [cut.trunk(network.normalise(x)) for x in augmented]
 

@@ -8,10 +8,10 @@ from torch import nn
 from pipeline.advice.prior_results import Expected
 from pipeline.advice.transferability import case_of, transferability
 from pipeline.advise import paragraph
-from pipeline.commands.networks import examined, skeleton
+from pipeline.commands.networks import examined
 from pipeline.inference.taps import pool
 from pipeline.nets.automatic import TRAINED_AT, input_size, top_blocks
-from pipeline.nets.backbone import build
+from pipeline.nets.backbone import build, skeleton
 from pipeline.nets.tokens import has_class_token, layout_of
 from pipeline.stage_runtime.errors import ParamError
 from pipeline.training.fit import Recipe, make_optimizer
@@ -30,7 +30,8 @@ def test_of_the_default_network_auto_is_what_was_measured_best():
     ("name", "packed", "sizes"),
     [
         ("timm/tf_efficientnet_lite1", 256, (240, 160)),  # made for 240
-        ("timm/tf_efficientnet_lite2", 224, (224, 192)),  # no more than there is
+        ("timm/tf_efficientnet_lite2", 224, (224, 160)),  # no more than there is
+        ("timm/vit_small_patch14_reg4_dinov2", 224, (224, 154)),  # made for 518
         ("timm/vit_small_patch16_224", 224, (224, 160)),
         ("timm/eva02_tiny_patch14_224", 224, (224, 154)),  # a multiple of its patches
         ("timm/beit_base_patch16_224", 224, (224, 224)),  # takes one size

@@ -20,14 +20,13 @@ from pipeline.commands.compare import (
     by_seed,
     changed,
     corrected,
-    holm,
     of_seeds,
     read,
     said,
     seeds,
     table,
 )
-from pipeline.statistics.significance import difference, over_resplits
+from pipeline.statistics.significance import difference, holm, over_resplits
 
 
 def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":

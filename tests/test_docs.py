@@ -8,12 +8,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import PHOTOS, ROOT, STAGES, Run, write_photos
+from hub_server import Hub
 from PIL import Image
 from repository import change, commit, environment, git
+from safetensors.torch import save
 
 import pipeline.__main__
 from pipeline.commands.dependencies import table
@@ -22,6 +25,7 @@ from pipeline.nets.backbone import pretrained
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TYPED = [page for page in PAGES if "```console" in page.read_text()]
+BY_NAME = ("README", "backbones", "recipes")  # pages that name networks with weights of a hub
 NOT_HERE = ("test", "test-long", "verify", "torture", "bench")  # targets that take long
 
 # A `make` that takes this environment for the installed one, and only names what takes long.
@@ -44,7 +48,7 @@ def blocks(page: Path) -> list[list[str]]:
 def new_home(first: Run, around: Path) -> Path:
     """Make a finished repository whose `origin` has it, with all that pages take for granted."""
     folder = shutil.copytree(first.folder, around / "project")
-    if around.name == "backbones":  # as they are by default, not of the tests' own network
+    if around.name in BY_NAME:  # as they are by default, not of the tests' own network
         change(folder, "backbone.weights", "imagenet")
         change(folder, "backbone.sha256", "")
     for name in ("Makefile", "constraints.txt"):
@@ -90,12 +94,23 @@ def new_home(first: Run, around: Path) -> Path:
     return folder
 
 
-def typed(page: Path, home: Path) -> None:
+class Drawn(dict[tuple[str, str], bytes | int]):
+    """The weights of every network of timm, drawn when they are asked for."""
+
+    def get(self, key: tuple[str, str], default: Any = None) -> Any:
+        if key not in self and key[1] == "model.safetensors":
+            model, _ = pretrained(key[0], "none", "", seed=0)
+            self[key] = save(model.state_dict())
+        return super().get(key, default)
+
+
+def typed(page: Path, home: Path, hub: str) -> None:
     """Type what a page says, block by block, with one processor."""
     around = home.parent
     env = {
         **environment(home),
         **{"HOME": str(around), "TORCH_HOME": str(around / "hub")},
+        **{"HF_ENDPOINT": hub, "HF_HOME": str(around / "hub" / "huggingface")},
         **{"PIPELINE_THREADS": "1", "OMP_NUM_THREADS": "1"},
     }
     for name in [name for name in env if name.startswith("MAKE") or name == "MFLAGS"]:
@@ -121,12 +136,15 @@ def typed(page: Path, home: Path) -> None:
 
 @pytest.mark.long
 def test_what_the_pages_say_to_type_works(first, tmp_path):
-    with ThreadPoolExecutor(2) as lanes:  # most of the time goes into starting programs
+    # Two at a time: most of the time goes into starting programs.
+    with Hub(Drawn()) as hub, ThreadPoolExecutor(2) as lanes:
         longest = sorted(TYPED, key=lambda page: -page.read_text().count("dvc exp run"))
         begun = []
         for page in longest:
             (tmp_path / page.stem).mkdir()
-            begun.append(lanes.submit(typed, page, new_home(first, tmp_path / page.stem)))
+            begun.append(
+                lanes.submit(typed, page, new_home(first, tmp_path / page.stem), hub.address)
+            )
         assert [] == [str(error) for one in begun if (error := one.exception())]
 
 

@@ -11,19 +11,17 @@ from conftest import paths, read_params, run, write_photos
 from safetensors.torch import load_file, save
 from test_resume import Killed, contents, kill_at
 
-from pipeline.commands.networks import skeleton
 from pipeline.final_model import classifier, onnx
 from pipeline.final_model.graph import Graph
 from pipeline.images.shards import read_images
 from pipeline.nets.automatic import input_size
-from pipeline.nets.backbone import pretrained
+from pipeline.nets.backbone import pretrained, skeleton
 from pipeline.nets.checkpoint import read
 from pipeline.stage1 import stage1
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import arguments
 from pipeline.training.resume_state import ResumeState
 
-long = pytest.mark.long
 # By name, and the side of the packed images where 64 pixels are no size of the network's.
 FAMILIES = [
     ("timm/test_vit", 64),
@@ -31,7 +29,7 @@ FAMILIES = [
     ("timm/test_convnext", 64),
     ("timm/test_vit4", 64),
     *(
-        pytest.param(name, size, marks=long)
+        pytest.param(name, size, marks=pytest.mark.families)
         for name, size in (
             ("timm/eva02_tiny_patch14_224", 224),  # published without a classifier
             ("timm/deit_tiny_patch16_224", 64),

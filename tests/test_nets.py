@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FORMATS, ROOT, TINY, needs_bf16
+from PIL import Image
 from torch import nn
 
 from pipeline.commands.layers import as_table, layers
@@ -20,7 +21,6 @@ from pipeline.nets.blocks import chain, depths, is_inside, match, trace, traced_
 from pipeline.nets.convolve import ACTS, Shape, convolve, shape_of
 from pipeline.nets.fuse import fuse, resolved
 from pipeline.nets.network import Network
-from pipeline.nets.normalise import shrunk
 from pipeline.probing.codes import LAST, SOURCE
 from pipeline.stage_runtime.cache_entries import hold
 from pipeline.stage_runtime.errors import NetworkError, ParamError
@@ -580,12 +580,31 @@ def test_flips_and_turns_may_come_before_shrinking_or_after(channels):
     pixels = torch.randint(
         256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    smaller = shrunk(pixels, network.image_size)
+    smaller = network.shrink(pixels)
     assert smaller.shape == (2, 32, 32, *shape[3:])
     for kind in range(8):
         turned = network.normalise(dihedral(pixels, kind))
         torch.testing.assert_close(network.normalise(dihedral(smaller, kind)), turned)
         torch.testing.assert_close(dihedral(network.normalise(pixels), kind, rows=2), turned)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("timm/resnet18.tv_in1k", Image.Resampling.BILINEAR),
+        ("timm/resnet18.a1_in1k", Image.Resampling.BICUBIC),
+    ],
+)
+def test_images_are_resized_as_the_weights_own_configuration_says(name, how):
+    """Pillow is the reference: it rounds to whole levels in between."""
+    model, backbone = pretrained(name, "none", "", 0)
+    network = Network(model, backbone, ["a"], 40, 64, "squash", 3, "fp32")
+    pixels = np.random.default_rng(0).integers(60, 190, (64, 64, 3), np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize((40, 40), how), np.float32)
+    found = network.shrink(torch.from_numpy(pixels)[None])[0].numpy()
+    assert np.abs(found - expected).max() < 1.5
+    other = network.shrink(torch.from_numpy(255 - pixels)[None])[0].numpy()
+    np.testing.assert_allclose(255 - other, found, atol=1e-2)
 
 
 def test_an_image_gives_the_same_bits_at_any_place_of_a_batch():

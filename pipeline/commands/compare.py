@@ -17,54 +17,52 @@ and compared as re-splits of one data set. P-values of several comparisons are r
 method (Holm 1979).
 """
 
-import csv
-import io
 import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
 from statistics import mean, stdev
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from ruamel.yaml.error import YAMLError
 
-from pipeline.commands.repository import params_run_with
+from pipeline.commands.revision import (
+    HERE,
+    MODELS,
+    NOISE,
+    OUT_OF_FOLD,
+    SHOWN,
+    Text,
+    experiments,
+    files_of,
+    images_of,
+    note,
+    right_of,
+    shown,
+    stale,
+)
 from pipeline.commands.table import aligned
 from pipeline.launcher.command import one_line_errors, parser_of
-from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import flat, load_yaml
-from pipeline.statistics.significance import accuracy_interval, difference, over_resplits
+from pipeline.statistics.significance import accuracy_interval, difference, holm, over_resplits
 from pipeline.statistics.verdict import interval_in_words
 
 Judge = Literal["validation", "test"]
-HERE = "."
 REPORT = "models/report/metrics.json"
-INDEX = "data/prepared/index.csv"
 # The predictions for each kind of images, and the name of these images.
 ANSWERS = {
-    "out-of-fold": ("models/probe/out_of_fold.csv", "training images, out of fold"),
+    "out-of-fold": (OUT_OF_FOLD, "training images, out of fold"),
     "validation": ("models/report/validation.csv", "validation images"),
     "test": ("models/report/predictions.csv", "test images"),
 }
 SPLIT_OF = {"validation": "val", "test": "test"}  # as index.csv and metrics.json call them
-PROBES = ("probe_linear", "probe")
-MODELS = (*PROBES, "stage1", "stage2")
-NOISE = 0.05  # p from which a difference counts as noise
-SHOWN = 8  # changed params that are named
 MANY = 4  # from this number of runs on, each has a line
 COST = (
     "compared on the test images: if you choose a model by its test accuracy, that accuracy is too "
     "high; choose by validation (without --test), and use --test once"
 )
-
-
-class RunError(PipelineError):
-    """A revision holds no finished run, or its files are missing."""
 
 
 @dataclass(frozen=True)
@@ -106,97 +104,32 @@ def read(revision: str, judge: Judge = "validation") -> Run:
 
     Raises RunError if there is none.
     """
-    from dvc.api import DVCFileSystem
-    from dvc.exceptions import DvcException
-    from dvc.scm import SCM, SCMError
-
-    files: DVCFileSystem | None = None
-    below = PurePosixPath()  # the project's path in the repository
-
-    def text(path: str) -> str:
-        if files is None:
-            return Path(path).read_text(encoding="utf-8")
-        return str(files.read_text((below / path).as_posix(), encoding="utf-8"))
-
-    try:
-        if revision != HERE:
-            files = DVCFileSystem(".", rev=revision, subrepos=True)
-            root = Path(SCM(".", search_parent_directories=True).root_dir).resolve()
-            below = PurePosixPath(Path.cwd().resolve().relative_to(root).as_posix())
+    with files_of(revision) as text:
         report = json.loads(text(REPORT))
         params = dict(flat(load_yaml(text("params.yaml"))))
-        stale = _stale(revision, params, text)
-    except FileNotFoundError as error:
-        path = error.filename or str(error)
-        raise RunError(f"{revision}: it has no {path}; run `dvc repro`, and commit") from None
-    except (DvcException, SCMError, ValueError) as error:
-        raise RunError(f"{revision}: no run to read ({' '.join(str(error).split())})") from None
-    tested = report[SPLIT_OF[judge]]
-    run = Run(
-        "here" if revision == HERE else revision,
-        params,
-        report["chosen"],
-        {m: v["accuracy"] if judge == "test" else v for m, v in tested.items()},
-        {},
-        stale=stale,
-    )
-    return _with_answers(run, text, judge)
-
-
-def _stale(name: str, params: dict[str, Any], text: Callable[[str], str]) -> list[str]:
-    """List the params that differ from those a revision's results were made with, and print them.
-
-    If params were committed without running the graph, dvc.lock has those that it ran with.
-    """
-    try:
-        lock = load_yaml(text("dvc.lock")) or {}
-    except (FileNotFoundError, YAMLError):
-        return []
-    ran = params_run_with(lock)
-    others = [key for key in ran if key in params and params[key] != ran[key]]
-    if others:
-        shown = [f"{key} = {params[key]}, run with {ran[key]}" for key in others[:SHOWN]]
-        _note(
-            f"{'here' if name == HERE else name}: its results were not made with its params.yaml "
-            f"({', '.join(shown)}); run `dvc repro`"
+        tested = report[SPLIT_OF[judge]]
+        run = Run(
+            shown(revision),
+            params,
+            report["chosen"],
+            {m: v["accuracy"] if judge == "test" else v for m, v in tested.items()},
+            {},
+            stale=stale(revision, params, text),
         )
-    return [f"{key} = {ran[key]}" for key in others]
+        return _with_answers(run, text, judge)
 
 
-def _with_answers(run: Run, text: Callable[[str], str], judge: Judge) -> Run:
+def _with_answers(run: Run, text: Text, judge: Judge) -> Run:
     """Add the predictions of a run's models, as far as DVC's cache has them."""
-    images: dict[str, str] = {}
-    groups: dict[str, int] = {}
-    splits: Counter[str] = Counter()
-    right: dict[str, dict[str, dict[str, bool]]] = {}
-    try:
-        for row in csv.DictReader(io.StringIO(text(INDEX))):
-            images[row["path"]] = f"{row['path']} {row['sha256']}"
-            groups[images[row["path"]]] = int(row["group"])
-            splits[row["split"]] += 1
-    except Exception:  # each layer of DVC raises its own for what isn't in the cache
-        _note(f"{run.name}: data/prepared is missing (`dvc fetch` may have it)")
-        return run
-    for kind in ("test",) if judge == "test" else ("out-of-fold", "validation"):
-        file = ANSWERS[kind][0]
-        try:
-            rows = list(csv.DictReader(io.StringIO(text(file))))
-        except Exception:
-            _note(f"{run.name}: {file} is missing (`dvc fetch` may have it): accuracies alone")
-            continue
-        if any(row["path"] not in images for row in rows):
-            _note(f"{run.name}: {file} has other images than {INDEX}; run `dvc repro`")
-            continue
-        right[kind] = {
-            model: {images[r["path"]]: r[model] == r["label"] for r in rows if r[model]}
-            for model in MODELS
-            if rows and model in rows[0]
-        }
-    return replace(run, right=right, groups=groups, images=dict(splits))
-
-
-def _note(line: str) -> None:
-    print(line, file=sys.stderr)
+    images = images_of(run.name, text)
+    kinds = ("test",) if judge == "test" else ("out-of-fold", "validation")
+    found = {kind: right_of(run.name, text, ANSWERS[kind][0], images) for kind in kinds}
+    return replace(
+        run,
+        right={kind: right for kind, right in found.items() if right is not None},
+        groups={image.key: image.group for image in images.values()},
+        images=dict(Counter(image.split for image in images.values())),
+    )
 
 
 def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Against]:
@@ -230,15 +163,6 @@ def _images(run: Run, right: dict[str, bool]) -> tuple[list[str], NDArray[np.int
     return images, np.array([run.groups[image] for image in images])
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for multiple tests (Holm 1979, Scandinavian Journal of Statistics 6)."""
-    raised, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(np.argsort(p_values)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        raised[i] = highest
-    return raised
-
-
 def corrected(found: Sequence[Against]) -> list[Against]:
     """Correct the p-values of comparisons that are made together."""
     tested = [one.p_value for one in found if one.p_value is not None]
@@ -265,16 +189,6 @@ def changed(run: Run, base: Run) -> list[str]:
 
 def _value(run: Run, key: str) -> str:
     return json.dumps(run.params[key], default=str) if key in run.params else "none"
-
-
-def experiments() -> list[str]:
-    """List the names of DVC's experiments on the last commit."""
-    from dvc.repo import Repo
-
-    found = [name for names in Repo().experiments.ls().values() for name, _ in names]
-    if not found:
-        raise RunError("no experiments on the last commit; `dvc exp run` makes some")
-    return sorted(found)
 
 
 def table(runs: Sequence[Run], judge: Judge = "validation") -> list[str]:
@@ -380,7 +294,7 @@ def main() -> None:
         if options.experiments:
             options.revisions = [*(options.revisions or ["HEAD"]), *experiments()]
         if options.test:
-            _note(COST)
+            note(COST)
         runs = [read(revision, judge) for revision in options.revisions or ("HEAD", HERE)]
         base, *others = runs
         groups = by_seed(runs)

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.commands.table import aligned
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.nets.automatic import TRAINED_AT, input_size, top_blocks
-from pipeline.nets.backbone import SOURCE_CLASSES, build, head_name, names
+from pipeline.nets.backbone import head_name, names, skeleton
 from pipeline.nets.blocks import depths, evaluating, run_on_zeros, traced_size
 from pipeline.stage_runtime.errors import ParamError, PipelineError, one_line, suggest
 from pipeline.stage_runtime.progress import say, track
@@ -33,12 +32,6 @@ class Examined:
     refused: str = ""  # why it can't be used; empty if it can
     sizes: tuple[int, int] = (0, 0)  # of the input in extract and in training, in pixels
     unfreeze: tuple[str, ...] = ()
-
-
-def skeleton(name: str) -> nn.Module:
-    """Build a network without its numbers."""
-    with torch.device("meta"):
-        return build(name, SOURCE_CLASSES).requires_grad_(False)
 
 
 def examined(name: str) -> Examined:

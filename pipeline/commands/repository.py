@@ -1,11 +1,12 @@
 """Access to a project's Git repository and dvc.lock, for the commands."""
 
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from pipeline.stage_runtime.errors import PipelineError
-from pipeline.stage_runtime.schema import flat
+from pipeline.stage_runtime.schema import STAGES, flat
 
 
 class RepositoryError(PipelineError):
@@ -23,9 +24,10 @@ def git(folder: Path, *words: str) -> str:
     return done.stdout.rstrip("\n")
 
 
-def params_run_with(lock: dict[str, Any]) -> dict[str, Any]:
+def params_run_with(lock: dict[str, Any], stages: Collection[str] = STAGES) -> dict[str, Any]:
     """Return the params that the stages of a dvc.lock were run with, by dotted keys."""
     params: dict[str, Any] = {}
-    for stage in lock.get("stages", {}).values():
-        params |= dict(flat(stage.get("params", {}).get("params.yaml", {})))
+    for name, stage in lock.get("stages", {}).items():
+        if name in stages:
+            params |= dict(flat(stage.get("params", {}).get("params.yaml", {})))
     return params

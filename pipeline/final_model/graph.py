@@ -55,10 +55,10 @@ class Graph(nn.Module):
         self.kinds = views(classifier.tta.flips, classifier.tta.most)
         self.temperature = classifier.temperature
         self.taps: Taps | None = None
-        self.machine: SvmHead | None = None
+        self.svm: SvmHead | None = None
         if classifier.probe is not None:
             self.taps = Taps(self.model, classifier.probe.depth.split(JOIN), classifier.pooling)
-            self.machine = SvmHead(classifier.probe)
+            self.svm = SvmHead(classifier.probe)
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Graph(nn.Module):
         x = torch.cat([dihedral(x, kind, rows=2) for kind in kinds])
         found = torch.cat(self.taps(x), 1) if self.taps else self.model(x)
         mean = found.view(len(kinds), -1, found.shape[1]).mean(0)  # (N, D) or (N, C)
-        return self.machine(mean) if self.machine else mean
+        return self.svm(mean) if self.svm else mean
 
 
 class SvmHead:

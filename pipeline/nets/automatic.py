@@ -20,13 +20,15 @@ TRAINED_SHARE = 0.6  # of the compute, at most, in what stage 1 trains
 def input_size(model: nn.Module, asked: int | Auto, packed: int, of: float = 1.0) -> int:
     """Return the side of a network's input in pixels: as asked, or a share of its usual one.
 
-    The share is rounded to a multiple of STEP, or else to the nearest side that the network takes,
-    and is no larger than the packed images. Raises ParamError if there is none.
+    The usual one is at most that of the packed images, and so is the result. A share is rounded to
+    a multiple of STEP. If the network doesn't take that size, the nearest one that it takes is
+    used. Raises ParamError if there is none.
     """
     if asked != "auto":
         return asked
     own = usual_size(model)
-    wanted = min(own if of == 1 else max(STEP, STEP * round(of * own / STEP)), packed)
+    whole = min(own, packed)
+    wanted = whole if of == 1 else min(max(STEP, STEP * round(of * whole / STEP)), packed)
     near = sorted(range(wanted - STEP // 2, wanted + STEP // 2), key=lambda s: abs(s - wanted))
     for side in (*near, own):
         if side <= packed and fails_at(model, side) is None:

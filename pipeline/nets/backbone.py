@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.error import URLError
 from urllib.parse import urlparse
 
@@ -26,6 +26,7 @@ from pipeline.stage_runtime.errors import (
 from pipeline.stage_runtime.files import hash_of
 
 zoo = torchvision.models
+Interpolation = Literal["bicubic", "bilinear"]
 
 SOURCE_CLASSES = 1000  # all packaged and torchvision weights are for ImageNet
 PACKAGED = {  # networks whose ImageNet weights come as a Python package
@@ -52,11 +53,12 @@ class Backbone:
     repository: str = ""  # of the Hugging Face hub that the weights are from, and its commit
     commit: str = ""
     headless: bool = False  # published without a classifier: its classes say nothing
+    interpolation: Interpolation = "bicubic"  # with which the weights' images were resized
 
     def facts(self) -> dict[str, Any]:
-        """Return what an artifact records; of the last three, what is the case."""
-        of_some = ("repository", "commit", "headless")
-        return {k: v for k, v in vars(self).items() if v or k not in of_some}
+        """Return what an artifact records; of the last four, what isn't usual."""
+        usual = {"repository": "", "commit": "", "headless": False, "interpolation": "bicubic"}
+        return {k: v for k, v in vars(self).items() if k not in usual or v != usual[k]}
 
 
 def build(name: str, n_classes: int) -> nn.Module:
@@ -77,6 +79,12 @@ def build(name: str, n_classes: int) -> nn.Module:
         raise ParamError(f"backbone.name = {name!r}: expected timm/NAME or torchvision/NAME")
     set_head(model, n_classes)
     return model
+
+
+def skeleton(name: str) -> nn.Module:
+    """Build a network on PyTorch's meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return build(name, SOURCE_CLASSES).requires_grad_(False)
 
 
 def names() -> list[str]:
@@ -164,7 +172,10 @@ def pretrained(
         torch.manual_seed(seed)
         model = build(name, SOURCE_CLASSES)
     if weights == "none":
-        return model, Backbone(name, weights, "", *_mean_std(name, None), seed)
+        drawn = _preprocessing(name, None)
+        return model, Backbone(
+            name, weights, "", drawn.mean, drawn.std, seed, interpolation=drawn.interpolation
+        )
     source = _source(name, weights, tell)
     file, digest = source.file, hash_of(source.file)
     if source.repository and not sha256:
@@ -178,11 +189,11 @@ def pretrained(
         )
     if sha256 and sha256 != digest:
         raise WeightsError(f"{file}: its SHA-256 is {digest}, backbone.sha256 says {sha256}")
-    states, mean_std = weight_files.read(file), _mean_std(name, source.enum)
+    states, expected = weight_files.read(file), _preprocessing(name, source.enum)
     if earlier := _earlier_run(file):
         if earlier.name != name:
             raise WeightsError(f"{file}: weights of {earlier.name}; set backbone.name to that")
-        mean_std = earlier.mean, earlier.std
+        expected = Preprocessing(earlier.mean, earlier.std, earlier.interpolation)
     if weights in BY_NAME and name in PACKAGED:
         # The package has other names for the same tensors, in the same order.
         [state] = states
@@ -191,7 +202,9 @@ def pretrained(
     for remark in remarks:
         tell(f"weights: {remark}")
     headless = weight_files.NO_HEAD in remarks
-    return model, Backbone(name, weights, digest, *mean_std, seed, *source[2:], headless)
+    mean, std, interpolation = expected
+    origin = (source.repository, source.commit, headless)
+    return model, Backbone(name, weights, digest, mean, std, seed, *origin, interpolation)
 
 
 class Source(NamedTuple):
@@ -220,9 +233,13 @@ def _source(name: str, weights: str, tell: Callable[[str], object]) -> Source:
 
 
 def licence_of(name: str, weights: str) -> str:
-    """Return the licence of weights as timm states it, or that it isn't known here."""
-    stated = hub.licence(name.removeprefix("timm/")) if name.startswith("timm/") else ""
-    return stated if stated and weights in BY_NAME else "not known here; ask where they are from"
+    """Return the licence of weights as timm or torchvision states it, or that it isn't known."""
+    stated = ""
+    if name.startswith("timm/") and weights in BY_NAME:
+        stated = hub.licence(name.removeprefix("timm/"))
+    elif name.startswith("torchvision/") and weights != "none" and not _is_file(weights):
+        stated = _enum(name, weights).meta.get("license", "")
+    return stated or "not known here; ask where they are from"
 
 
 def rebuild(backbone: Backbone) -> nn.Module:
@@ -231,17 +248,26 @@ def rebuild(backbone: Backbone) -> nn.Module:
     return model
 
 
-def _mean_std(name: str, enum: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+class Preprocessing(NamedTuple):
+    """How the images were prepared that weights were trained on."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Interpolation
+
+
+def _preprocessing(name: str, enum: Any) -> Preprocessing:
+    """Return what a weights enum of torchvision, or timm's configuration of the weights, says."""
     if name.removeprefix("torchvision/") in OF_TENSORFLOW:
-        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    if enum is not None:
-        preprocessing = enum.transforms()
-        return tuple(preprocessing.mean), tuple(preprocessing.std)
+        return Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
+    found = enum.transforms() if enum is not None else None
     if name.startswith("timm/"):
-        config = hub.configuration(name.removeprefix("timm/"))
-        if config is not None:
-            return tuple(config.mean), tuple(config.std)
-    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        found = hub.configuration(name.removeprefix("timm/"))
+    if found is None:
+        return Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic")
+    how = getattr(found.interpolation, "value", found.interpolation)  # torchvision's is an enum
+    bilinear: Interpolation = "bilinear" if how == "bilinear" else "bicubic"
+    return Preprocessing(tuple(found.mean), tuple(found.std), bilinear)
 
 
 def _packaged_file(name: str) -> Path:

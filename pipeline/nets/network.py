@@ -16,7 +16,7 @@ from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
 from pipeline.nets.blocks import trace
 from pipeline.nets.device import device, device_of
 from pipeline.nets.fuse import NUMBER_FORMATS, fuse
-from pipeline.nets.normalise import normalised
+from pipeline.nets.normalise import normalised, shrunk
 from pipeline.stage_runtime.errors import CheckpointError
 
 
@@ -74,7 +74,11 @@ class Network:
     def normalise(self, pixels: Tensor) -> Tensor:
         """Turn uint8 or 0..255 pixels (B, H, W) or (B, H, W, 3) into the input (B, 3, h, w)."""
         dtype = NUMBER_FORMATS[self.precision]
-        return normalised(pixels, self.image_size, self.backbone.mean, self.backbone.std, dtype)
+        return normalised(self.shrink(pixels), self.backbone.mean, self.backbone.std, dtype)
+
+    def shrink(self, pixels: Tensor) -> Tensor:
+        """Resize larger pixels (B, H, W) or (B, H, W, 3) to the network's input size."""
+        return shrunk(pixels, self.image_size, self.backbone.interpolation)
 
     def load_state(self, tensors: dict[str, NDArray[Any]], where: Path) -> None:
         """Load weights strictly.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def shrunk(pixels: Tensor, image_size: int) -> Tensor:
+def shrunk(pixels: Tensor, image_size: int, interpolation: str = "bicubic") -> Tensor:
     """Resize larger pixels (B, H, W) or (B, H, W, 3) to `image_size`, in float32.
 
     Resizing uses antialiasing, and commutes with flips and quarter turns.
@@ -16,23 +16,21 @@ def shrunk(pixels: Tensor, image_size: int) -> Tensor:
         return pixels
     x = pixels.to(torch.float32)
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # (B, 1 or 3, H, W)
-    x = F.interpolate(x, [image_size, image_size], mode="bicubic", antialias=True)
+    x = F.interpolate(x, [image_size, image_size], mode=interpolation, antialias=True)
     return x[:, 0] if pixels.ndim == 3 else x.permute(0, 2, 3, 1)
 
 
 def normalised(
-    pixels: Tensor,
-    image_size: int,
+    x: Tensor,
     means: Sequence[float],
     stds: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turn uint8 or 0..255 pixels (B, H, W) or (B, H, W, 3) into the input (B, 3, h, w).
+    """Turn uint8 or 0..255 pixels (B, h, w) or (B, h, w, 3) into the input (B, 3, h, w).
 
-    The input is resized to `image_size`, in the layout and number format of the first convolution:
-    channels last and `dtype`. Means and standard deviations are for pixels in 0..1.
+    The input is in the layout and number format of the first convolution: channels last and
+    `dtype`. Means and standard deviations are for pixels in 0..1.
     """
-    x = shrunk(pixels, image_size)
     # Integers up to 255 are exact in either format; resized pixels aren't integers.
     x = x.to(dtype if x.dtype == torch.uint8 else torch.float32)
     if x.ndim == 4:

@@ -115,6 +115,15 @@ def over_resplits(
     return mean - arm, mean + arm, float(2 * t.sf(abs(mean) / error, freedom))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for multiple tests (Holm 1979, Scandinavian Journal of Statistics 6)."""
+    raised, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        raised[i] = highest
+    return raised
+
+
 def least_accuracy(right: Bools, groups: Ints, confidence: float) -> float | None:
     """Return a lower confidence bound of an accuracy, or None for fewer than three groups.
 
