@@ -13,7 +13,7 @@ from pipeline.images.shards import SPLITS, Images, read_facts, read_splits, refu
 from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import TTA, Run, averaged
 from pipeline.nets import blocks
-from pipeline.nets.automatic import Auto
+from pipeline.nets.automatic import Auto, usual_size
 from pipeline.nets.backbone import licence_of, pretrained
 from pipeline.nets.batches import run_in_batches
 from pipeline.nets.device import set_up_torch
@@ -67,6 +67,11 @@ def extract(
     )
     model.eval().requires_grad_(False)
     network = for_images(model, backbone, packed, image_size, resolved(precision))
+    if image_size == "auto" and network.image_size < (own := usual_size(model)):
+        say(
+            f"{name} was made for {own} px, and sees {network.image_size}: prepare.size is "
+            f"{packed.size}"
+        )
     shapes = {call.name: call.shape for call in blocks.trace(model, network.image_size)}
     for depth in chosen:
         if layout_of(shapes.get(depth, ())) is None:

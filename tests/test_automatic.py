@@ -63,7 +63,8 @@ def test_of_a_transformer_the_upper_blocks_train():
         ((2, 16, 8), ("tokens", 4, 0)),
         ((2, 17, 8), ("tokens", 4, 1)),
         ((2, 21, 8), ("tokens", 4, 5)),  # four registers
-        ((2, 8, 1, 1), None),
+        ((2, 8, 1, 1), ("maps", 1, 0)),  # of a small image
+        ((2, 2, 8), ("tokens", 1, 1)),
         ((2, 8), None),
     ],
 )

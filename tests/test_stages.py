@@ -339,6 +339,31 @@ def test_svms_see_a_stratified_subsample(finished, tmp_path, capsys):
     assert "SVMs are fitted on 10 of 18 images (probe.svm_max_images)" in capsys.readouterr().out
 
 
+def test_a_network_made_for_larger_images_than_the_packed_ones_is_named(finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path, "prepared")
+    run(folder, read_params(extract={"image_size": "auto"}), "extract")
+    line = f"{TINY} was made for 160 px, and sees 64: prepare.size is 64"
+    assert line in capsys.readouterr().out
+    run(folder, read_params(extract={"image_size": 48}), "extract")
+    assert "was made for" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [TINY, "timm/test_vit"])
+def test_images_so_small_that_blocks_return_one_pixel_go_through_the_graph(name, tmp_path):
+    write_photos(tmp_path / "photos")
+    sizes = {"image_size": 16 if name != TINY else 32}
+    params = read_params(
+        backbone={"name": name, "weights": "none", "sha256": ""},
+        prepare={"path": str(tmp_path / "photos"), "size": 32},
+        extract=sizes,
+        stage1={**sizes, "epochs": 1, "unfreeze": []},
+        stage2={**sizes, "epochs": 1},
+    )
+    run(tmp_path, params)
+    metrics = json.loads((tmp_path / "models/report/metrics.json").read_text())
+    assert set(metrics["test"]) == {"probe", "probe_linear", "stage1", "stage2"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_final_model_works_alone_whichever_probe_won(finished, tmp_path, kind):
     folder = copied(finished, tmp_path, "prepared", "models", "features")

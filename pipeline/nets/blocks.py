@@ -242,7 +242,7 @@ def with_maps(model: nn.Module) -> list[str]:
     return [
         name
         for name in chain(model)
-        if (layout := layout_of(shapes[name])) and layout.side <= largest
+        if (layout := layout_of(shapes[name])) and 1 < layout.side <= largest
     ]
 
 

@@ -29,10 +29,10 @@ def layout_of(shape: tuple[int, ...]) -> Layout | None:
     """Return the layout of a block's output for square images, or None if it has no pixels."""
     if len(shape) == 3:
         side = math.isqrt(shape[1])
-        return Layout("tokens", side, shape[1] - side * side) if side > 1 else None
+        return Layout("tokens", side, shape[1] - side * side) if side else None
     if len(shape) == 4:
         last = shape[1] == shape[2] != shape[3]
-        return Layout("maps_last" if last else "maps", shape[2]) if shape[2] > 1 else None
+        return Layout("maps_last" if last else "maps", shape[2])
     return None
 
 
