@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,7 +61,10 @@ def hub() -> Iterator[Hub]:
         yield server
 
 
-def loaded(hub_address: str, home: Path, *asked: tuple[str, str, str], **env: str) -> list:
+def loaded(
+    hub_address: str, home: Path, *asked: tuple[str, str, str], largest: int = -1, **env: str
+) -> list:
+    """Load networks in a process that can write files of at most `largest` bytes."""
     done = subprocess.run(
         [sys.executable, "-c", LOAD, json.dumps(asked)],
         cwd=ROOT,
@@ -68,6 +72,7 @@ def loaded(hub_address: str, home: Path, *asked: tuple[str, str, str], **env: st
         capture_output=True,
         text=True,
         check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -131,3 +136,16 @@ def test_without_a_hub_or_a_cache_it_is_said_what_to_do(hub, tmp_path):
         [said] = loaded(hub.address, home, asked, **env)
         assert "model.safetensors can't be fetched (" in said
         assert said.endswith("or get the file elsewhere and set backbone.weights to it")
+
+
+def test_a_cache_that_is_read_only_or_full_is_a_line_and_nothing_is_half_written(hub, tmp_path):
+    asked = ("timm/test_vit", "imagenet", "")
+    places = ((Path("/proc/hub"), -1, "No such file"), (tmp_path, 100_000, "File too large"))
+    for home, largest, reason in places:  # not even root can write to /proc
+        [said] = loaded(hub.address, home, asked, largest=largest)
+        assert "model.safetensors can't be fetched ([Errno" in said
+        assert reason in said
+        assert said.endswith("or get the file elsewhere and set backbone.weights to it")
+    assert not list(tmp_path.rglob("blobs/*"))
+    [[found, *_]] = loaded(hub.address, tmp_path, asked)  # once there is room
+    assert found == digest(hub.files["timm/test_vit.r160_in1k", WEIGHTS])
