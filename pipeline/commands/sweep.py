@@ -7,7 +7,8 @@
 Runs start from the last commit, each worker in its own clone below the cache folder. The clones
 share DVC's cache, so results that don't depend on the changed params are computed once. If a sweep
 is killed, start it again: finished runs are not repeated, and killed runs resume. `python -m
-pipeline compare --experiments` compares the results, `dvc exp apply NAME` applies one of them here.
+pipeline compare --experiments` compares the results, `python -m pipeline rank` those of the probes
+alone; `dvc exp apply NAME` applies one of them here.
 """
 
 import itertools
@@ -264,7 +265,8 @@ def _all(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> None:
         failed += [run.name] if wrong else []
     if failed:
         raise SweepError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed[:5])}")
-    say("run `python -m pipeline compare --experiments` to compare them")
+    compare = "rank" if sweep.to == ["probe"] else "compare --experiments"
+    say(f"run `python -m pipeline {compare}` to compare them")
 
 
 def _ended(sweep: Sweep, runs: Sequence[Planned], jobs: int) -> Iterator[tuple[Planned, str]]:
