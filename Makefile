@@ -1,8 +1,9 @@
 # The environment, the run, the checks. `make repro` and `make test` are all a newcomer needs.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Tests in as many processes as there are cores, whole files each, so that they share what they run.
-LANES := -n logical --maxprocesses 4 --dist loadfile
+# Tests in as many processes as there are cores, whole files each, so that they share what they run,
+# in the order of tests/conftest.py.
+LANES := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Stages are started as `python`: the environment's own.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 

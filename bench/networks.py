@@ -1,7 +1,7 @@
 """Write the table of recommended networks for docs/backbones.md.
 
     python -m bench.networks              # parameters, licences, and the speed on this machine
-    python -m bench.networks --rounds 1   # a quick look
+    python -m bench.networks --rounds 1 --first 3   # a quick look
 
 The speed is that of a network's forward pass as `extract` runs it, at the size that `auto` means
 for packed images of 224 pixels. It doesn't depend on the weights, which are drawn. The networks
@@ -72,15 +72,17 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--first", type=int, help="measure so many of the networks")
     options = parser.parse_args()
     set_up_torch()
-    rates: dict[str, list[float]] = {one.name: [] for one in RECOMMENDED}
-    turns = [one.name for _ in range(options.rounds) for one in RECOMMENDED]
+    measured = RECOMMENDED[: options.first]
+    rates: dict[str, list[float]] = {one.name: [] for one in measured}
+    turns = [one.name for _ in range(options.rounds) for one in measured]
     for name in track(turns, len(turns), "measurements", summary=False):
         rates[name].append(images_per_second(network(name)))
     say(_line(HEADER))
     say("|---" * len(HEADER) + "|")
-    for one in RECOMMENDED:
+    for one in measured:
         say(row(one, f"{median(rates[one.name]):.0f}"))
     say(f"\n{threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {resolved('auto')}")
 

@@ -243,3 +243,19 @@ def repo(first: Run, tmp_path: Path) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", default=1, type=int, help="try so many times as much damage")
+
+
+# The files whose long tests take longest.
+LONGEST = (
+    "test_docs.py",
+    "test_sweep.py",
+    "test_torture.py",
+    "test_distributed.py",
+    "test_hosts.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start what takes longest first, so that no lane is left with it at the end."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))

@@ -117,7 +117,7 @@ def test_without_a_source_classifier_advice_does_not_say_how_alike_the_data_are(
     [
         ("timm/test_vit", ""),
         ("timm/test_vit_relpos", ""),  # takes one size, less than the usual one
-        ("torchvision/maxvit_t", ""),
+        pytest.param("torchvision/maxvit_t", "", marks=pytest.mark.long),
         ("timm/levit_128s", "2 heads"),
         ("timm/dpn48b", "no linear head"),
         ("torchvision/squeezenet1_0", "no linear head"),

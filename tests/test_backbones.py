@@ -18,7 +18,7 @@ from pipeline.probing.codes import read_codes
 from pipeline.stage_runtime.errors import WeightsError
 
 TOP = [
-    ("mobilenet_v3_small", "features.12"),
+    pytest.param("mobilenet_v3_small", "features.12", marks=pytest.mark.long),
     pytest.param("resnet18", "layer4", marks=pytest.mark.long),
     pytest.param("efficientnet_b0", "features.8", marks=pytest.mark.long),
     pytest.param("resnet50", "layer4", marks=pytest.mark.long),

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, call
+from conftest import ROOT, TINY, call, read_params, write_photos
 from PIL import Image
 from repository import commit, environment
 
+from bench.networks import RECOMMENDED, row
 from pipeline.images.shards import SPLITS, read_rows
 from pipeline.nets.fuse import resolved
 
@@ -186,3 +187,30 @@ def test_sets(tmp_path):
 def test_simulate(what, rows):
     said = command(ROOT, "-m", "runs.simulate", what, "--draws", 4)
     assert len(re.findall(r"^\|", said, re.MULTILINE)) == rows
+
+
+def test_the_table_of_recommended_networks_is_the_scripts(tmp_path):
+    said = command(tmp_path, "-m", "bench.networks", "--rounds", 1, "--first", 1)
+    assert f"| `{RECOMMENDED[0].name}` | 4.7 M | 224 px | " in said
+    lines = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
+    assert len(RECOMMENDED) == 20
+    for one in RECOMMENDED:
+        [line] = [line for line in lines if line.startswith(f"| `{one.name}` |")]
+        rate = line.split("|")[4].strip()
+        assert int(rate) > 0
+        assert line == row(one, rate)
+
+
+def test_backbones_are_compared_over_seeds_and_a_killed_comparison_goes_on(tmp_path):
+    params = read_params(backbone={"weights": "none", "sha256": ""}, extract={"image_size": "auto"})
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    photos = write_photos(tmp_path / "photos", each=24)
+    words = ("-m", "runs.backbones", f"mine={photos}", "--seeds", 5, 6, "--backbones", TINY)
+    first = command(tmp_path, *words, "timm/test_vit")
+    lines = [line for line in first.splitlines() if line.startswith("mine ")]
+    assert [line.split()[1] for line in lines] == [TINY, "timm/test_vit"]
+    assert " +0.0 ± 0.0 points" in lines[0]
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*.json")}
+    again = command(tmp_path, *words, "timm/test_vit")
+    assert [line for line in again.splitlines() if line.startswith("mine ")] == lines
+    assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*.json")}

@@ -100,7 +100,8 @@ def launched(script: Path, n: int) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("n", [2, 3])
 def test_what_processes_do_together_is_what_one_would_do(n, tmp_path):
     (tmp_path / "together.py").write_text(TOGETHER)
     assert launched(tmp_path / "together.py", n).count("fine") == n

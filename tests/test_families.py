@@ -27,10 +27,11 @@ FAMILIES = [
     ("timm/test_vit", 64),
     ("timm/test_vit3", 64),  # pooled by attention
     ("timm/test_convnext", 64),
-    ("timm/test_vit4", 64),
+    ("timm/test_byobnet", 64),  # RepVGG's blocks among others
     *(
         pytest.param(name, size, marks=pytest.mark.families)
         for name, size in (
+            ("timm/test_vit4", 64),
             ("timm/eva02_tiny_patch14_224", 224),  # published without a classifier
             ("timm/deit_tiny_patch16_224", 64),
             ("timm/beit_base_patch16_224", 224),

@@ -186,6 +186,7 @@ def test_a_stage_starts_without_a_library_that_it_does_not_use(stage, unused):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.long
 def test_the_compiler_works_for_who_imports_it_later():
     compiled = "torch.compile(abs, backend='eager')(torch.tensor(-2))"
     code = f"import pipeline.extract, torch; print({compiled})"

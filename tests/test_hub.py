@@ -105,6 +105,7 @@ def test_a_file_that_changed_upstream_is_refused(hub, tmp_path):
     assert said.endswith(f"backbone.sha256 says {'0' * 64}")
 
 
+@pytest.mark.long
 def test_a_download_that_was_cut_off_goes_on(hub, tmp_path):
     hub.cut_off.add("timm/test_convnext.r160_in1k")
     content = hub.files["timm/test_convnext.r160_in1k", WEIGHTS]
@@ -112,6 +113,7 @@ def test_a_download_that_was_cut_off_goes_on(hub, tmp_path):
     assert found == digest(content)
 
 
+@pytest.mark.long
 def test_what_a_hub_can_answer_is_a_line(hub, tmp_path):
     lines = {
         "timm/test_vit2": "test_vit2.r160_in1k: no such repository, or a private one; set HF_TOKEN",
@@ -129,6 +131,7 @@ def test_what_a_hub_can_answer_is_a_line(hub, tmp_path):
         assert "\n" not in said
 
 
+@pytest.mark.long
 def test_without_a_hub_or_a_cache_it_is_said_what_to_do(hub, tmp_path):
     asked = ("timm/test_vit", "imagenet", "")
     (tmp_path / "file").write_text("")
@@ -138,6 +141,7 @@ def test_without_a_hub_or_a_cache_it_is_said_what_to_do(hub, tmp_path):
         assert said.endswith("or get the file elsewhere and set backbone.weights to it")
 
 
+@pytest.mark.long
 def test_a_cache_that_is_read_only_or_full_is_a_line_and_nothing_is_half_written(hub, tmp_path):
     asked = ("timm/test_vit", "imagenet", "")
     places = ((Path("/proc/hub"), -1, "No such file"), (tmp_path, 100_000, "File too large"))

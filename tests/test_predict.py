@@ -80,6 +80,7 @@ def test_folders_are_searched_and_standard_input_may_be_paths(photos, model):
     assert in_folder.stdout == by_path.stdout
 
 
+@pytest.mark.long
 def test_standard_input_may_be_an_image(photos, model):
     file = photos / "class1" / "000.png"
     [piped] = json.loads(command("-", "--model", model, "--json", stdin=file.read_bytes()).stdout)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.nets import backbone, weights
-from pipeline.nets.torchvision_import import torchvision
+from pipeline.nets.torchvision_import import timm, torchvision
 from pipeline.stage_runtime.errors import WeightsError
 
 zoo = torchvision.models
@@ -374,3 +374,61 @@ def test_a_folder_names_the_file_in_it(tmp_path):
         WeightsError, match=r"is a folder; name the file in it, such as .*model.safe"
     ):
         backbone.pretrained(TINY, str(tmp_path), "", 0)
+
+
+def swin_with_masks(state):
+    """Older versions stored the masks and the indices of the windows."""
+    state["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
+    return state
+
+
+def dinov2_of_its_authors(state):
+    """Registers by another name, a position of the class token, and a token for masked training."""
+    state["register_tokens"] = state.pop("reg_token")
+    state["mask_token"] = torch.zeros(1, state["pos_embed"].shape[2])
+    of_class = torch.full((1, 1, state["pos_embed"].shape[2]), 0.25)
+    state["pos_embed"] = torch.cat([of_class, state["pos_embed"]], 1)
+    return {k: v for k, v in state.items() if not k.startswith("head.")}
+
+
+def eva_with_positions(state):
+    """The rotary embedding's tables, which timm computes."""
+    state["rope.freqs_cos"] = state["rope.freqs_sin"] = torch.zeros(256, 64)
+    return state
+
+
+def of_larger_images(state):
+    """Position embeddings of 24 x 24 patches, which are interpolated to fewer."""
+    state["pos_embed"] = torch.rand(1, 1 + 24 * 24, state["pos_embed"].shape[2])
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("timm/swin_tiny_patch4_window7_224", swin_with_masks),
+        ("timm/vit_small_patch14_reg4_dinov2", dinov2_of_its_authors),
+        ("timm/eva02_tiny_patch14_224", eva_with_positions),
+        ("timm/deit_tiny_patch16_224", of_larger_images),
+    ],
+)
+def test_a_transformers_published_file_gives_the_tensors_that_timm_makes_of_it(
+    name, published, tmp_path
+):
+    file = tmp_path / "published.pth"
+    model = backbone.build(name, 1000)
+    for i, tensor in enumerate(model.state_dict().values()):
+        tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) % 251 / 251 + i)
+    torch.save(published(dict(model.state_dict())), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    said: list[str] = []
+    ours, _ = backbone.pretrained(name, str(file), digest, 3, said.append)
+    assert "weights: converted by timm's own code for this network" in said
+    overlay = {"file": str(file), "num_classes": 1000}
+    theirs = timm.create_model(
+        name.partition("/")[2], pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0
+    ).state_dict()
+    held = ours.state_dict()
+    assert {k.partition(".")[0] for k in held if k not in theirs} == {"head"}
+    assert all(torch.equal(held[key], tensor) for key, tensor in theirs.items())

@@ -3,11 +3,14 @@
 python -m pipeline networks                # how many, and those that can't, with the reason
 python -m pipeline networks 'timm/vit_*'   # each one that matches: the input size that `auto` means
 
-Each is built and run on PyTorch's meta device, which computes shapes and no numbers.
+Each is built and run on PyTorch's meta device, which computes shapes and no numbers. All of them
+take an hour on two processors.
 """
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -20,8 +23,10 @@ from pipeline.nets.backbone import head_name, names, skeleton
 from pipeline.nets.blocks import depths, evaluating, run_on_zeros, traced_size
 from pipeline.stage_runtime.errors import ParamError, PipelineError, one_line, suggest
 from pipeline.stage_runtime.progress import say, track
+from pipeline.stage_runtime.settings import threads
 
 LARGEST = 2048  # pixels, of packed images
+MANY = 16  # from this number of networks on, each processor builds some
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,11 @@ def all_examined(pattern: str) -> Iterator[Examined]:
     chosen = [name for name in known if fnmatchcase(name, pattern)]
     if not chosen:
         raise ParamError(f"no architecture is called {pattern!r}; {suggest(pattern, known)}")
-    for name in track(chosen, len(chosen), "networks", summary=False):
-        yield examined(name)
+    if len(chosen) < MANY:
+        yield from track(map(examined, chosen), len(chosen), "networks", summary=False)
+        return
+    with ProcessPoolExecutor(threads(), multiprocessing.get_context("spawn")) as pool:
+        yield from track(pool.map(examined, chosen), len(chosen), "networks", summary=False)
 
 
 def main() -> None:

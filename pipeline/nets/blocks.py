@@ -153,8 +153,10 @@ def chain(model: nn.Module) -> list[str]:
     sizes of feature maps) is replaced by its children, and so is one that holds the blocks of a
     transformer.
     """
-    calls = trace(model)
+    return _chain(model, trace(model))
 
+
+def _chain(model: nn.Module, calls: Sequence[Call]) -> list[str]:
     def inside(call: Call) -> list[str]:
         children = _directly_in(calls, call)
         sizes = {c.shape[-2:] for c in children if len(c.shape) == 4}
@@ -237,11 +239,12 @@ def depths(model: nn.Module, most: int = 8) -> list[str]:
 
 def with_maps(model: nn.Module) -> list[str]:
     """Return the blocks of the chain that return feature maps or tokens, in running order."""
-    shapes = {call.name: call.shape for call in trace(model)}
+    calls = trace(model)
+    shapes = {call.name: call.shape for call in calls}
     largest = traced_size(model) // 4
     return [
         name
-        for name in chain(model)
+        for name in _chain(model, calls)
         if (layout := layout_of(shapes[name])) and 1 < layout.side <= largest
     ]
 

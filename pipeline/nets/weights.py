@@ -199,8 +199,10 @@ def _fitted(model: nn.Module, head: str, state: State) -> State | str:
     tensors, remarks = _renamed(state.tensors, own)
     of_head = {k: own[k] for k in (f"{head}.weight", f"{head}.bias")}
     body = {k: v for k, v in own.items() if k not in of_head}
-    if not _alike(body, tensors):
-        tensors = _filtered(model, tensors)
+    if not _alike(body, tensors) or tensors.keys() - own.keys():
+        given, tensors = tensors, _filtered(model, tensors)
+        if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in tensors.items()}:
+            remarks.append("converted by timm's own code for this network")
     wrong, left = _against_body(model, head, body, tensors)
     if wrong:
         return wrong
@@ -331,7 +333,11 @@ def _prefix(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def _filtered(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert published tensors to the shapes of timm's network, if timm has a filter for it."""
+    """Convert published tensors to those of timm's network, if timm has a filter for it.
+
+    It changes shapes and names, and leaves out what older versions stored, such as the masks of a
+    Swin transformer.
+    """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return tensors
