@@ -18,16 +18,16 @@ from pipeline.probing.codes import read_codes
 from pipeline.stage_runtime.errors import WeightsError
 
 TOP = [
-    pytest.param("mobilenet_v3_small", "features.12", marks=pytest.mark.long),
-    pytest.param("resnet18", "layer4", marks=pytest.mark.long),
-    pytest.param("efficientnet_b0", "features.8", marks=pytest.mark.long),
-    pytest.param("resnet50", "layer4", marks=pytest.mark.long),
-    pytest.param("convnext_tiny", "features.7", marks=pytest.mark.long),
-    pytest.param("densenet121", "features.denseblock4", marks=pytest.mark.long),
-    pytest.param("vgg11", "classifier", marks=pytest.mark.long),
-    pytest.param("mnasnet0_5", "layers.12", marks=pytest.mark.long),
-    pytest.param("googlenet", "inception5b", marks=pytest.mark.long),
-    pytest.param("inception_v3", "Mixed_7c", marks=pytest.mark.long),
+    ("mobilenet_v3_small", "features.12"),
+    ("resnet18", "layer4"),
+    ("efficientnet_b0", "features.8"),
+    ("resnet50", "layer4"),
+    ("convnext_tiny", "features.7"),
+    ("densenet121", "features.denseblock4"),
+    ("vgg11", "classifier"),
+    ("mnasnet0_5", "layers.12"),
+    ("googlenet", "inception5b"),
+    ("inception_v3", "Mixed_7c"),
 ]
 
 
@@ -42,6 +42,7 @@ def tamed(name, file):
     return {"weights": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
+@pytest.mark.families
 @pytest.mark.parametrize(("name", "top"), TOP)
 def test_a_torchvision_network_goes_through_the_whole_graph(tmp_path, name, top):
     write_photos(tmp_path / "photos", each=12)

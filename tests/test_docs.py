@@ -145,7 +145,9 @@ def test_what_the_pages_say_to_type_works(first, tmp_path):
             begun.append(
                 lanes.submit(typed, page, new_home(first, tmp_path / page.stem), hub.address)
             )
-        assert [] == [str(error) for one in begun if (error := one.exception())]
+        wrong = [str(error) for one in begun if (error := one.exception())]
+    if wrong:
+        pytest.fail("\n".join(wrong), pytrace=False)
 
 
 def test_from_a_clone_to_a_compared_change_it_takes_no_more_than_ten_commands():

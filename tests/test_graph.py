@@ -614,3 +614,20 @@ def test_what_a_failed_stage_lost_comes_back_by_the_command_that_its_message_nam
         {"git": git, "dvc": dvc}[program](repo, *rest)
     assert before == {name: (repo / name).read_bytes() for name in files}
     assert {"stage1", "report"} == stale(repo)  # by its rate alone
+
+
+def test_no_run_with_another_size_is_taken_from_the_run_cache(repo):
+    """DVC's run cache leaves out every key called size or nfiles, where params are a section."""
+    change(repo, "prepare.size", 48)
+    dvc(repo, "repro", "prepare")
+    assert json.loads((repo / "data/prepared/facts.json").read_text())["size"] == 48
+
+
+def test_no_param_has_a_name_that_the_run_cache_leaves_out():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for stage in stages.values():
+        listed = [param for param in stage["params"] if isinstance(param, str)]
+        sections = [param for param in listed if isinstance(params.get(param), dict)]
+        hidden = {f"{s}.{key}" for s in sections for key in params[s] if key in ("size", "nfiles")}
+        assert hidden <= set(listed)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")  # which DVC sends by a fork
 OURS = f"{os.sep}pipeline{os.sep}"
 # Of Windows filelock has another one that the system takes back.
 warnings.filterwarnings("ignore", "only soft file lock")
