@@ -74,8 +74,9 @@ def keep_some(index: Path) -> None:
 def test_every_command_is_run_here():
     here = Path(__file__).read_text(encoding="utf-8")
     for folder in ("bench", "runs"):
-        names = [file.stem for file in (ROOT / folder).glob("*.py")]
-        assert names
+        files = (ROOT / folder).glob("*.py")
+        names = [file.stem for file in files if "\ndef main() -> None:" in file.read_text("utf-8")]
+        assert len(names) > 3
         for name in names:
             assert f"{folder}.{name}" in here or f"{folder}/{name}.py" in here
 
