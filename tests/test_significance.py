@@ -199,7 +199,7 @@ def test_groups_that_answer_alike_promise_less():
 
 @pytest.mark.long
 def test_intervals_hold_the_truth_and_few_differences_are_invented():
-    found = list(simulate.cells(draws=1000))
+    found = list(simulate.cells(draws=2000))
     assert len(found) == 72
     for covered in ([c.covered for c in found], [c.difference_covered for c in found]):
         assert np.mean(covered) >= 0.93
