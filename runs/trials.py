@@ -67,7 +67,11 @@ class Trial:
     def codes(self, backbone: str) -> tuple[Path, float]:
         """Compute the codes of all images, at the network's own size; return the seconds too."""
         size = max(self.params()["prepare"]["size"], usual_size(skeleton(backbone)))
-        made = self.keep / self.name.partition("-")[0] / f"codes-{backbone.replace('/', '-')}"
+        made = (
+            self.keep
+            / self.name.removesuffix("-group").removesuffix("-image")
+            / f"codes-{backbone.replace('/', '-')}"
+        )
 
         def compute(out: Path) -> None:
             packed = self.prepared(0, size)
