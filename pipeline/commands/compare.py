@@ -24,13 +24,10 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from pipeline.commands.differences import Against, corrected, interval, paired
 from pipeline.commands.revision import (
     HERE,
     MODELS,
-    NOISE,
     OUT_OF_FOLD,
     SHOWN,
     Text,
@@ -46,7 +43,7 @@ from pipeline.commands.table import aligned
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import flat, load_yaml
-from pipeline.statistics.significance import accuracy_interval, difference, holm, over_resplits
+from pipeline.statistics.significance import over_resplits
 from pipeline.statistics.verdict import interval_in_words
 
 Judge = Literal["validation", "test"]
@@ -78,25 +75,6 @@ class Run:
     groups: dict[str, int] = field(default_factory=dict)  # by image
     images: dict[str, int] = field(default_factory=dict)  # by split
     stale: list[str] = field(default_factory=list)  # params it ran with, if params.yaml has others
-
-
-@dataclass(frozen=True)
-class Against:
-    """The comparison of a model of one run with the same model of another."""
-
-    model: str
-    run: str
-    base: str
-    accuracy: float  # the difference
-    low: float | None
-    high: float | None
-    p_value: float | None  # None: it can't be tested
-    on: str  # which images, or why it can't be tested
-
-    @property
-    def noise(self) -> bool | None:
-        """Return whether it is no more than noise; None if it can't be tested."""
-        return None if self.p_value is None else self.p_value >= NOISE
 
 
 def read(revision: str, judge: Judge = "validation") -> Run:
@@ -148,27 +126,7 @@ def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Agains
             yield Against(model, run.name, base.name, apart, None, None, None, why)
             continue
         kind, ours, theirs = same[0]
-        images, groups = _images(run, ours)
-        a, b = (np.array([right[image] for image in images]) for right in (ours, theirs))
-        found = difference(a, b, groups)
-        gap, low, high, p = (found[key] for key in ("accuracy", "low", "high", "p_value"))
-        assert gap is not None
-        on = f"{len(images):,} {ANSWERS[kind][1]}" + (", in too few groups" if p is None else "")
-        yield Against(model, run.name, base.name, gap, low, high, p, on)
-
-
-def _images(run: Run, right: dict[str, bool]) -> tuple[list[str], NDArray[np.int64]]:
-    """List the images with predictions, in the same order for all runs, and their groups."""
-    images = sorted(right)
-    return images, np.array([run.groups[image] for image in images])
-
-
-def corrected(found: Sequence[Against]) -> list[Against]:
-    """Correct the p-values of comparisons that are made together."""
-    tested = [one.p_value for one in found if one.p_value is not None]
-    raised = iter(holm(tested))
-    p_values = [None if one.p_value is None else next(raised) for one in found]
-    return [replace(one, p_value=p) for one, p in zip(found, p_values, strict=True)]
+        yield paired(model, (run.name, ours), (base.name, theirs), run.groups, ANSWERS[kind][1])
 
 
 def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
@@ -214,19 +172,16 @@ def _with_interval(run: Run, model: str, judge: Judge) -> str:
     right = run.right.get(judge, {}).get(model, {})
     if not right:
         return said
-    images, groups = _images(run, right)
-    found = accuracy_interval(np.array([right[i] for i in images]), groups) or (None, None)
-    return f"{said} ({interval_in_words(*found)})"
+    return f"{said} ({interval_in_words(*interval(right, run.groups))})"
 
 
 def said(one: Against) -> str:
     """Describe a comparison in a line."""
     points = f"{one.model:<13} {100 * one.accuracy:+5.1f} points "
     if one.low is None or one.high is None or one.p_value is None:
-        return f"{points}({one.on}): can't be distinguished from noise"
-    verdict = "no more than noise" if one.noise else "more than noise"
-    interval = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}; p = {one.p_value:.3f}"
-    return f"{points}({interval}; {one.on}): {verdict}"
+        return f"{points}({one.on}): {one.verdict}"
+    ends = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}; p = {one.p_value:.3f}"
+    return f"{points}({ends}; {one.on}): {one.verdict}"
 
 
 def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> list[Against]:
@@ -263,7 +218,7 @@ def seeds(groups: Sequence[Sequence[Run]], found: Sequence[Against]) -> list[str
         values = {m: [_accuracy(run, m) for run in judged] for m in (*MODELS, "chosen")}
         params = [said for said in changed(group[0], base) if not said.startswith("seed ")]
         told = [one for one in found if one.run == group[0].name and one.p_value is not None]
-        p = [f"p = {o.p_value:.3f}: {'no more' if o.noise else 'more'} than noise" for o in told]
+        p = [f"p = {o.p_value:.3f}: {o.verdict}" for o in told]
         spread = [_spread(v) for v in values.values()]
         said = ", ".join(params) or f"as {base.name}"
         rows.append(["", str(len(judged)), *spread, "".join(p), said])

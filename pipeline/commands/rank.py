@@ -15,16 +15,13 @@ different numbers of threads, can't be compared by them.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from pipeline.commands.differences import Against, corrected, interval, paired
 from pipeline.commands.revision import (
-    NOISE,
     OUT_OF_FOLD,
     RunError,
     experiments,
@@ -41,7 +38,6 @@ from pipeline.nets.automatic import input_size
 from pipeline.nets.backbone import licence_of, skeleton
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import flat, load_yaml
-from pipeline.statistics.significance import accuracy_interval, difference, holm
 from pipeline.statistics.verdict import interval_in_words
 
 UP_TO_PROBE = ("prepare", "extract", "probe")
@@ -63,21 +59,6 @@ class Probed:
     groups: dict[str, int] = field(repr=False, default_factory=dict)  # by image
     low: float | None = None
     high: float | None = None
-
-
-@dataclass(frozen=True)
-class Behind:
-    """How far a run is behind the first one."""
-
-    accuracy: float  # the difference
-    low: float | None
-    high: float | None
-    p_value: float | None  # None: it can't be tested
-
-    @property
-    def noise(self) -> bool | None:
-        """Return whether it is no more than noise; None if it can't be tested."""
-        return None if self.p_value is None else self.p_value >= NOISE
 
 
 def read(revision: str) -> Probed:
@@ -110,42 +91,30 @@ def read(revision: str) -> Probed:
     )
     if not right:
         return found
-    answers, groups = _arrays(found, sorted(right))
-    low, high = accuracy_interval(answers, groups) or (None, None)
-    return replace(found, accuracy=float(answers.mean()), low=low, high=high)
+    low, high = interval(right, found.groups)
+    return replace(found, accuracy=sum(right.values()) / len(right), low=low, high=high)
 
 
-def _arrays(run: Probed, images: Sequence[str]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    right = np.array([run.right[image] for image in images])
-    return right, np.array([run.groups[image] for image in images])
-
-
-def ranked(runs: Sequence[Probed]) -> list[tuple[Probed, Behind | None]]:
+def ranked(runs: Sequence[Probed]) -> list[tuple[Probed, Against | None]]:
     """Sort runs by accuracy, the best first, and compare each with the first one.
 
     P-values are corrected for all pairs.
     """
     order = sorted(runs, key=lambda run: (-run.accuracy, run.seconds or 0.0))
-    pairs = {(i, j): _behind(order[j], order[i]) for i, j in combinations(range(len(order)), 2)}
-    tested = [pair for pair, found in pairs.items() if found.p_value is not None]
-    raised = holm([pairs[pair].p_value or 0.0 for pair in tested])
-    for pair, p in zip(tested, raised, strict=True):
-        pairs[pair] = replace(pairs[pair], p_value=p)
-    return [(run, pairs.get((0, i))) for i, run in enumerate(order)]
+    # The first run's pairs come first.
+    of_all = corrected([_behind(run, better) for better, run in combinations(order, 2)])
+    return list(zip(order, [None, *of_all], strict=False))
 
 
-def _behind(run: Probed, first: Probed) -> Behind:
-    if not run.right or run.right.keys() != first.right.keys():
-        return Behind(run.accuracy - first.accuracy, None, None, None)
-    images = sorted(run.right)
-    (ours, groups), (theirs, _) = _arrays(run, images), _arrays(first, images)
-    found = difference(ours, theirs, groups)
-    gap = found["accuracy"]
-    assert gap is not None
-    return Behind(gap, found["low"], found["high"], found["p_value"])
+def _behind(run: Probed, better: Probed) -> Against:
+    if not run.right or run.right.keys() != better.right.keys():
+        apart, on = run.accuracy - better.accuracy, "other training images"
+        return Against("probe", run.name, better.name, apart, None, None, None, on)
+    sides = (run.name, run.right), (better.name, better.right)
+    return paired("probe", *sides, run.groups, "training images, out of fold")
 
 
-def table(found: Sequence[tuple[Probed, Behind | None]]) -> list[str]:
+def table(found: Sequence[tuple[Probed, Against | None]]) -> list[str]:
     """Return the ranking as the lines of a table, and what follows from it."""
     rows = [
         ["run", "backbone", "accuracy", "against the first", "ms", "px", "params", "licence"],
@@ -167,21 +136,20 @@ def table(found: Sequence[tuple[Probed, Behind | None]]) -> list[str]:
 
 
 def _with_interval(run: Probed) -> str:
-    interval = f" ({interval_in_words(run.low, run.high)})" if run.right else ""
-    return f"{run.accuracy:.4f}{interval}"
+    ends = f" ({interval_in_words(run.low, run.high)})" if run.right else ""
+    return f"{run.accuracy:.4f}{ends}"
 
 
-def _in_words(behind: Behind | None) -> str:
+def _in_words(behind: Against | None) -> str:
     if behind is None:
         return "the first"
     points = f"{100 * behind.accuracy:+.1f}"
     if behind.low is None or behind.high is None:
-        return f"{points}: can't be distinguished from noise"
-    verdict = "no more than noise" if behind.noise else "more than noise"
-    return f"{points} ({100 * behind.low:+.1f} to {100 * behind.high:+.1f}): {verdict}"
+        return f"{points}: {behind.verdict}"
+    return f"{points} ({100 * behind.low:+.1f} to {100 * behind.high:+.1f}): {behind.verdict}"
 
 
-def _conclusion(found: Sequence[tuple[Probed, Behind | None]]) -> list[str]:
+def _conclusion(found: Sequence[tuple[Probed, Against | None]]) -> list[str]:
     equal = [run for run, behind in found if behind is None or behind.noise]
     timed = [run for run in equal if run.seconds is not None]
     if len(equal) < 2 or len(timed) < len(equal):
@@ -213,7 +181,7 @@ def main() -> None:
             say(line)
 
 
-def _readable(revisions: Sequence[str], strict: bool) -> Any:
+def _readable(revisions: Sequence[str], strict: bool) -> Iterator[Probed]:
     """Yield the probes of revisions; those that have none are named, unless `strict`."""
     for revision in revisions:
         try:
@@ -224,7 +192,9 @@ def _readable(revisions: Sequence[str], strict: bool) -> Any:
             note(f"left out: {error}")
 
 
-def _as_json(run: Probed, behind: Behind | None) -> dict[str, Any]:
+def _as_json(run: Probed, behind: Against | None) -> dict[str, Any]:
     facts = {k: v for k, v in vars(run).items() if k not in ("right", "groups")}
-    against = {**asdict(behind), "noise": behind.noise} if behind else None
+    against = behind and {
+        key: getattr(behind, key) for key in ("accuracy", "low", "high", "p_value", "noise")
+    }
     return {**facts, "against_first": against}

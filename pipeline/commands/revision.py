@@ -19,7 +19,6 @@ HERE = "."
 INDEX = "data/prepared/index.csv"
 OUT_OF_FOLD = "models/probe/out_of_fold.csv"
 MODELS = ("probe_linear", "probe", "stage1", "stage2")
-NOISE = 0.05  # p from which a difference counts as noise
 SHOWN = 8  # changed params that are named
 Text = Callable[[str], str]  # the text of a file, by its path in the project
 
