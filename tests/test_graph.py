@@ -235,12 +235,14 @@ def test_params_are_those_of_the_signature(stage):
     """A section is listed where all of it is read: so a new or misspelt key there is noticed."""
     given = yaml.safe_load((ROOT / "params.yaml").read_text())
     params = [entry for entry in GRAPH[stage]["params"] if isinstance(entry, str)]
-    keys = [
-        key
-        for entry in params
-        for key in (flat({entry: given[entry]}) if isinstance(given.get(entry), dict) else [entry])
-    ]
-    assert sorted(param.key for param in stage_params(STAGES[stage])) == sorted(keys)
+    sections = [entry for entry in params if isinstance(given.get(entry), dict)]
+    keys = [key for section in sections for key in flat({section: given[section]})]
+    alone = [entry for entry in params if entry not in sections]
+    # The run cache passes over these within a section, so they are listed once more.
+    twice = [key for key in alone if key in keys and key.endswith((".size", ".nfiles"))]
+    assert sorted([param.key for param in stage_params(STAGES[stage])] + twice) == sorted(
+        keys + alone
+    )
 
 
 def test_the_sections_that_params_yaml_may_have_are_those_it_has():
