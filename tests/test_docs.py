@@ -51,6 +51,9 @@ def new_home(first: Run, around: Path) -> Path:
     if around.name in BY_NAME:  # as they are by default, not of the tests' own network
         change(folder, "backbone.weights", "imagenet")
         change(folder, "backbone.sha256", "")
+        for key in ("extract.image_size", "stage1.image_size", "stage2.image_size"):
+            change(folder, key, "auto")
+        change(folder, "stage1.unfreeze", "auto")
     for name in ("Makefile", "constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "runs", folder / "runs", ignore=lambda *_: {"__pycache__"})

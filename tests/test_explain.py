@@ -116,3 +116,34 @@ def test_a_command_says_in_a_line_where_there_is_no_project(name, line, tmp_path
     done = tool(tmp_path, name)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith(line)
+
+
+def test_a_lock_file_that_dvc_did_not_write_to_its_end_is_a_line(repo):
+    lock = repo / "dvc.lock"
+    whole = lock.read_bytes()
+    try:
+        for command, length in (
+            (("params", "--check"), 0),
+            (("explain",), whole.rindex(b"path: ")),
+        ):
+            lock.write_bytes(whole[: length + 6])
+            with pytest.raises(AssertionError, match=r"dvc\.lock"):  # nor can DVC read it
+                dvc(repo, "status")
+            done = tool(repo, *command)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+            assert "dvc.lock: it is incomplete" in done.stderr
+        lock.write_text("<<<<<<< HEAD\nschema: '2.0'\n=======\nschema: '3.0'\n>>>>>>> other\n")
+        assert "run `python -m pipeline merge`" in tool(repo, "params", "--check").stderr
+    finally:
+        lock.write_bytes(whole)
+    assert tool(repo, "params", "--check").returncode == 0
+
+
+@pytest.mark.long
+def test_without_its_lock_file_a_finished_run_comes_from_the_run_cache(repo):
+    lock = repo / "dvc.lock"
+    whole = lock.read_bytes()
+    lock.unlink()
+    said = dvc(repo, "repro")
+    assert lock.read_bytes() == whole
+    assert said.count("is cached - skipping run") == len(STAGES)

@@ -31,6 +31,9 @@ SIDE = 96
 MARK = "TORTURE"
 TIMINGS = "models/*/timing.json"  # a stage writes it last
 SETTLE = 15.0  # seconds until what was killed has to be gone
+TORN = re.compile(
+    r"dvc\.lock' (validation failed|is invalid)"
+)  # DVC was killed as it wrote the file
 STARTED = re.compile(r"^Running stage '(\w+)'", re.MULTILINE)
 
 
@@ -49,7 +52,7 @@ class Run:
 
     def stages(self) -> list[int]:
         """List the processes of the stage that runs now."""
-        return [pid for pid in processes(self.folder) if b"pipeline." in command_of(pid)]
+        return [pid for pid in processes(self.folder) if b"-m pipeline " in command_of(pid)]
 
 
 def main() -> None:
@@ -89,6 +92,12 @@ def torture(folder: Path, kills: int, in_a_row: int, seed: int) -> int:
             print(f"{done:>4}  {what}", flush=True)
         run = start(folder)
         spent += ended(run)
+        if run.process.returncode and TORN.search(run.said()):
+            # As docs/resuming.md says.
+            tally["dvc.lock was incomplete, and was deleted"] += 1
+            (folder / "dvc.lock").unlink()
+            run = start(folder)
+            spent += ended(run)
         if run.process.returncode:
             wrong.append(f"kill {done}: the next repro ended with {run.process.returncode}")
             print(run.said())

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.commands.repository import refuse_unreadable_lock
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.errors import ParamError, PipelineError, suggest
 from pipeline.stage_runtime.progress import say
@@ -45,11 +46,12 @@ class GraphError(PipelineError):
 def explained(root: Path) -> list[Explained]:
     """Explain all stages of the project at `root`, each after its dependencies.
 
-    Raises GraphError if DVC can't read it.
+    Raises GraphError if DVC can't read it, RepositoryError if it can't read dvc.lock alone.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    refuse_unreadable_lock(root)
     try:
         with Repo(str(root)) as repo, repo.lock:
             return list(_stages(repo))

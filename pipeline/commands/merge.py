@@ -14,14 +14,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.commands.repository import RepositoryError, git
+from pipeline.commands.repository import LOCK, RepositoryError, git, in_conflict
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import say
 
 HERE = Path()
-LOCK = "dvc.lock"
-MARKS = ("<<<<<<< ", "=======\n", ">>>>>>> ")
 
 
 class MergeError(PipelineError):
@@ -37,7 +35,7 @@ def main() -> None:
         conflicts = set(
             git(HERE, "diff", "--name-only", "--diff-filter=U", "--relative").splitlines()
         )
-        if "dvc.yaml" in conflicts or _is_marked(Path("dvc.yaml")):
+        if "dvc.yaml" in conflicts or in_conflict(Path("dvc.yaml")):
             raise MergeError("dvc.yaml is in conflict; resolve it, `git add` it, and start again")
         # Before DVC reads anything: it can't if dvc.lock is in conflict.
         for file in sorted(conflicts & {LOCK}):
@@ -78,8 +76,3 @@ def _take(file: str) -> None:
             git(HERE, "add", "--", file)
             return
     git(HERE, "rm", "--quiet", "--cached", "--", file)
-
-
-def _is_marked(file: Path) -> bool:
-    text = file.read_text("utf-8")
-    return all(mark in text for mark in MARKS)

@@ -2,7 +2,7 @@
 
 python -m pipeline params                    # all of them
 python -m pipeline params stage2.lr flips    # these
-python -m pipeline params --check            # is every value allowed by its stages?
+python -m pipeline params --check            # can a run begin: is every value allowed?
 python -m pipeline params --markdown         # docs/params.md
 """
 
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
+from pipeline.commands.repository import refuse_unreadable_lock
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.stage_runtime.errors import ParamError, suggest
 from pipeline.stage_runtime.progress import say
@@ -63,10 +64,12 @@ def described(file: Path) -> list[Described]:
 
 
 def check(file: Path) -> None:
-    """Check every param against the signatures of its stages, before DVC reads invalid ones.
+    """Check params and dvc.lock before DVC reads what is invalid.
 
-    Raises ParamError naming the first that is wrong.
+    Raises ParamError naming the first param that its stages don't allow, and RepositoryError if DVC
+    can't read dvc.lock.
     """
+    refuse_unreadable_lock(file.parent)
     params = read_params(file)
     for name in STAGES:
         arguments(getattr(import_module(f"pipeline.{name}"), name), params)
