@@ -27,6 +27,11 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+def python_path(*folders: Path | str) -> str:
+    """Give a module path that begins with folders and goes on with the one that tests run with."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
+
+
 def command(folder: Path, *words: str) -> str:
     """Run a command in a repository and give what it says; it has to succeed."""
     done = subprocess.run(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, call, read_params, write_photos
 from PIL import Image
-from repository import commit, environment
+from repository import commit, environment, python_path
 
 from bench.networks import RECOMMENDED, row
 from pipeline.images.shards import SPLITS, read_rows
@@ -32,7 +32,7 @@ def command(folder: Path, *words: object) -> str:
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=folder,
-        env={**environment(folder), **ONE_THREAD, "PYTHONPATH": str(ROOT)},
+        env={**environment(folder), **ONE_THREAD, "PYTHONPATH": python_path(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from conftest import ROOT
 from filelock import FileLock, SoftFileLock
+from repository import python_path
 
 from pipeline.stage_runtime.cache_entries import DELETED, discard, hold, make_room
 
@@ -38,7 +39,7 @@ print(held)
 def started(code: str, *words: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE_GB": "0.0005"},
+        env={**os.environ, "PYTHONPATH": python_path(ROOT), "PIPELINE_CACHE_GB": "0.0005"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL, Run
-from repository import change, dvc, environment, hashes
+from repository import change, dvc, environment, hashes, python_path
 from safetensors.numpy import load_file
 from test_graph import stages_run
 from trained import FAR, assert_losses_alike, assert_trained_alike, start_of_stage1
@@ -91,7 +91,7 @@ def launched(script: Path, n: int) -> str:
     launcher = ["-m", "torch.distributed.run", *words] if n > 1 else []
     done = subprocess.run(
         [sys.executable, *launcher, str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from repository import change, dvc, environment
+from repository import change, dvc, environment, python_path
 from test_distributed import (
     alone,
     models_of,
@@ -175,7 +175,7 @@ def test_who_joins_takes_part_in_stages_alone(tmp_path):
     joined = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "join"],
         cwd=tmp_path,
-        env={**environment(tmp_path), "PYTHONPATH": str(ROOT), "PIPELINE_MEET": meet},
+        env={**environment(tmp_path), "PYTHONPATH": python_path(ROOT), "PIPELINE_MEET": meet},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, read_params, write_photos
 from PIL import Image, ImageEnhance
+from repository import python_path
 from safetensors.torch import save_file
 
 from pipeline.nets.backbone import pretrained
@@ -121,7 +122,10 @@ def written(folder: Path, photos: Path, settings: dict[str, str], umask: int) ->
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "run.py").write_text(RUN)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
-    where = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PIPELINE_CACHE": str(folder / "cache")}
+    where = {
+        "PYTHONPATH": python_path(ROOT, ROOT / "tests"),
+        "PIPELINE_CACHE": str(folder / "cache"),
+    }
     done = subprocess.run(
         [sys.executable, "run.py"],
         cwd=folder,

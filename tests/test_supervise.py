@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from repository import python_path
 
 # A stage that sleeps, or does what its argument says.
 STAGE = """
@@ -46,7 +47,7 @@ def start(request, tmp_path, monkeypatch):
         (tmp_path / "child").unlink(missing_ok=True)
         words = [sys.executable, "sleeper.py", "--out", "out", "--timing", "timing.json"]
         here = str(ROOT / "tests" / "elsewhere") if elsewhere else ""
-        env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{here}", **env}
+        env = {**os.environ, "PYTHONPATH": python_path(ROOT, here), **env}
         started.append(
             subprocess.Popen(
                 words, cwd=tmp_path, env=env, text=True, stderr=subprocess.PIPE, stdout=-1
@@ -155,7 +156,7 @@ subprocess.run(["/bin/sh", "-c", command], env=env)
 """
     start().kill()  # for its files alone
     (tmp_path / "child").unlink(missing_ok=True)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", dvc], cwd=tmp_path, env=env)
     try:
         working = child(tmp_path)
@@ -172,7 +173,7 @@ def test_a_stage_that_nobody_but_a_shell_started_outlives_it(start, tmp_path):
     words = (
         f"{shlex.quote(sys.executable)} sleeper.py --out out --timing timing.json >/dev/null 2>&1 &"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     env.pop("DVC_STAGE", None)
     subprocess.run(["/bin/sh", "-c", words], cwd=tmp_path, env=env, check=True)
     working = child(tmp_path)

@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, read_params, write_photos
-from repository import change, command, commit, dvc, environment, git, new_repository, tool
+from repository import (
+    change,
+    command,
+    commit,
+    dvc,
+    environment,
+    git,
+    new_repository,
+    python_path,
+    tool,
+)
 from ruamel.yaml import YAML
 
 from pipeline.commands.sweep import planned
@@ -109,7 +119,7 @@ def sweep(project: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "pipeline", "sweep", *words],
         cwd=project,
-        env={**environment(project), "PYTHONPATH": str(ROOT)},
+        env={**environment(project), "PYTHONPATH": python_path(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -152,7 +162,7 @@ def test_a_hundred_runs_killed_three_times_all_end(tmp_path):
         with subprocess.Popen(
             [sys.executable, "-m", "pipeline", "sweep", *words],
             cwd=project,
-            env={**environment(project), "PYTHONPATH": str(ROOT)},
+            env={**environment(project), "PYTHONPATH": python_path(ROOT)},
             stdout=subprocess.DEVNULL,
         ) as running:
             time.sleep(40 + 30 * chance.random())

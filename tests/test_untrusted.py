@@ -18,6 +18,7 @@ import pytest
 import yaml
 from conftest import ROOT, STAGES, call, paths, read_params, write_photos
 from PIL import Image
+from repository import python_path
 
 from pipeline.dataset import fetch
 from pipeline.dataset.decode import header
@@ -313,7 +314,7 @@ def test_a_stage_on_a_full_disk_ends_in_a_line_and_goes_on_with_room(small_disk,
     )
     words = [sys.executable, "-m", "pipeline", "prepare"]
     words += ["--out", f"{small_disk}/prepared", "--timing", f"{small_disk}/timing.json"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE": f"{small_disk}/cache"}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT), "PIPELINE_CACHE": f"{small_disk}/cache"}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     line = "00000.npy: No space left on device; run the same command to resume; `git"
@@ -333,7 +334,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(photos, tmp_path):
     )
     (tmp_path / "data").write_text("a file")
     words = [sys.executable, "-m", "pipeline", "prepare", "--out", "data/prepared"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     done = subprocess.run(
         [*words, "--timing", "timing.json"],
         cwd=tmp_path,
