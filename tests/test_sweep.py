@@ -250,7 +250,8 @@ def test_figures_that_belong_to_other_params_are_said_and_merges_end(tmp_path):
     main = git(repo, "rev-parse", "--abbrev-ref", "HEAD").strip()
     chance = random.Random(0)
     keys = [("stage2.lr", [1e-5, 2e-5, 4e-5]), ("stage2.epochs", [2, 1]),
-            ("evaluate.views", [2, 1]), ("stage1.lr", [1e-3, 2e-3])]  # fmt: skip
+            ("evaluate.views", [2, 1]), ("evaluate.sure_accuracy", [0.9, 0.8]),
+            ("stage1.lr", [1e-3, 2e-3])]  # fmt: skip
     for i in range(10):
         ours, theirs = chance.sample(keys, 2)
         git(repo, "checkout", "--quiet", "-B", "other", main)
