@@ -215,3 +215,42 @@ def test_backbones_are_compared_over_seeds_and_a_killed_comparison_goes_on(tmp_p
     again = command(tmp_path, *words, "timm/test_vit")
     assert [line for line in again.splitlines() if line.startswith("mine ")] == lines
     assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*.json")}
+
+
+def test_changed_params_are_screened_and_a_killed_screening_goes_on(tmp_path):
+    params = read_params(backbone={"weights": "none", "sha256": ""}, extract={"image_size": "auto"})
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    photos = write_photos(tmp_path / "photos", each=24)
+    words = ("-m", "runs.screen", f"mine={photos}", "--seeds", 5, 6)
+    variants = ("--variant", "stage2.lr=1e-9 stage2.epochs=1")
+    first = command(tmp_path, *words, *variants)
+    with (tmp_path / "data/trials/screened.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(one["seed"], one["variant"]) for one in rows] == [
+        *((seed, variant) for seed in "56" for variant in ("", variants[1]))
+    ]
+    for one in rows:  # no step that moves the weights
+        if one["variant"]:
+            assert one["stage2_last_loss"] == one["stage2_start_loss"]
+    said = {line.split()[0]: line.split()[1:] for line in first.splitlines()}
+    assert said["runs"] == ["2", "2"]
+    mean = sum(float(one["stage1_last_loss"]) for one in rows if not one["variant"]) / 2
+    assert float(said["stage1_last_loss"][0]) == pytest.approx(mean, abs=1e-4)
+    assert float(said["stage1_last_loss"][1]) == 0  # stage 1 is the same
+    file = tmp_path / "data/trials/screened.csv"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    assert command(tmp_path, *words, *variants).splitlines()[-1].split()[0] == "seconds"
+    with file.open(newline="") as lines:
+        again = list(csv.DictReader(lines))
+    assert again[:3] == rows[:3]
+    apart = {key for key in rows[3] if rows[3][key] != again[3][key]}
+    assert apart <= {"seconds"}  # the same bytes
+    wrong = subprocess.run(
+        [sys.executable, *map(str, words), "--variant", "stage2.rate=1"],
+        cwd=tmp_path,
+        env={**environment(tmp_path), **ONE_THREAD, "PYTHONPATH": python_path(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.stderr == "--variant stage2.rate=1: no such param\n"
