@@ -11,9 +11,11 @@ from conftest import paths, read_params, run, write_photos
 from safetensors.torch import load_file, save
 from test_resume import Killed, contents, kill_at
 
+from pipeline.advice import throughput
 from pipeline.final_model import classifier, onnx
 from pipeline.final_model.graph import Graph
 from pipeline.images.shards import read_images
+from pipeline.nets import batches
 from pipeline.nets.automatic import input_size
 from pipeline.nets.backbone import pretrained, skeleton
 from pipeline.nets.checkpoint import read
@@ -75,6 +77,9 @@ def drawn_weights(name: str, folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("name", "size"), FAMILIES)
 def test_a_network_goes_through_the_whole_graph_by_its_name(name, size, tmp_path, monkeypatch):
+    # Of 24 images, batches of 32 would be copies for the most part.
+    monkeypatch.setattr(batches, "EVAL_BATCH", 8)
+    monkeypatch.setattr(throughput, "BATCHES", 1)
     write_photos(tmp_path / "photos", each=12)
     auto = {"image_size": "auto"}
     weights = drawn_weights(name, tmp_path)
@@ -82,8 +87,8 @@ def test_a_network_goes_through_the_whole_graph_by_its_name(name, size, tmp_path
         backbone={"name": name, **weights},
         prepare={"path": str(tmp_path / "photos"), "size": size},
         extract=auto,
-        stage1={**auto, "unfreeze": "auto", "epochs": 1, "layer_decay": 0.9},
-        stage2={**auto, "epochs": 1, "interpolate": False},
+        stage1={**auto, "unfreeze": "auto", "epochs": 1, "batch_size": 8, "layer_decay": 0.9},
+        stage2={**auto, "epochs": 1, "batch_size": 8, "interpolate": False},
         evaluate={"views": 1},
     )
     run(tmp_path, params)
