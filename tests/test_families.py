@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import paths, read_params, run, write_photos
 from safetensors.torch import load_file, save
 from test_resume import Killed, contents, kill_at
+from torch import nn
 
 from pipeline.advice import throughput
 from pipeline.final_model import classifier, onnx
@@ -66,9 +68,17 @@ FAMILIES = [
 ]
 
 
-def drawn_weights(name: str, folder: Path) -> dict[str, str]:
-    """Draw a network's weights into a file, so that they count as pretrained."""
+def drawn_weights(name: str, size: int, folder: Path) -> dict[str, str]:
+    """Draw a network's weights into a file, so that they count as pretrained.
+
+    BatchNorm has the statistics of noise: with its initial ones, activations may explode.
+    """
     model, _ = pretrained(name, "none", "", seed=0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean of all batches so far
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)))
     content = save(model.state_dict())
     file = folder / "drawn.safetensors"
     file.write_bytes(content)
@@ -82,7 +92,7 @@ def test_a_network_goes_through_the_whole_graph_by_its_name(name, size, tmp_path
     monkeypatch.setattr(throughput, "BATCHES", 1)
     write_photos(tmp_path / "photos", each=12)
     auto = {"image_size": "auto"}
-    weights = drawn_weights(name, tmp_path)
+    weights = drawn_weights(name, size, tmp_path)
     params = read_params(
         backbone={"name": name, **weights},
         prepare={"path": str(tmp_path / "photos"), "size": size},
