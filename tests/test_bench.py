@@ -27,9 +27,9 @@ ONE_THREAD = {"PIPELINE_THREADS": "1", "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.long
 
 
-def command(folder: Path, *words: object) -> str:
-    """Run a program of Python's in a folder and give what it prints; it has to succeed."""
-    done = subprocess.run(
+def ended(folder: Path, *words: object) -> "subprocess.CompletedProcess[str]":
+    """Run a program of Python's in a folder, however it ends."""
+    return subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=folder,
         env={**environment(folder), **ONE_THREAD, "PYTHONPATH": python_path(ROOT)},
@@ -37,6 +37,11 @@ def command(folder: Path, *words: object) -> str:
         text=True,
         check=False,
     )
+
+
+def command(folder: Path, *words: object) -> str:
+    """Run a program of Python's in a folder and give what it prints; it has to succeed."""
+    done = ended(folder, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -245,12 +250,5 @@ def test_changed_params_are_screened_and_a_killed_screening_goes_on(tmp_path):
     assert again[:3] == rows[:3]
     apart = {key for key in rows[3] if rows[3][key] != again[3][key]}
     assert apart <= {"seconds"}  # the same bytes
-    wrong = subprocess.run(
-        [sys.executable, *map(str, words), "--variant", "stage2.rate=1"],
-        cwd=tmp_path,
-        env={**environment(tmp_path), **ONE_THREAD, "PYTHONPATH": python_path(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    wrong = ended(tmp_path, *words, "--variant", "stage2.rate=1")
     assert wrong.stderr == "--variant stage2.rate=1: no such param\n"

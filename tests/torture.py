@@ -31,9 +31,8 @@ SIDE = 96
 MARK = "TORTURE"
 TIMINGS = "models/*/timing.json"  # a stage writes it last
 SETTLE = 15.0  # seconds until what was killed has to be gone
-TORN = re.compile(
-    r"dvc\.lock' (validation failed|is invalid)"
-)  # DVC was killed as it wrote the file
+# What DVC says if it was killed as it wrote the file.
+TORN = re.compile(r"dvc\.lock' (validation failed|is invalid)")
 STARTED = re.compile(r"^Running stage '(\w+)'", re.MULTILINE)
 
 

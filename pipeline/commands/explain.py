@@ -51,11 +51,11 @@ def explained(root: Path) -> list[Explained]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    refuse_unreadable_lock(root)
     try:
         with Repo(str(root)) as repo, repo.lock:
             return list(_stages(repo))
     except DvcException as error:
+        refuse_unreadable_lock(root)
         said = " ".join(str(error).split())
         raise GraphError(f"{root}: DVC can't read the graph here ({said})") from None
 

@@ -4,7 +4,7 @@ python -m pipeline networks                # how many, and those that can't, wit
 python -m pipeline networks 'timm/vit_*'   # each one that matches: the input size that `auto` means
 
 Each is built and run on PyTorch's meta device, which computes shapes and no numbers. All of them
-take more than an hour on two processors.
+take some forty minutes on two processors.
 """
 
 import multiprocessing
