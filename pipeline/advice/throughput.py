@@ -20,7 +20,8 @@ from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, fit
 from pipeline.training.freeze import everything, freeze_all_but
 
-BATCHES = 4  # that are timed, after a warm-up
+BATCHES = 4  # that are timed, after a warm-up,
+MOST_SECONDS = 10.0  # until this time has passed, for a network that takes seconds for each
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ def measure(
 
 
 def _seconds(run: Callable[[], object]) -> float:
+    """Return the median time of a call, after a first one."""
     run()
     finish()
-    taken = []
-    for _ in range(BATCHES):
+    taken: list[float] = []
+    while len(taken) < BATCHES and sum(taken) < MOST_SECONDS:
         start = time.perf_counter()
         run()
         finish()
@@ -93,11 +95,10 @@ def _training(
     batch: Callable[[int, NDArray[np.int64]], Tensor],
     batch_size: int,
 ) -> float:
-    """Return the seconds per image of an epoch of a few steps, after a warm-up epoch."""
-    n = BATCHES * batch_size
+    """Return the seconds per image of a step."""
     # The rate only has to be low enough for the network to stay finite.
     recipe = Recipe(
-        epochs=2,
+        epochs=1 + BATCHES,  # of one step each
         batch_size=batch_size,
         optimizer="adamw",
         lr=1e-9,
@@ -110,5 +111,6 @@ def _training(
         gamma=1.0,
         label_smoothing=0.0,
     )
-    epochs = fit(network.model, forward, batch, np.zeros(n, np.int64), np.ones(n), recipe, seed=0)
-    return [epoch.seconds for epoch in epochs][-1] / n
+    labels, weights = np.zeros(batch_size, np.int64), np.ones(batch_size)
+    epochs = fit(network.model, forward, batch, labels, weights, recipe, seed=0)
+    return _seconds(lambda: next(epochs)) / batch_size

@@ -47,7 +47,8 @@ def usual_size(model: nn.Module) -> int:
 def top_blocks(model: nn.Module) -> list[str]:
     """Return the blocks next to the head that hold at most TRAINED_SHARE of the compute."""
     head = head_name(model)
-    shares = compute_shares(model, usual_size(model))
+    # Some name a size that isn't a multiple of their patches.
+    shares = compute_shares(model, input_size(model, "auto", usual_size(model)))
     kept: list[str] = []
     share = 0.0
     for block in reversed(chain(model)):

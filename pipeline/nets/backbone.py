@@ -83,8 +83,13 @@ def build(name: str, n_classes: int) -> nn.Module:
 
 def skeleton(name: str) -> nn.Module:
     """Build a network on PyTorch's meta device: shapes without numbers."""
-    with torch.device("meta"):
-        return build(name, SOURCE_CLASSES).requires_grad_(False)
+    try:
+        with torch.device("meta"):
+            model = build(name, SOURCE_CLASSES)
+    except NotImplementedError:  # torchvision's RegNets compute their widths with tensors
+        with torch.random.fork_rng(devices=[]):
+            model = build(name, SOURCE_CLASSES).to("meta")
+    return model.requires_grad_(False)
 
 
 def names() -> list[str]:
@@ -266,8 +271,8 @@ def _preprocessing(name: str, enum: Any) -> Preprocessing:
     if found is None:
         return Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic")
     how = getattr(found.interpolation, "value", found.interpolation)  # torchvision's is an enum
-    bilinear: Interpolation = "bilinear" if how == "bilinear" else "bicubic"
-    return Preprocessing(tuple(found.mean), tuple(found.std), bilinear)
+    interpolation: Interpolation = "bilinear" if how == "bilinear" else "bicubic"
+    return Preprocessing(tuple(found.mean), tuple(found.std), interpolation)
 
 
 def _packaged_file(name: str) -> Path:
