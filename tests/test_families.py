@@ -71,14 +71,20 @@ FAMILIES = [
 def drawn_weights(name: str, size: int, folder: Path) -> dict[str, str]:
     """Draw a network's weights into a file, so that they count as pretrained.
 
-    BatchNorm has the statistics of noise: with its initial ones, activations may explode.
+    BatchNorm has the statistics of noise: with its initial ones, activations may explode. Branches
+    whose factors begin near zero are as strong as others: else all images have nearly one code.
     """
     model, _ = pretrained(name, "none", "", seed=0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean of all batches so far
+    noise = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model.train()(torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)))
+        for parameter_name, parameter in model.named_parameters():
+            if "gamma" in parameter_name and parameter.abs().max() < 0.01:
+                parameter.fill_(1.0)
+        if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+            model.train()(noise)
     content = save(model.state_dict())
     file = folder / "drawn.safetensors"
     file.write_bytes(content)

@@ -100,6 +100,70 @@ def test_networks_of_many_families_fold_to_the_same_outputs(name):
     assert_folds_alike(f"timm/{name}", 96)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("timm/maxvit_rmlp_pico_rw_256", 256),
+        ("timm/coatnet_pico_rw_224", 224),
+        ("torchvision/maxvit_t", 224),
+    ],
+)
+def test_networks_that_normalise_first_fold_to_the_same_outputs(name, size):
+    assert_folds_alike(name, size)
+
+
+class Shared(nn.Module):
+    """Tensors that two modules read, one of which could be fused."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.read = read
+        self.conv, self.bn, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.conv(x)
+        y = self.bn(z)
+        out = self.act(y)
+        if self.read == "convolution":
+            out = out + z
+        elif self.read == "normalised":
+            out = out + y
+        elif self.read == "normalised twice":
+            out = out + self.bn(out)
+        elif self.read == "view":
+            out = out + z.flatten(2).view_as(out)
+        return self.head(out.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("read", "fused"),
+    [
+        ("once", ["bn", "act"]),
+        ("normalised", ["bn"]),
+        ("convolution", []),
+        ("normalised twice", []),
+        ("view", []),
+    ],
+)
+def test_only_what_nothing_else_reads_is_fused(read, fused):
+    torch.manual_seed(0)
+    model, x = Shared(read).eval(), images(2, 8)
+    with torch.no_grad():
+        model.bn.running_mean.normal_()
+        model.bn.bias.normal_()
+        expected = model(x)
+        actual = (folded := fuse(copy.deepcopy(model), "fp32"))(x)
+        z = folded.conv(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        alone = model.conv(x)
+        for name in fused:
+            alone = model.get_submodule(name)(alone)
+    torch.testing.assert_close(z, alone, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -8,6 +8,7 @@ the same gradients as in the unfused network.
 Convolutions and linear layers run in bfloat16 if the processor supports it. Weights stay float32.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
@@ -15,6 +16,8 @@ from typing import Any, Literal, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.nets.blocks import evaluating, traced_size
 from pipeline.nets.convolve import ACTS, Act, convolve, shape_of
@@ -126,58 +129,102 @@ def _widen(conv: nn.Conv2d) -> None:
     conv.forward = lambda x: unfolded(x.float())  # type: ignore[method-assign, assignment]
 
 
-def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
-    """Find the convolutions that a BatchNorm directly follows, by running the model.
+Key = tuple[int, int]  # of a tensor: its id and its version
 
-    The ReLU after the BatchNorm is fused too if it belongs to this BatchNorm alone: it is inside
-    the BatchNorm, as in timm, or it is a module that is called once.
+
+class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ships it untyped
+    """Records which modules read the watched tensors, as seen by PyTorch's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.of: dict[Key, set[nn.Module | None]] = {}  # None: read outside of `inside`
+        self.inside: list[nn.Module] = []  # BatchNorm layers and activations that are running
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Record the tensors among an operator's arguments, and run it."""
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and _key(tensor) in self.of:
+                self.of[_key(tensor)].add(self.inside[0] if self.inside else None)
+        return func(*args, **(kwargs or {}))
+
+    def watch(self, tensor: Tensor) -> Key:
+        """Record from now on who reads a tensor; return its key."""
+        self.of[_key(tensor)] = set()
+        return _key(tensor)
+
+
+def _key(x: Tensor) -> Key:
+    # A tensor that a residual was added to in place is no longer the layer's output. Watched
+    # tensors are kept, so that their ids aren't reused.
+    return id(x), x._version
+
+
+def _followers(model: nn.Module) -> dict[nn.Module, Follower]:
+    """Find the convolutions whose output only one BatchNorm reads, by running the model.
+
+    The ReLU after the BatchNorm is fused too if nothing else reads the BatchNorm's output: it is
+    inside the BatchNorm, as in timm, or it is a module that is called once. Networks that normalise
+    before the convolution add the output of a convolution to another one, besides normalising it.
     """
-    convolutions: dict[tuple[int, int], tuple[nn.Module, Tensor]] = {}
-    normalised: dict[tuple[int, int], tuple[Follower, Tensor]] = {}
+    convolutions: dict[Key, tuple[nn.Module, Tensor]] = {}
+    normalised: dict[Key, tuple[Follower, Tensor]] = {}
     found: dict[nn.Module, Follower] = {}
     calls: dict[nn.Module, int] = {}
-
-    def which(x: Tensor) -> tuple[int, int]:
-        # A tensor that a residual was added to in place is no longer the layer's output. The tensor
-        # is kept, so that its id isn't reused.
-        return id(x), x._version
+    readers = _Readers()
 
     def after_convolution(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        convolutions[which(output)] = (module, output)
+        convolutions[readers.watch(output)] = (module, output)
 
-    def after_batchnorm(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if which(inputs[0]) in convolutions:
-            assert isinstance(module, nn.BatchNorm2d)
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        readers.inside.append(module)
+        calls[module] = calls.get(module, 0) + 1
+        if type(module) in ACTS and _key(inputs[0]) in normalised:
+            follower = normalised[_key(inputs[0])][0]
+            if follower.act_module is None:
+                follower.act, follower.act_module = ACTS[type(module)], module
+
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        readers.inside.pop()
+        if isinstance(module, nn.BatchNorm2d) and _key(inputs[0]) in convolutions:
             follower = Follower(module)
             inside = getattr(module, "act", None)
             if inside is not None and type(inside) in ACTS:
                 follower.act, follower.act_module = ACTS[type(inside)], inside
-            found[convolutions[which(inputs[0])][0]] = follower
-            normalised[which(output)] = (follower, output)
-
-    def before_act(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        if which(inputs[0]) in normalised:
-            follower = normalised[which(inputs[0])][0]
-            if follower.act_module is None:
-                follower.act, follower.act_module = ACTS[type(module)], module
+            else:
+                normalised[readers.watch(output)] = (follower, output)
+            found[convolutions[_key(inputs[0])][0]] = follower
 
     handles, size = [], traced_size(model)
     for module in model.modules():
         if is_plain(module):
             handles.append(module.register_forward_hook(after_convolution))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_hook(after_batchnorm))
-        elif type(module) in ACTS:
-            handles.append(module.register_forward_pre_hook(before_act))
-    with evaluating(model), torch.no_grad():  # inference mode doesn't count versions
+        elif isinstance(module, nn.BatchNorm2d) or type(module) in ACTS:
+            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after))
+    with evaluating(model), torch.no_grad(), readers:  # inference mode doesn't count versions
         model(torch.zeros(1, 3, size, size, device=device_of(model)))
     for handle in handles:
         handle.remove()
+
+    for key, (convolution, _) in convolutions.items():
+        follower = found.get(convolution)
+        if follower is not None and readers.of[key] - {follower.bn}:
+            del found[convolution]
+    for key, (follower, _) in normalised.items():
+        if readers.of[key] - {follower.act_module}:
+            follower.act, follower.act_module = "none", None
     for follower in found.values():
         if follower.act_module is not None and calls[follower.act_module] > 1:
             follower.act, follower.act_module = "none", None
-    return found
+    # A BatchNorm that also normalises something else stays as it is.
+    folds = Counter(follower.bn for follower in found.values())
+    return {
+        conv: follower
+        for conv, follower in found.items()
+        if folds[follower.bn] == calls[follower.bn]
+    }
 
 
 def _fold_convolution(conv: nn.Conv2d, follower: Follower | None, low: torch.dtype) -> None:
