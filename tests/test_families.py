@@ -75,16 +75,15 @@ def drawn_weights(name: str, size: int, folder: Path) -> dict[str, str]:
     whose factors begin near zero are as strong as others: else all images have nearly one code.
     """
     model, _ = pretrained(name, "none", "", seed=0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the mean of all batches so far
-    noise = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for module in norms:
+        module.momentum = None  # the mean of all batches so far
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "gamma" in parameter_name and parameter.abs().max() < 0.01:
                 parameter.fill_(1.0)
-        if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-            model.train()(noise)
+        if norms:
+            model.train()(torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)))
     content = save(model.state_dict())
     file = folder / "drawn.safetensors"
     file.write_bytes(content)
