@@ -322,8 +322,9 @@ def recipe() -> Recipe:
     """Return stage 1's recipe with the number of epochs in the comparison."""
     numbers = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 5e-4, "layer_decay": 0.9}
     more = {"weight_decay": 0.01, "momentum": 0.9, "warmup_epochs": 1.0, "step_epochs": 7}
-    kinds = {"optimizer": "adamw", "schedule": "cosine", "gamma": 0.1, "label_smoothing": 0.0}
-    return Recipe(**numbers, **more, **kinds)  # type: ignore[arg-type]
+    kinds = {"optimizer": "adamw", "schedule": "cosine", "gamma": 0.1}
+    averaged = {"label_smoothing": 0.0, "average_epochs": 1.0}
+    return Recipe(**numbers, **more, **kinds, **averaged)  # type: ignore[arg-type]
 
 
 def step(

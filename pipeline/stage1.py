@@ -28,6 +28,7 @@ from pipeline.training.best_epoch import Validation, best_epoch
 from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import freeze_all_but, refuse_shared_statistics
+from pipeline.training.head import fit_head
 from pipeline.training.resume_state import ResumeState
 from pipeline.training.start import start_network, what_trains
 from pipeline.training.trunk_cache import Batch, cached_outputs, key_of
@@ -114,6 +115,10 @@ def stage1(
             scores = np.concatenate([part for (part,) in parts])
         return validation(scores, val_rows.labels)
 
+    from_probe = head_init == "probe" and network.backbone.weights != "none"
+    anew = from_probe and network.image_size != of_probe["image_size"]
+    if anew:
+        fit_head(network, cut, batch, views, rows, weighing, of_probe["linear"]["c"], resume)
     resume_state = ResumeState(resume.folder / "training.safetensors")
     epochs_run = fit(
         network.model,
@@ -126,7 +131,8 @@ def stage1(
         resume_state,
     )
     before = validate()
-    say(f"epoch   0  {_at_the_start(before, of_probe, network.image_size, head_init)}")
+    about = _about_the_head(of_probe, network.image_size, anew) if from_probe else ""
+    say(f"epoch   0  val loss {before['loss']:.4f} acc {before['accuracy']:.4f}{about}")
     best = best_epoch(
         *("stage1", out, network.model, epochs_run, validate, [before], patience, resume_state),
         start_counts=True,  # a head from the probe may be the best there is
@@ -150,12 +156,8 @@ def stage1(
     }
 
 
-def _at_the_start(
-    before: Validation, of_probe: dict[str, Any], image_size: int, head_init: str
-) -> str:
-    """Describe the network's score before training, and its head's accuracy on the codes."""
-    said = f"val loss {before['loss']:.4f} acc {before['accuracy']:.4f}"
-    if head_init == "random" or of_probe["backbone"]["weights"] == "none":
-        return said
+def _about_the_head(of_probe: dict[str, Any], image_size: int, anew: bool) -> str:
+    """Describe the probe's head and its accuracy on the codes."""
     was, size = of_probe["val"]["accuracy"], of_probe["image_size"]
-    return f"{said}: the probe's head at {image_size} px ({was:.4f} on the codes of {size} px)"
+    fitted = f"fitted anew at {image_size} px" if anew else f"at {image_size} px"
+    return f": the probe's head, {fitted} ({was:.4f} on the codes of {size} px)"

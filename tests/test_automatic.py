@@ -100,7 +100,7 @@ def test_tokens_and_positions_have_no_weight_decay(recipe):
 
 @pytest.fixture
 def recipe():
-    return Recipe(1, 2, "adamw", 1e-3, 0.9, 0.01, 0.9, "cosine", 0.0, 1, 0.1, 0.0)
+    return Recipe(1, 2, "adamw", 1e-3, 0.9, 0.01, 0.9, "cosine", 0.0, 1, 0.1, 0.0, 0.0)
 
 
 def test_without_a_source_classifier_advice_does_not_say_how_alike_the_data_are():

@@ -75,7 +75,7 @@ layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), n
 model = nn.Sequential(*layers)
 before = [p.detach().clone() for p in model.parameters()]
 x, labels = torch.randn(6, 3, 8, 8), np.arange(6) % 2
-recipe = Recipe(3, 2, "sgd", 0.1, 1.0, 0.0, 0.9, "constant", 0, 7, 0.1, 0.0)
+recipe = Recipe(3, 2, "sgd", 0.1, 1.0, 0.0, 0.9, "constant", 0, 7, 0.1, 0.0, 0.0)
 with process_group() if world_size() > 1 else nullcontext():
     run = fit(model, model, lambda _, rows: x[rows], labels, np.ones(6), recipe, seed=0)
     epochs = [[epoch.loss, epoch.accuracy] for epoch in run]

@@ -239,7 +239,7 @@ def test_class_weights_are_scikit_learns_balanced_ones():
 
 def test_a_loss_that_is_no_number_stops_with_epoch_and_rate():
     model = build("timm/test_efficientnet", 2)
-    recipe = Recipe(2, 4, "sgd", 0.5, 1.0, 0.0, 0.9, "constant", 0, 7, 0.1, 0.0)
+    recipe = Recipe(2, 4, "sgd", 0.5, 1.0, 0.0, 0.9, "constant", 0, 7, 0.1, 0.0, 0.0)
     epochs = fit(
         model,
         lambda x: model(x) * float("nan"),

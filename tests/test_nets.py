@@ -40,7 +40,7 @@ NETWORKS = [
     "torchvision/densenet121",
     "torchvision/convnext_tiny",
 ]
-RECIPE = Recipe(1, 8, "sgd", 0.1, 1.0, 0.01, 0.9, "constant", 0, 7, 0.1, 0.0)
+RECIPE = Recipe(1, 8, "sgd", 0.1, 1.0, 0.01, 0.9, "constant", 0, 7, 0.1, 0.0, 0.0)
 
 
 def drawn(name: str, n_classes: int = 3) -> nn.Module:
@@ -538,7 +538,7 @@ def test_the_optimiser_holds_exactly_the_trainable_set():
 def test_rates_fall_by_block_and_small_tensors_do_not_decay():
     model = build("torchvision/resnet18", 3)
     freeze_all_but(model, ["layer4", "fc"], "frozen")
-    recipe = Recipe(1, 8, "adamw", 1.0, 0.5, 0.01, 0.9, "constant", 0, 7, 0.1, 0.0)
+    recipe = Recipe(1, 8, "adamw", 1.0, 0.5, 0.01, 0.9, "constant", 0, 7, 0.1, 0.0, 0.0)
     found = {
         (group["lr"], group["weight_decay"]) for group in make_optimizer(model, recipe).param_groups
     }

@@ -163,6 +163,7 @@ def recipe(**changes: Any) -> Recipe:
         "step_epochs": 1,
         "gamma": 0.1,
         "label_smoothing": 0.0,
+        "average_epochs": 0.5,
     }
     return Recipe(**{**settings, **changes})
 
@@ -191,10 +192,11 @@ def test_training_killed_within_an_epoch_goes_on_to_the_same_bits(
         epochs = fit(
             network, network, lambda _, r: images[r], labels, weights, how, 0, resume_state
         )
-        return [(e.epoch, e.lr, e.loss, e.accuracy) for e in epochs]
+        return [(e.epoch, e.lr, e.loss, e.accuracy, network[0].weight.tolist()) for e in epochs]
 
     undisturbed = small_network()
     expected = train(undisturbed, None)
+    assert expected[-1][-1] != undisturbed[0].weight.tolist()  # but their average
     start = small_network().state_dict()
     # BatchNorm takes away what a bias before it adds: its gradient is zero.
     weights = {name: p for name, p in undisturbed.named_parameters() if p.ndim > 1}

@@ -174,7 +174,7 @@ def test_stage_1_says_what_the_probes_head_is_worth_at_its_size(finished, tmp_pa
     start = history(folder, "stage1")[0]
     assert (
         f"epoch   0  val loss {float(start['val_loss']):.4f} acc {float(start['val_accuracy']):.4f}"
-        ": the probe's head at 24 px (1.0000 on the codes of 64 px)"
+        ": the probe's head, fitted anew at 24 px (1.0000 on the codes of 64 px)"
     ) in capsys.readouterr().out
     run(folder, read_params(stage1={"epochs": 1, "head_init": "random"}), "stage1")
     assert "the probe's head at" not in capsys.readouterr().out

@@ -110,6 +110,7 @@ def _training(
         step_epochs=1,
         gamma=1.0,
         label_smoothing=0.0,
+        average_epochs=0.0,
     )
     labels, weights = np.zeros(batch_size, np.int64), np.ones(batch_size)
     epochs = fit(network.model, forward, batch, labels, weights, recipe, seed=0)

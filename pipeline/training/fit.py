@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import track
 from pipeline.stage_runtime.schema import Key
 from pipeline.stage_runtime.settings import rank
+from pipeline.training.average import Average
 from pipeline.training.resume_state import Position, ResumeState
 from pipeline.training.schedule import Schedule, layer_factors, rate
 
@@ -50,6 +52,7 @@ class Recipe:
     step_epochs: Annotated[int, Ge(1)]  # of the step schedule
     gamma: Annotated[float, Interval(gt=0, le=1)]
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)]
+    average_epochs: Annotated[float, Ge(0)]  # the window of the averaged weights; 0: the last ones
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train a model's trainable parameters, yielding after each epoch.
 
+    With `average_epochs`, the model holds the averaged weights while it is yielded.
+
     `batch(epoch, rows)` returns the input of `forward`, which returns logits (B, C). `labels` and
     `weights` are (N,); the weights have mean 1. The order of the images depends on seed and epoch
     alone; an incomplete last batch is dropped. With a resume state, training continues where an
@@ -95,7 +100,8 @@ def fit(
     steps = n // size
     optimizer = make_optimizer(model, recipe)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    begin = resume_state.resume(model, optimizer) if resume_state else Position(1)
+    average = Average(model, recipe.average_epochs * steps) if recipe.average_epochs else None
+    begin = resume_state.resume(model, optimizer, average) if resume_state else Position(1)
     for epoch in range(begin.epoch, recipe.epochs + 1):
         start = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(n)
@@ -135,6 +141,8 @@ def fit(
             value, right = all_reduce_gradients(model, share, hits)
             optimizer.step()
             optimizer.zero_grad()
+            if average:
+                average.update((epoch - 1) * steps + step + 1)
             if not math.isfinite(value) or value > EXPLODED:
                 raise DivergedError(
                     f"epoch {epoch}: the loss is {value:g} at learning rate "
@@ -143,19 +151,15 @@ def fit(
             total_loss += value
             total_right += int(right)
             if resume_state and resume_state.is_due() and step + 1 < steps:
-                resume_state.save(
-                    model, optimizer, Position(epoch, step + 1, total_loss, total_right)
-                )
-        yield Epoch(
-            epoch,
-            recipe.lr * factor,
-            total_loss / steps,
-            total_right / (steps * size),
-            time.perf_counter() - start,
-        )
+                place = Position(epoch, step + 1, total_loss, total_right)
+                resume_state.save(model, optimizer, place, average)
+        rates = (total_loss / steps, total_right / (steps * size))
+        seconds = time.perf_counter() - start
+        with average.in_place() if average else nullcontext():
+            yield Epoch(epoch, recipe.lr * factor, *rates, seconds)
         begin = Position(epoch + 1)
         if resume_state:  # which includes the validation of this epoch
-            resume_state.save(model, optimizer, begin)
+            resume_state.save(model, optimizer, begin, average)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

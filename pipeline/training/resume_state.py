@@ -13,6 +13,7 @@ from pipeline.nets import checkpoint
 from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.settings import rank, save_seconds
+from pipeline.training.average import Average
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class ResumeState:
             self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             self.kept = Kept(self._facts["kept"], checkpoint.strip_prefix(self._tensors, "best."))
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-        """Restore network, optimiser and random state of the last run; return its position.
+    def resume(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
+    ) -> Position:
+        """Restore network, optimiser, averaged weights and random state; return the position.
 
         The optimiser's tensors get their parameter's layout, which its fused kernels rely on.
         """
@@ -70,6 +73,8 @@ class ResumeState:
                 torch.empty_like(like).copy_(tensor) if same else tensor
             )
         optimizer.load_state_dict({**settings, "state": state})
+        if average:
+            average.resume(checkpoint.strip_prefix(self._tensors, "average."))
         if place.step:
             torch.set_rng_state(self._tensors["random"])
             for kind, library in _of_devices():
@@ -84,7 +89,13 @@ class ResumeState:
         """Return whether it is time to save again."""
         return time.monotonic() - self._saved >= save_seconds()
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, place: Position) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        place: Position,
+        average: Average | None = None,
+    ) -> None:
         """Save the state of training. All processes have the same state; the first one writes."""
         if rank() > 0:
             return
@@ -92,6 +103,7 @@ class ResumeState:
         tensors = {
             **{f"model.{name}": t for name, t in model.state_dict().items()},
             **{f"best.{name}": t for name, t in self.kept.best.items()},
+            **{f"average.{name}": t for name, t in (average.tensors if average else {}).items()},
             **{f"optimizer.{i}.{k}": t for i, s in states for k, t in s.items() if t is not None},
             "random": torch.get_rng_state(),
         }
