@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from pipeline.scoring.metrics import validation
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import Key, Out, Seed
-from pipeline.training.best_epoch import Validation, best_epoch
+from pipeline.training.best_epoch import Stop, Validation, best_epoch
 from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import freeze_all_but, refuse_shared_statistics
@@ -44,7 +44,7 @@ def stage1(
     image_size: Auto | Annotated[int, Interval(ge=16, le=2048)],
     views: Annotated[int, Interval(ge=0, le=64)],
     batchnorm: Literal["frozen", "train"],
-    patience: Annotated[int, Ge(0)],
+    stop: Stop,
     recipe: Recipe,
     how: Augment,
     weighing: SampleWeights,
@@ -58,7 +58,8 @@ def stage1(
     batch statistics.
 
     The trunk runs once for each of `views` augmentations of each image, and the epochs cycle
-    through them; with 0 views, each epoch augments anew. The best validation epoch is kept.
+    through them; with 0 views, each epoch augments anew. The last epoch is kept, or the best
+    one by validation.
 
     Writes model.safetensors, history.csv and metrics.json.
     """
@@ -134,11 +135,11 @@ def stage1(
     about = _about_the_head(of_probe, network.image_size, anew) if from_probe else ""
     say(f"epoch   0  val loss {before['loss']:.4f} acc {before['accuracy']:.4f}{about}")
     best = best_epoch(
-        *("stage1", out, network.model, epochs_run, validate, [before], patience, resume_state),
-        start_counts=True,  # a head from the probe may be the best there is
+        *("stage1", out, network.model, epochs_run, validate, [before], stop, resume_state),
+        start_counts=len(val_images),  # the probe's head may be the best there is
     )
     if best.epoch == 0:
-        say("no epoch is better than the initial head from the probe, which is kept")
+        say("the initial head from the probe is better, and kept")
     network.save(
         out / "model.safetensors",
         epoch=best.epoch,

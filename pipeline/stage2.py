@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from pipeline.stage_runtime.files import write_csv
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import Key, Out, Seed
-from pipeline.training.best_epoch import Validation, best_epoch, state_of, write_metrics
+from pipeline.training.best_epoch import Stop, Validation, best_epoch, state_of, write_metrics
 from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import everything, freeze_all_but, refuse_shared_statistics
 from pipeline.training.resume_state import ResumeState
@@ -47,7 +47,7 @@ def stage2(
     image_size: Auto | Annotated[int, Interval(ge=16, le=2048)],
     batchnorm: Literal["frozen", "train"],
     interpolate: bool,
-    patience: Annotated[int, Ge(0)],
+    stop: Stop,
     recipe: Recipe,
     how: Augment,
     weighing: SampleWeights,
@@ -55,10 +55,10 @@ def stage2(
     seed: Seed,
     resume: Resume,
 ) -> dict[str, float]:
-    """Load stage 1's checkpoint strictly, train every parameter, and keep the best epoch.
+    """Load stage 1's checkpoint strictly, train every parameter, and keep an epoch.
 
-    The best epoch's weights are then interpolated with stage 1's by a factor chosen on validation
-    (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903); factor 0 means stage 2 didn't help.
+    Its weights are then interpolated with stage 1's by a factor chosen on validation (WiSE-FT,
+    Wortsman et al. 2022, arXiv 2109.01903); factor 0 means stage 2 didn't help.
 
     Writes model.safetensors, history.csv, interpolation.csv and metrics.json.
 
@@ -109,7 +109,7 @@ def stage2(
         resume_state,
     )
     best = best_epoch(
-        "stage2", out, network.model, epochs_run, validate, before, patience, resume_state
+        "stage2", out, network.model, epochs_run, validate, before, stop, resume_state
     )
     seconds = time.perf_counter() - start
 

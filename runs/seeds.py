@@ -75,6 +75,8 @@ SETTINGS = {
         "stage1.weight_decay=0.0",
         "stage1.schedule=step",
         "stage1.warmup_epochs=0.0",
+        "stage1.keep=best",
+        "stage1.average_epochs=0.0",
         "evaluate.views=1",
     ],
     # Images of 8 pixels a side: codes at 160 pixels are very different from codes at 224.

@@ -10,6 +10,7 @@ from scipy.special import expit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
+from torch import nn
 
 from pipeline.evaluate import _trunk
 from pipeline.final_model import classifier
@@ -22,7 +23,9 @@ from pipeline.probe import Cell, best_cell
 from pipeline.probing.codes import read_codes
 from pipeline.probing.probes import KINDS, head_of, read_probes
 from pipeline.stage2 import between, choose_factor
-from pipeline.training.best_epoch import better
+from pipeline.training.best_epoch import Stop, best_epoch, better, clearly_better
+from pipeline.training.fit import Epoch
+from pipeline.training.resume_state import ResumeState
 
 
 def where(folder):
@@ -222,9 +225,57 @@ def test_every_way_to_train_goes_through(finished, tmp_path, first, second):
 
 def test_training_stops_after_patience_epochs_without_a_better_one(finished, tmp_path):
     folder = copied(finished, tmp_path, "prepared", "models")
-    run(folder, read_params(stage1={"epochs": 9, "patience": 2, "lr": 1e-9}), "stage1")
+    run(
+        folder,
+        read_params(stage1={"epochs": 9, "patience": 2, "lr": 1e-9, "keep": "best"}),
+        "stage1",
+    )
     metrics = json.loads((where(folder)["stage1"].parent / "metrics.json").read_text())["stage1"]
     assert metrics["epochs"] == metrics["best_epoch"] + 2 < 9
+
+
+@pytest.mark.parametrize(
+    ("keep", "accuracies", "n", "kept"),
+    [
+        ("last", [0.5, 0.7, 0.9, 0.8], 0, 3),
+        ("best", [0.5, 0.7, 0.9, 0.8], 0, 2),
+        ("best", [0.9, 0.7, 0.7, 0.6], 0, 1),  # the start is no candidate: the first of equals
+        ("best", [0.9, 0.7, 0.8, 0.8], 100, 0),
+        ("last", [0.84, 0.7, 0.9, 0.8], 100, 3),  # .04 of the start's is less than .054
+        ("last", [0.9, 0.7, 0.9, 0.8], 100, 0),
+    ],
+)
+def test_the_epoch_that_is_kept_by_hand(keep, accuracies, n, kept, tmp_path):
+    def val(accuracy):
+        return {"accuracy": accuracy, "balanced_accuracy": accuracy, "loss": 1.0}
+
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.zero_()
+    start, *later = accuracies
+    scores = iter(later)
+
+    def epochs():
+        for number in range(1, len(later) + 1):
+            model.weight.data.fill_(number)
+            yield Epoch(number, 0.1, 1.0, 0.5, 0.0)
+
+    run = ("stage1", tmp_path, model, epochs(), lambda: val(next(scores)), [val(start)])
+    state = ResumeState(tmp_path / "training.safetensors")
+    found = best_epoch(*run, Stop(keep, 0), state, start_counts=n)
+    assert (found.epoch, found.val["accuracy"]) == (kept, accuracies[kept])
+    assert float(model.weight) == kept
+    said = json.loads((tmp_path / "metrics.json").read_text())["stage1"]
+    assert (said["best_epoch"], said["epochs"]) == (kept, len(later))
+
+
+def test_a_start_is_clearly_better_by_more_than_the_standard_error_of_the_difference():
+    def val(right):
+        return {"accuracy": right / 100, "loss": 1.0}
+
+    # (.9 * .1 + .86 * .14) / 100 has the root .0459, and with .85 .0466.
+    assert not clearly_better(val(90), val(86), 100)
+    assert clearly_better(val(90), val(85), 100)
+    assert not clearly_better(val(90), val(90), 100)
 
 
 def test_the_better_epoch_has_more_accuracy_then_less_loss_then_is_the_earlier():

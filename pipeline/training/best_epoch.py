@@ -1,10 +1,12 @@
-"""Train, validate after each epoch, keep the best epoch, and write the history."""
+"""Train, validate after each epoch, keep the last or the best one, and write the history."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from pipeline.stage_runtime.files import write_csv, write_json
@@ -12,13 +14,22 @@ from pipeline.stage_runtime.progress import say
 from pipeline.training.fit import EXPLODED, DivergedError, Epoch
 from pipeline.training.resume_state import Kept, ResumeState
 
+
+@dataclass(frozen=True)
+class Stop:
+    """When training stops, and which epoch is kept."""
+
+    keep: Literal["last", "best"]
+    patience: Annotated[int, Ge(0)]
+
+
 Validation = dict[str, float]
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
 @dataclass
 class Best:
-    """The best epoch so far: its weights and its metrics."""
+    """The epoch that is kept so far: its weights and its metrics."""
 
     epoch: int
     train_accuracy: float | None  # none before the first step
@@ -33,28 +44,28 @@ def best_epoch(
     epochs: Iterator[Epoch],
     validate: Callable[[], Validation],
     before: list[Validation],
-    patience: int,
+    stop: Stop,
     resume_state: ResumeState,
     *,
-    start_counts: bool = False,
+    start_counts: int = 0,
 ) -> Best:
-    """Run a stage's epochs and return the best one.
+    """Run a stage's epochs and return the one to keep.
 
-    The best epoch is chosen by validation accuracy, then by loss; of equal epochs, the earlier one
-    is chosen. `before` are validations before the first step, the rows of epoch 0 in history.csv.
-    With `start_counts`, the last of them is a candidate too. Training stops early after `patience`
-    epochs without a better one; 0 disables this. history.csv and metrics.json are rewritten after
-    each epoch, so that a run can be monitored. `resume_state`, which `epochs` saves, keeps the
-    history and the best epoch for a resumed run.
+    That is the last one, or with `keep: best` the one with the best validation accuracy, then loss;
+    of equal epochs, the earlier one. `before` are validations before the first step, the rows of
+    epoch 0 in history.csv. With `start_counts`, the number of validation images, the network as it
+    was is kept if it is better: by more than a standard error for `keep: last`. Training stops
+    early after `patience` epochs without a better one; 0 disables this. history.csv and
+    metrics.json are rewritten after each epoch, so that a run can be monitored. `resume_state`,
+    which `epochs` saves, keeps the history and the kept epoch for a resumed run.
     """
     rows: list[Sequence[object]] = [_row(0, None, val) for val in before]
-    best: Best | None = None
-    if start_counts:
-        best = Best(0, None, before[-1], state_of(model))
+    start = Best(0, None, before[-1], state_of(model)) if start_counts else None
+    kept = start
     if resume_state.kept.facts:  # of a run that was killed
         rows = resume_state.kept.facts["rows"]
-        best = Best(**resume_state.kept.facts["best"], state=resume_state.kept.best)
-        _write(stage, out, rows, best)
+        kept = Best(**resume_state.kept.facts["best"], state=resume_state.kept.best)
+        _write(stage, out, rows, kept)
     for epoch in epochs:
         val = validate()
         if not math.isfinite(val["loss"]) or val["loss"] > EXPLODED:
@@ -62,24 +73,28 @@ def best_epoch(
                 f"epoch {epoch.epoch}: the validation loss is {val['loss']:g} after learning rate "
                 f"{epoch.lr:g}; lower {stage}.lr"
             )
-        if best is None or better(val, best.val):
-            best = Best(epoch.epoch, epoch.accuracy, val, state_of(model))
+        if stop.keep == "last" or kept is None or better(val, kept.val):
+            kept = Best(epoch.epoch, epoch.accuracy, val, state_of(model))
         rows.append(_row(epoch.epoch, epoch, val))
-        _write(stage, out, rows, best)
-        said = {k: v for k, v in vars(best).items() if k != "state"}
-        resume_state.kept = Kept({"rows": rows, "best": said}, best.state)
+        _write(stage, out, rows, kept)
+        said = {k: v for k, v in vars(kept).items() if k != "state"}
+        resume_state.kept = Kept({"rows": rows, "best": said}, kept.state)
+        best, accuracy = _best_of(rows, start_counts > 0)
         say(
             f"epoch {epoch.epoch:>3}  train loss {epoch.loss:.4f} acc {epoch.accuracy:.4f}  "
             f"val loss {val['loss']:.4f} acc {val['accuracy']:.4f}  "
-            f"best {best.val['accuracy']:.4f} (epoch {best.epoch})  "
+            f"best {accuracy:.4f} (epoch {best})  "
             f"lr {epoch.lr:.1e}  {epoch.seconds:.1f} s"
         )
-        if patience and epoch.epoch - best.epoch >= patience:
-            say(f"stopped early: no better epoch in {patience}")
+        if stop.patience and epoch.epoch - best >= stop.patience:
+            say(f"stopped early: no better epoch in {stop.patience}")
             break
-    assert best is not None
-    model.load_state_dict(best.state)
-    return best
+    assert kept is not None
+    if start and clearly_better(start.val, kept.val, start_counts):
+        kept = start
+        _write(stage, out, rows, kept)
+    model.load_state_dict(kept.state)
+    return kept
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -90,6 +105,21 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def better(later: Validation, earlier: Validation) -> bool:
     """Return whether a later validation beats an earlier one: by accuracy, then by loss."""
     return (later["accuracy"], -later["loss"]) > (earlier["accuracy"], -earlier["loss"])
+
+
+def clearly_better(one: Validation, other: Validation, n: int) -> bool:
+    """Return whether one accuracy is higher by more than the standard error of the difference."""
+    a, b = one["accuracy"], other["accuracy"]
+    return a - b > math.sqrt((a * (1 - a) + b * (1 - b)) / n)
+
+
+def _best_of(rows: Sequence[Sequence[Any]], start_counts: bool) -> tuple[int, float]:
+    """Return the number and the validation accuracy of the epoch with the best validation."""
+    counts = [row for row in rows if row[0] > 0]
+    if start_counts or not counts:
+        counts = [[row for row in rows if row[0] == 0][-1], *counts]
+    number, *_, accuracy = max(counts, key=lambda row: (row[-1], -row[-2], -row[0]))
+    return number, accuracy
 
 
 def _write(stage: str, out: Path, rows: Sequence[Sequence[object]], best: Best) -> None:
