@@ -216,8 +216,8 @@ def _interpolation(curve: Sequence[Row]) -> Markup | None:
     if len(curve) < 2:
         return None
     rows = [{"x": float(row["factor"]), "y": float(row["val_accuracy"])} for row in curve]
-    described = f"Validation accuracy between stage 1, {rows[0]['y']:.3f}, and that of "
-    described += f"stage 2's training, {rows[-1]['y']:.3f}"
+    described = f"Validation accuracy between stage 1, {rows[0]['y']:.3f}, and the "
+    described += f"weights that stage 2 trained, {rows[-1]['y']:.3f}"
     return charts.steps(rows, "factor: 0 stage 1, 1 stage 2", "validation accuracy", described)
 
 
