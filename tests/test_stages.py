@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY, paths, read_params, run, write_photos
 from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
@@ -14,7 +15,7 @@ from torch import nn
 
 from pipeline.evaluate import _trunk
 from pipeline.final_model import classifier
-from pipeline.images.shards import read_images
+from pipeline.images.shards import read_images, read_splits
 from pipeline.inference.tta import TTA, logits
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import Backbone, backbone_of, head_name, rebuild
@@ -183,6 +184,25 @@ def test_stage_1_says_what_the_probes_head_is_worth_at_its_size(finished, tmp_pa
     assert "the probe's head at" not in capsys.readouterr().out
 
 
+def test_at_another_size_the_head_is_scikit_learns_on_the_codes_of_that_size(finished, tmp_path):
+    folder = copied(finished, tmp_path, "prepared", "models")
+    still = {"epochs": 1, "image_size": 24, "views": 1, "lr": 1e-12}
+    run(folder, read_params(stage1=still, flips="none"), "stage1")
+    network, _ = load(where(folder)["stage1"])
+    codes: list[torch.Tensor] = []
+    head = network.model.get_submodule(head_name(network.model))
+    head.register_forward_pre_hook(lambda _, inputs: codes.append(inputs[0]))
+    (rows,), (images,) = read_splits(where(folder)["prepared"], ["train"])
+    found = logits(network, images, TTA("none", 1))
+    x = torch.cat(codes)[: len(images)].double().numpy()
+    c = checkpoint.read(where(folder)["probe"])[1]["linear"]["c"]
+    expected = make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-8, max_iter=9999))
+    expected.fit(x, rows.labels)
+    margin = found[:, 1] - found[:, 0]
+    assert margin.std() > 0.1
+    assert margin == pytest.approx(expected.decision_function(x), abs=1e-3)
+
+
 def test_stage_1_keeps_the_probes_head_where_no_epoch_is_better(finished, tmp_path):
     folder = copied(finished, tmp_path, "prepared", "models")
     run(folder, read_params(stage1={"lr": 1.0, "optimizer": "sgd", "epochs": 1}), "stage1")
@@ -263,7 +283,7 @@ def test_the_epoch_that_is_kept_by_hand(keep, accuracies, n, kept, tmp_path):
     state = ResumeState(tmp_path / "training.safetensors")
     found = best_epoch(*run, Stop(keep, 0), state, start_counts=n)
     assert (found.epoch, found.val["accuracy"]) == (kept, accuracies[kept])
-    assert float(model.weight) == kept
+    assert model.weight.item() == kept
     said = json.loads((tmp_path / "metrics.json").read_text())["stage1"]
     assert (said["best_epoch"], said["epochs"]) == (kept, len(later))
 
