@@ -19,13 +19,16 @@ from pipeline.advice.throughput import Throughput, measure
 from pipeline.advice.transferability import Transferability, case_of, profile, transferability
 from pipeline.images.augment import Augment, views
 from pipeline.images.shards import SPLITS, read_facts, read_splits
-from pipeline.nets.automatic import TRAINED_AT, Auto, input_size
+from pipeline.nets.automatic import STAGE_2_AT, Auto, input_size
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import Precision, resolved
 from pipeline.probing.codes import SOURCE, read_codes, read_feature_facts, read_labels
 from pipeline.stage_runtime.files import write_csv, write_json, write_text
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import Key, Out, Seed
+from pipeline.training.head import head_views
+from pipeline.training.interpolate import FACTORS
+from pipeline.training.schedule import Epochs, epochs_of
 from pipeline.training.start import start_network, what_trains
 
 Size = Annotated[int, Interval(ge=16, le=2048)]
@@ -52,10 +55,11 @@ class Lengths:
     unfreeze: Annotated[Auto | list[str], Key("stage1.unfreeze", foreign=True)]
     first_size: Annotated[Auto | Size, Key("stage1.image_size", foreign=True)]
     first_views: Annotated[int, Key("stage1.views", foreign=True), Ge(0)]
-    first_epochs: Annotated[int, Key("stage1.epochs", foreign=True), Ge(1)]
+    first_epochs: Annotated[Epochs, Key("stage1.epochs", foreign=True)]
     batch_size: Annotated[int, Key("stage1.batch_size", foreign=True), Ge(2)]
     second_size: Annotated[Auto | Size, Key("stage2.image_size", foreign=True)]
-    second_epochs: Annotated[int, Key("stage2.epochs", foreign=True), Ge(1)]
+    second_epochs: Annotated[Epochs, Key("stage2.epochs", foreign=True)]
+    second_batch_size: Annotated[int, Key("stage2.batch_size", foreign=True), Ge(2)]
     test_views: Annotated[int, Key("evaluate.views", foreign=True), Interval(ge=1, le=8)]
 
 
@@ -110,7 +114,7 @@ def advise(
     packed = read_facts(prepared)
     _, images = read_splits(prepared, (), SPLITS)
     network, _ = start_network(probe, packed, lengths.first_size, "probe", resolved(precision))
-    second = input_size(network.model, lengths.second_size, packed.size, TRAINED_AT)
+    second = input_size(network.model, lengths.second_size, packed.size, STAGE_2_AT)
     pace = measure(
         network,
         what_trains(network, lengths.unfreeze),
@@ -120,7 +124,7 @@ def advise(
         how,
     )
     sizes = map(len, images)
-    seconds = durations(pace, lengths, len(views(how.flips, lengths.test_views)), *sizes)
+    seconds = durations(pace, lengths, how, *sizes)
     said = ", ".join(f"{stage} {s / 60:.1f} min" for stage, s in seconds.items())
     say(f"expected on this machine: {said}")
     return {f"{stage}_expected_seconds": s for stage, s in seconds.items()}
@@ -186,16 +190,25 @@ def paragraph(case: int | None, found: Transferability, winner: float, expected:
 
 
 def durations(
-    pace: Throughput, lengths: Lengths, test_views: int, train: int, val: int, test: int
+    pace: Throughput,
+    lengths: Lengths,
+    how: Augment,
+    train: int,
+    val: int,
+    test: int,
 ) -> dict[str, float]:
     """Return the expected seconds of stage 1, stage 2 and evaluate, from their lengths."""
-    passes = lengths.first_views or lengths.first_epochs
+    first = epochs_of(lengths.first_epochs, train, lengths.batch_size)
+    second = epochs_of(lengths.second_epochs, train, lengths.second_batch_size)
+    test_views = len(views(how.flips, lengths.test_views))
+    of_head, whole = head_views(lengths.first_views, how)
+    passes = (lengths.first_views or first) + (of_head if whole != how else 0)
     top_alone = max(pace.first - pace.trunk, 0)
     return {
         "stage1": (passes * train + val) * pace.trunk
-        + lengths.first_epochs * (train * pace.top + val * top_alone),
-        # Interpolating between the weights of stages 1 and 2 takes eleven more validations.
-        "stage2": lengths.second_epochs * train * pace.step
-        + (lengths.second_epochs + 12) * val * pace.second,
+        + first * (train * pace.top + val * top_alone),
+        "stage2": second * train * pace.step
+        # One before training, and those of the interpolated weights.
+        + (second + 1 + len(FACTORS)) * val * pace.second,
         "evaluate": test_views * (val + test) * (pace.first + pace.second),
     }

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ from pipeline.training.best_epoch import Stop, Validation, best_epoch
 from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import freeze_all_but, refuse_shared_statistics
-from pipeline.training.head import fit_head
+from pipeline.training.head import fit_head, head_views
 from pipeline.training.resume_state import ResumeState
 from pipeline.training.start import start_network, what_trains
 from pipeline.training.trunk_cache import Batch, cached_outputs, key_of
@@ -81,7 +82,9 @@ def stage1(
     feed, val_feed = DeviceImages(images, network.device), DeviceImages(val_images, network.device)
 
     @torch.no_grad()
-    def trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
+    def trunk_of(
+        epochs: Sequence[int], chosen: NDArray[np.int64], how: Augment = how
+    ) -> list[Tensor]:
         pixels = feed(chosen)
         if how.crop == 1:  # once for all epochs: without crops, the order makes no difference
             pixels = network.shrink(pixels)
@@ -94,17 +97,19 @@ def stage1(
 
     start = time.perf_counter()
 
-    def live(epoch: int, chosen: NDArray[np.int64]) -> Tensor:
-        return trunk_of([epoch], chosen)[0]
-
-    batch: Batch = live
-    if views:
+    def trunk_batch(views: int, how: Augment) -> Batch:
+        of_trunk = partial(trunk_of, how=how)
+        if not views:
+            return lambda epoch, chosen: of_trunk([epoch], chosen)[0]
         key = key_of(
             network, cut.name, images.key, how=asdict(how), seed=seed, ids=rows.ids.tolist()
         )
-        batch = cached_outputs(trunk_of, len(images), views, key, "trunk train")
-    key = key_of(network, cut.name, val_images.key)
-    val_batch = cached_outputs(val_trunk_of, len(val_images), 1, key, "trunk val")
+        return cached_outputs(of_trunk, len(images), views, key, "trunk train")
+
+    batch = trunk_batch(views, how)
+    val_batch = cached_outputs(
+        *(val_trunk_of, len(val_images), 1, key_of(network, cut.name, val_images.key), "trunk val")
+    )
     trunk_seconds = time.perf_counter() - start
 
     def validate() -> Validation:
@@ -119,7 +124,9 @@ def stage1(
     from_probe = head_init == "probe" and network.backbone.weights != "none"
     anew = from_probe and network.image_size != of_probe["image_size"]
     if anew:
-        fit_head(network, cut, batch, views, rows, weighing, of_probe["linear"]["c"], resume)
+        n, whole = head_views(views, how)
+        of_head = batch if whole == how else trunk_batch(min(views, n), whole)
+        fit_head(network, cut, of_head, n, rows, weighing, of_probe["linear"]["c"], resume)
     resume_state = ResumeState(resume.folder / "training.safetensors")
     epochs_run = fit(
         network.model,

@@ -1,13 +1,10 @@
 """Stage 2: load stage 1's checkpoint and train the full network at a low learning rate."""
 
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,7 +13,7 @@ from pipeline.images.augment import Augment, augment
 from pipeline.images.shards import read_facts, read_splits, refuse_larger
 from pipeline.inference.tta import TTA, logits
 from pipeline.nets import checkpoint
-from pipeline.nets.automatic import TRAINED_AT, Auto, input_size
+from pipeline.nets.automatic import STAGE_2_AT, Auto, input_size
 from pipeline.nets.checkpoint import refuse_other_classes, versions
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.device_images import DeviceImages
@@ -31,9 +28,9 @@ from pipeline.stage_runtime.schema import Key, Out, Seed
 from pipeline.training.best_epoch import Stop, Validation, best_epoch, state_of, write_metrics
 from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import everything, freeze_all_but, refuse_shared_statistics
+from pipeline.training.interpolate import between, choose_factor, interpolation
 from pipeline.training.resume_state import ResumeState
 
-State = dict[str, Tensor]
 # How much a checkpoint's score on the same images may change with the processor or number format:
 # a number of images or a share of them, and a difference in loss.
 OTHER_IMAGES, OTHER_SHARE, OTHER_LOSS = 2, 0.01, 0.02
@@ -57,8 +54,9 @@ def stage2(
 ) -> dict[str, float]:
     """Load stage 1's checkpoint strictly, train every parameter, and keep an epoch.
 
-    Its weights are then interpolated with stage 1's by a factor chosen on validation (WiSE-FT,
-    Wortsman et al. 2022, arXiv 2109.01903); factor 0 means stage 2 didn't help.
+    Its weights may then be interpolated with stage 1's (WiSE-FT, Wortsman et al. 2022, arXiv
+    2109.01903): by a factor that is clearly better on validation than stage 2's end, or with
+    `keep: best` by the best one. Factor 0 means stage 2 didn't help.
 
     Writes model.safetensors, history.csv, interpolation.csv and metrics.json.
 
@@ -80,7 +78,7 @@ def stage2(
 
     before = [validate()]
     _refuse_other_score(before[0], meta, stage1, len(val_images))
-    size = input_size(network.model, image_size, packed.size, TRAINED_AT)
+    size = input_size(network.model, image_size, packed.size, STAGE_2_AT)
     if size != network.image_size:
         sizes = f"{network.image_size} to {size} px"
         network.take(size)
@@ -115,13 +113,14 @@ def stage2(
 
     curve = [(1.0, best.val)]
     if interpolate:
-        curve = interpolation(network, start_state, best.state, validate, resume)
-    factor, val = choose_factor(curve)
+        inner = interpolation(network.model, start_state, best.state, validate, resume)
+        curve = [(0.0, before[-1]), *inner, *curve]
+    factor, val = choose_factor(curve, len(val_images) if stop.keep == "last" else 0)
     network.model.load_state_dict(between(start_state, best.state, factor))
-    lines = [(f"{f:.1f}", f"{v['accuracy']:.6f}", f"{v['loss']:.6f}") for f, v in curve]
+    lines = [(f"{f:.2f}", f"{v['accuracy']:.6f}", f"{v['loss']:.6f}") for f, v in curve]
     write_csv(out / "interpolation.csv", [("factor", "val_accuracy", "val_loss"), *lines])
     said = "stage 2 didn't help" if factor == 0 else f"val acc {val['accuracy']:.4f}"
-    say(f"interpolated from stage 1 to stage 2 by factor {factor:.1f}: {said}")
+    say(f"interpolated from stage 1 to stage 2 by factor {factor:.2f}: {said}")
     ran = sum(1 for _ in (out / "history.csv").open()) - 1 - len(before)
     write_metrics(
         out,
@@ -143,38 +142,6 @@ def stage2(
         versions=versions(),
     )
     return {"epochs_seconds": seconds}
-
-
-def between(first: State, second: State, factor: float) -> State:
-    """Interpolate two states of a network linearly: factor 0 is the first, 1 the second."""
-    return {
-        name: torch.lerp(first[name], second[name], factor)
-        if first[name].is_floating_point()
-        else second[name]
-        for name in first
-    }
-
-
-def interpolation(
-    network: Network,
-    first: State,
-    second: State,
-    validate: Callable[[], Validation],
-    resume: Resume,
-) -> list[tuple[float, Validation]]:
-    """Validate the networks between two states at eleven factors."""
-
-    def at(factor: float) -> Validation:
-        network.model.load_state_dict(between(first, second, factor))
-        return validate()
-
-    factors = [tenth / 10 for tenth in range(11)]
-    return [(f, resume.remember(f"factor {f}", partial(at, f))) for f in factors]
-
-
-def choose_factor(curve: list[tuple[float, Validation]]) -> tuple[float, Validation]:
-    """Choose by validation accuracy, then loss, then the smaller factor."""
-    return max(curve, key=lambda point: (point[1]["accuracy"], -point[1]["loss"], -point[0]))
 
 
 def _refuse_other_contents(

@@ -49,7 +49,6 @@ SETTINGS = {
         # Some 200 images are too few to tune single layers: first the head, then all at a low rate.
         "stage1.unfreeze=[]",
         "stage1.image_size=288",
-        "stage1.views=2",  # as many as there are horizontal flips
         "stage1.lr=1.0e-4",
         "stage2.image_size=288",
     ],

@@ -10,7 +10,7 @@ from pipeline.advice.transferability import case_of, transferability
 from pipeline.advise import paragraph
 from pipeline.commands.networks import examined
 from pipeline.inference.taps import pool
-from pipeline.nets.automatic import TRAINED_AT, input_size, top_blocks
+from pipeline.nets.automatic import STAGE_1_AT, STAGE_2_AT, input_size, top_blocks
 from pipeline.nets.backbone import build, skeleton
 from pipeline.nets.tokens import has_class_token, layout_of
 from pipeline.stage_runtime.errors import ParamError
@@ -22,26 +22,27 @@ LITE0 = "timm/tf_efficientnet_lite0"
 
 def test_of_the_default_network_auto_is_what_was_measured_best():
     assert input_size(skeleton(LITE0), "auto", 224) == 224
-    assert input_size(skeleton(LITE0), "auto", 224, TRAINED_AT) == 160
+    assert input_size(skeleton(LITE0), "auto", 224, STAGE_1_AT) == 160
+    assert input_size(skeleton(LITE0), "auto", 224, STAGE_2_AT) == 192
     assert top_blocks(skeleton(LITE0)) == ["blocks.4", "blocks.5", "blocks.6", "conv_head", "bn2"]
 
 
 @pytest.mark.parametrize(
     ("name", "packed", "sizes"),
     [
-        ("timm/tf_efficientnet_lite1", 256, (240, 160)),  # made for 240
-        ("timm/tf_efficientnet_lite2", 224, (224, 160)),  # no more than there is
-        ("timm/vit_small_patch14_reg4_dinov2", 224, (224, 154)),  # made for 518
-        ("timm/vit_small_patch16_224", 224, (224, 160)),
-        ("timm/eva02_tiny_patch14_224", 224, (224, 154)),  # a multiple of its patches
-        ("timm/beit_base_patch16_224", 224, (224, 224)),  # takes one size
-        ("torchvision/swin_t", 224, (224, 160)),
+        ("timm/tf_efficientnet_lite1", 256, (240, 160, 192)),  # made for 240
+        ("timm/tf_efficientnet_lite2", 224, (224, 160, 192)),  # no more than there is
+        ("timm/vit_small_patch14_reg4_dinov2", 224, (224, 154, 196)),  # made for 518
+        ("timm/vit_small_patch16_224", 224, (224, 160, 192)),
+        ("timm/eva02_tiny_patch14_224", 224, (224, 154, 196)),  # a multiple of its patches
+        ("timm/beit_base_patch16_224", 224, (224, 224, 224)),  # takes one size
+        ("torchvision/swin_t", 224, (224, 160, 192)),
     ],
 )
 def test_sizes_are_the_nearest_that_a_network_takes(name, packed, sizes):
     model = skeleton(name)
-    found = input_size(model, "auto", packed), input_size(model, "auto", packed, TRAINED_AT)
-    assert found == sizes
+    shares = (1.0, STAGE_1_AT, STAGE_2_AT)
+    assert tuple(input_size(model, "auto", packed, share) for share in shares) == sizes
     assert input_size(model, 96, packed) == 96  # as asked
 
 

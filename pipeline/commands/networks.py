@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.commands.table import aligned
 from pipeline.launcher.command import one_line_errors, parser_of
-from pipeline.nets.automatic import TRAINED_AT, input_size, top_blocks
+from pipeline.nets.automatic import STAGE_1_AT, STAGE_2_AT, input_size, top_blocks
 from pipeline.nets.backbone import head_name, names, skeleton
 from pipeline.nets.blocks import depths, evaluating, run_on_zeros, traced_size
 from pipeline.stage_runtime.errors import ParamError, PipelineError, one_line, suggest
@@ -35,7 +35,7 @@ class Examined:
 
     name: str
     refused: str = ""  # why it can't be used; empty if it can
-    sizes: tuple[int, int] = (0, 0)  # of the input in extract and in training, in pixels
+    sizes: tuple[int, ...] = ()  # of the input in extract and in stages 1 and 2, in pixels
     unfreeze: tuple[str, ...] = ()
 
 
@@ -46,10 +46,8 @@ def examined(name: str) -> Examined:
         _refuse_other_outputs(model)
         if not depths(model):
             return Examined(name, "no block returns feature maps or tokens")
-        sizes = (
-            input_size(model, "auto", LARGEST),
-            input_size(model, "auto", LARGEST, TRAINED_AT),
-        )
+        shares = (1.0, STAGE_1_AT, STAGE_2_AT)
+        sizes = tuple(input_size(model, "auto", LARGEST, share) for share in shares)
         return Examined(name, "", sizes, tuple(top_blocks(model)))
     except PipelineError as error:
         return Examined(name, one_line(error, 160))
@@ -103,6 +101,6 @@ def main() -> None:
 def _cells(one: Examined) -> tuple[str, ...]:
     if one.refused:
         return (one.name, f"refused: {one.refused}")
-    first, second = one.sizes
+    codes, first, second = one.sizes
     blocks = f"{one.unfreeze[0]} to {one.unfreeze[-1]}" if one.unfreeze else "the head alone"
-    return (one.name, f"{first} px, trained at {second} px: {blocks}")
+    return (one.name, f"{codes} px, stage 1 at {first} and stage 2 at {second}: {blocks}")

@@ -13,7 +13,8 @@ from pipeline.stage_runtime.errors import ParamError
 
 Auto = Literal["auto"]
 USUAL, STEP = 224, 32  # pixels: the side where a network names none, and what most sides divide by
-TRAINED_AT = 5 / 7  # of the side of extract: 160 of 224 pixels, half of the compute
+# Shares of the side of extract: 160 and 192 of 224 pixels, half and three quarters of the compute.
+STAGE_1_AT, STAGE_2_AT = 5 / 7, 6 / 7
 TRAINED_SHARE = 0.6  # of the compute, at most, in what stage 1 trains
 
 

@@ -22,7 +22,7 @@ from pipeline.stage_runtime.schema import Key
 from pipeline.stage_runtime.settings import rank
 from pipeline.training.average import Average
 from pipeline.training.resume_state import Position, ResumeState
-from pipeline.training.schedule import Schedule, layer_factors, rate
+from pipeline.training.schedule import Epochs, Schedule, epochs_of, layer_factors, rate
 
 Ints = NDArray[np.int64]
 
@@ -39,7 +39,7 @@ class DivergedError(PipelineError):
 class Recipe:
     """The hyperparameters of training, the same ones for both stages."""
 
-    epochs: Annotated[int, Ge(1)]
+    epochs: Epochs
     batch_size: Annotated[int, Ge(2)]
     optimizer: Literal["adamw", "sgd"]
     lr: Annotated[float, Gt(0)]
@@ -98,11 +98,12 @@ def fit(
     n = len(labels)
     size = min(recipe.batch_size, n)
     steps = n // size
+    epochs = epochs_of(recipe.epochs, n, size)
     optimizer = make_optimizer(model, recipe)
     peaks = [group["lr"] for group in optimizer.param_groups]
     average = Average(model, recipe.average_epochs * steps) if recipe.average_epochs else None
     begin = resume_state.resume(model, optimizer, average) if resume_state else Position(1)
-    for epoch in range(begin.epoch, recipe.epochs + 1):
+    for epoch in range(begin.epoch, epochs + 1):
         start = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(n)
         if not begin.step:
@@ -119,7 +120,7 @@ def fit(
                 recipe.schedule,
                 (epoch - 1) * steps + step,
                 steps,
-                recipe.epochs,
+                epochs,
                 recipe.warmup_epochs,
                 recipe.step_epochs,
                 recipe.gamma,

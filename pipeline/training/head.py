@@ -1,5 +1,6 @@
 """Fit the new head at stage 1's image size, on the codes that the cut network gives there."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.images.augment import KINDS, Augment
 from pipeline.images.rows import Rows
 from pipeline.nets.backbone import head_name
 from pipeline.nets.batches import in_batches
@@ -17,9 +19,21 @@ from pipeline.training.cut import Cut
 from pipeline.training.fit import SampleWeights
 from pipeline.training.trunk_cache import Batch
 
-MOST_VIEWS = (
-    4  # augmented versions of an image whose codes are averaged; extract takes as many flips
-)
+# Augmented versions of an image whose codes are averaged: extract takes as many flips. Where the
+# trunk has to run once more for them, since stage 1 crops, it takes fewer.
+MOST_VIEWS, MOST_MORE_VIEWS = 4, 2
+
+
+def head_views(views: int, how: Augment) -> tuple[int, Augment]:
+    """Return how many views of each image the head is fitted on, and how they are augmented.
+
+    They are flipped alone, as whole images are what the head is validated on. If stage 1's own
+    `views` are cropped or relit, they are others.
+    """
+    whole = replace(how, crop=1.0, light=0.0)
+    if whole == how:
+        return min(views, MOST_VIEWS), how
+    return min(MOST_MORE_VIEWS, KINDS[how.flips]), whole
 
 
 def fit_head(
@@ -39,7 +53,7 @@ def fit_head(
     """
     weights = rows.weights if weighing.sample_weight else np.ones(len(rows.labels))
     balance = None if weighing.class_weight == "none" else weighing.class_weight
-    used = range(1, 1 + min(max(views, 1), MOST_VIEWS))
+    used = range(1, 1 + max(views, 1))
 
     def fitted() -> dict[str, Any]:
         codes = np.mean(

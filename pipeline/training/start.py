@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.images.shards import Facts
-from pipeline.nets.automatic import TRAINED_AT, Auto, top_blocks
+from pipeline.nets.automatic import STAGE_1_AT, Auto, top_blocks
 from pipeline.nets.backbone import backbone_of, build, head_name, rebuild, set_head
 from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.checkpoint import refuse_other_classes
@@ -41,7 +41,7 @@ def start_network(
         weight, bias = head_of(linear)
         head = model.get_submodule(head_name(model))
         head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
-    return for_images(model, backbone, packed, image_size, precision, TRAINED_AT), meta
+    return for_images(model, backbone, packed, image_size, precision, STAGE_1_AT), meta
 
 
 def what_trains(network: Network, unfreeze: Sequence[str] | Auto) -> list[str]:
