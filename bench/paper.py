@@ -15,6 +15,7 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from pipeline.commands.table import aligned
 from pipeline.dataset.near_duplicates import near_duplicates
 from pipeline.stage_runtime.progress import duration, say
+from pipeline.training.schedule import epochs_of
 
 # Bytes of memory per image while prepare lists and splits images (bench/large.py), ungrouped and in
 # many groups.
@@ -75,12 +77,16 @@ def costs(root: Path, n: int, search: float) -> dict[str, str]:
     val = counts["val"] * n / here
     one, two = params["stage1"], params["stage2"]
     trunk = timings["stage1"]["trunk_seconds"] / (one["views"] * counts["train"] + counts["val"])
-    top = timings["stage1"]["epochs_seconds"] / one["epochs"] / (counts["train"] + counts["val"])
-    step = timings["stage2"]["epochs_seconds"] / two["epochs"] / (counts["train"] + counts["val"])
+    trained = counts["train"] + counts["val"]
+    top, step = (
+        timings[name]["epochs_seconds"] / epochs(params[name], counts["train"]) / trained
+        for name in ("stage1", "stage2")
+    )
+    first, second = (epochs(of_stage, int(train)) for of_stage in (one, two))
     # As advise timed it: with few images, most of evaluate's time is start-up.
     tested = timings["advise"]["evaluate_expected_seconds"] / (counts["val"] + counts["test"])
     packed, codes = (bytes_below(root / "data" / f) for f in ("prepared/images", "features"))
-    anew = one["epochs"] * (train * (trunk + top) + val * top) + val * trunk
+    anew = first * (train * (trunk + top) + val * top) + val * trunk
     return {
         "prepare: decode and pack": long(n / timings["prepare"]["images_per_second"]),
         "prepare: search for near duplicates": long(search * n**2),
@@ -89,10 +95,15 @@ def costs(root: Path, n: int, search: float) -> dict[str, str]:
         f"packed, {params['prepare']['storage']}": size(packed * n / here),
         "extract": long(n / timings["extract"]["images_per_second"]),
         "codes": size(codes * n / here),
-        f"stage 1, {one['epochs']} epochs, trunk run anew in each": long(anew),
-        f"stage 2, {two['epochs']} epochs": long(two["epochs"] * (train + val) * step),
+        f"stage 1, {first} epochs, trunk run anew in each": long(anew),
+        f"stage 2, {second} epochs": long(second * (train + val) * step),
         "evaluate": long(others * tested),
     }
+
+
+def epochs(of_stage: dict[str, Any], images: int) -> int:
+    """Return the number of a stage's epochs on so many training images."""
+    return epochs_of(of_stage["epochs"], images, of_stage["batch_size"])
 
 
 def long(seconds: float) -> str:

@@ -97,14 +97,14 @@ def stage1(
 
     start = time.perf_counter()
 
-    def trunk_batch(views: int, how: Augment) -> Batch:
+    def trunk_batch(views: int, how: Augment, said: str = "trunk train") -> Batch:
         of_trunk = partial(trunk_of, how=how)
         if not views:
             return lambda epoch, chosen: of_trunk([epoch], chosen)[0]
         key = key_of(
             network, cut.name, images.key, how=asdict(how), seed=seed, ids=rows.ids.tolist()
         )
-        return cached_outputs(of_trunk, len(images), views, key, "trunk train")
+        return cached_outputs(of_trunk, len(images), views, key, said)
 
     batch = trunk_batch(views, how)
     val_batch = cached_outputs(
@@ -125,7 +125,7 @@ def stage1(
     anew = from_probe and network.image_size != of_probe["image_size"]
     if anew:
         n, whole = head_views(views, how)
-        of_head = batch if whole == how else trunk_batch(min(views, n), whole)
+        of_head = batch if whole == how else trunk_batch(min(views, n), whole, "trunk whole")
         fit_head(network, cut, of_head, n, rows, weighing, of_probe["linear"]["c"], resume)
     resume_state = ResumeState(resume.folder / "training.safetensors")
     epochs_run = fit(
