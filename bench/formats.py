@@ -13,13 +13,12 @@ import argparse
 import multiprocessing
 import time
 from multiprocessing.connection import Connection
-from statistics import median
 
 import numpy as np
 import torch
 
 from bench.networks import network
-from bench.ratios import seconds
+from bench.ratios import say_ratios, seconds
 from pipeline.inference.taps import Taps
 from pipeline.inference.tta import TTA, averaged
 from pipeline.nets.backbone import pretrained
@@ -60,10 +59,7 @@ def main() -> None:
         rounds = [measured(ours, here, options.batches) for _ in range(options.rounds)]
         here.send(False)
         process.join()
-        for what in rounds[0]:
-            found = [one[what] for one in rounds]
-            spread = f"{median(found):6.2f}  ({min(found):.2f} to {max(found):.2f})"
-            say(f"{spread}  {what}, {name} at {ours.image_size} px")
+        say_ratios(rounds, f", {name} at {ours.image_size} px")
     say(f"{threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {resolved('auto')}")
 
 

@@ -81,11 +81,17 @@ def main() -> None:
         rounds.append(found)
     bare.end()
     say(f"{threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {len(images)} images")
-    by_name = {name: [r[name] for r in rounds] for name in rounds[0]}
-    for name, ratios in by_name.items():
-        say(f"{median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f})  {name}")
+    by_name = say_ratios(rounds)
     if options.json:
         options.json.write_text(json.dumps(by_name, indent=2) + "\n")
+
+
+def say_ratios(rounds: Sequence[dict[str, float]], of: str = "") -> dict[str, list[float]]:
+    """Print each ratio's median, lowest and highest over the rounds; return them by name."""
+    by_name = {name: [r[name] for r in rounds] for name in rounds[0]}
+    for name, ratios in by_name.items():
+        say(f"{median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f})  {name}{of}")
+    return by_name
 
 
 class Bare:

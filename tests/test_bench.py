@@ -195,6 +195,16 @@ def test_simulate(what, rows):
     assert len(re.findall(r"^\|", said, re.MULTILINE)) == rows
 
 
+def test_formats(tmp_path):
+    name = "timm/mobilenetv4_conv_small"
+    said = command(
+        tmp_path, "-m", "bench.formats", "--rounds", 1, "--batches", 1, "--networks", name
+    )
+    for what in ("eager fp32 / forward", "forward / extract's loop"):
+        [ratio] = re.findall(rf"([\d.]+)  \(.*\)  {what}, {name} at \d+ px", said)
+        assert float(ratio) > 0
+
+
 def test_the_table_of_recommended_networks_is_the_scripts(tmp_path):
     said = command(tmp_path, "-m", "bench.networks", "--rounds", 1, "--first", 1)
     assert f"| `{RECOMMENDED[0].name}` | 4.7 M | 224 px | " in said
