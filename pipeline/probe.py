@@ -1,4 +1,4 @@
-"""Probe: linear and SVM classifiers on the codes, chosen by cross-validation on train.
+"""Probe: linear, LDA and SVM classifiers on the codes, chosen by cross-validation on train.
 
 The criterion is the cross-entropy of the out-of-fold predictions. Accuracy is noisier: on a few
 hundred images, many cells have the same accuracy.
@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.images.rows import Rows
 from pipeline.probing.codes import JOIN, LAST, SOURCE, read_codes, read_feature_facts, read_labels
 from pipeline.probing.probes import (
+    FITS,
     KINDS,
     Floats,
     Ints,
@@ -31,7 +32,6 @@ from pipeline.probing.probes import (
     Probe,
     Scaler,
     class_scores,
-    fit_linear,
     fit_svm,
     gram,
     linear_probe,
@@ -57,7 +57,7 @@ class Cell:
 
     kind: Kind
     depth: str
-    c: float
+    c: float  # of lda, the shrinkage
     loss: float  # cross-entropy of the held-out images, calibrated by one temperature
     accuracies: list[float]  # one per fold
 
@@ -71,8 +71,9 @@ def probe(
     *,
     features: Path,
     out: Out,
-    kinds: Annotated[list[Literal["linear", "svm_linear", "svm_rbf"]], MinLen(1)],
+    kinds: Annotated[list[Literal["linear", "lda", "svm_linear", "svm_rbf"]], MinLen(1)],
     linear_c: Annotated[list[Positive], MinLen(1)],
+    lda_shrinkage: Annotated[list[Annotated[float, Interval(gt=0, le=1)]], MinLen(1)],
     svm_linear_c: Annotated[list[Positive], MinLen(1)],
     svm_rbf_c: Annotated[list[Positive], MinLen(1)],
     join: Annotated[int, Ge(0)],
@@ -105,7 +106,10 @@ def probe(
     with threadpool_limits(1, "blas"), warnings.catch_warnings():
         # Cells with almost no regularisation may stop before they converge; they are kept as is.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        grid = {"linear": linear_c, "svm_linear": svm_linear_c, "svm_rbf": svm_rbf_c}
+        grid = {
+            **{"linear": linear_c, "lda": lda_shrinkage},
+            **{"svm_linear": svm_linear_c, "svm_rbf": svm_rbf_c},
+        }
         search = _Search(train, weights, balance, folds, seed, some, grid, l2)
         cells: list[Cell] = []
         depths = [*facts["depths"], *_joined(facts["depths"], join)]
@@ -161,7 +165,8 @@ def probe(
     ):
         accuracy = (s.argmax(1) == val.labels).mean()
         say(
-            f"{name:<16} {cell.kind} on {cell.depth}, C {cell.c:g}: "
+            f"{name:<16} {cell.kind} on {cell.depth}, "
+            f"{'shrinkage' if cell.kind == 'lda' else 'C'} {cell.c:g}: "
             f"cross-validation {cell.accuracy:.4f} (loss {cell.loss:.4f}), "
             f"validation {accuracy:.4f}"
         )
@@ -216,7 +221,7 @@ class _Search:
 
     def rows(self, kind: Kind) -> Ints:
         """List the training images that a kind of probe is fitted on."""
-        return np.arange(len(self.labels)) if kind == "linear" else self.some
+        return np.arange(len(self.labels)) if kind in FITS else self.some
 
     def _held_out(
         self, kind: Kind, depth: str, codes: Any, grid: Sequence[float]
@@ -224,10 +229,10 @@ class _Search:
         """Yield each C with the out-of-fold scores and the folds.
 
         The scaling is fitted on all of train, as it uses no labels. SVMs of all C share one kernel;
-        a linear probe starts from the solution for the previous C.
+        a linear probe starts from the solution for the previous C, and LDA from its moments.
         """
         x, y, weights, groups = self._data(kind, self._scaled(kind, depth, codes))
-        kernel = None if kind == "linear" else gram(x, x, kind, 1 / x.shape[1])
+        kernel = None if kind in FITS else gram(x, x, kind, 1 / x.shape[1])
         cuts = list(self._folds(y, groups))
         fitted: list[Any] = [None] * len(cuts)
         for c in grid:
@@ -235,7 +240,7 @@ class _Search:
             for i, (fit_on, held_out) in enumerate(cuts):
                 of_fold = y[fit_on], weights[fit_on]
                 if kernel is None:
-                    fitted[i] = fit_linear(x[fit_on], *of_fold, c, self.balance, fitted[i])
+                    fitted[i] = FITS[kind](x[fit_on], *of_fold, c, self.balance, fitted[i])
                     unseen = x[held_out]
                 else:
                     fitted[i] = fit_svm(kernel[np.ix_(fit_on, fit_on)], *of_fold, c, self.balance)
@@ -248,9 +253,9 @@ class _Search:
         scaled = self._scaled(cell.kind, cell.depth, codes)
         x, y, weights, _ = self._data(cell.kind, scaled)
         scaler, l2 = Scaler.fit(scaled), scaled is not codes
-        if cell.kind == "linear":
-            fitted = fit_linear(x, y, weights, cell.c, self.balance)
-            return linear_probe(fitted, scaler, cell.depth, l2)
+        if cell.kind in FITS:
+            fitted = FITS[cell.kind](x, y, weights, cell.c, self.balance)
+            return linear_probe(fitted, scaler, cell.depth, l2, cell.c, cell.kind)
         gamma = 1 / x.shape[1]
         svm = fit_svm(gram(x, x, cell.kind, gamma), y, weights, cell.c, self.balance)
         return svm_probe(svm, x, scaler, cell.depth, cell.kind, gamma, l2)

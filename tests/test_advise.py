@@ -114,8 +114,9 @@ def test_the_profile_is_the_accuracy_of_each_depths_cell_of_the_lowest_loss(tmp_
     grid.write_text(
         "kind,depth,c,loss,accuracy\n"
         "linear,a,1,0.5,0.7\nlinear,a,2,0.4,0.6\nsvm_rbf,last,1,0.3,0.9\nlinear,a+b,1,0.1,1.0\n"
+        "lda,a,0.1,0.1,0.99\nlda,b,0.1,0.2,0.8\n"
     )
-    assert profile(grid, ["a", "b", "last"]) == {"a": 0.6, "last": 0.9}
+    assert profile(grid, ["a", "b", "c", "last"]) == {"a": 0.6, "b": 0.8, "last": 0.9}
 
 
 def test_early_is_the_best_of_what_comes_before_the_last_codes():

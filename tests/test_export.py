@@ -23,8 +23,9 @@ from pipeline.nets.backbone import pretrained
 from pipeline.nets.fuse import fuse
 from pipeline.nets.network import Network
 from pipeline.probing.probes import (
+    FITS,
+    KINDS,
     Scaler,
-    fit_linear,
     fit_svm,
     gram,
     linear_probe,
@@ -39,8 +40,9 @@ def fitted_probe(kind, classes, codes, l2=False, depth="last"):
     labels = np.random.default_rng(classes).permutation(np.arange(len(codes)) % classes)
     scaler, ones = Scaler.fit(codes), np.ones(len(codes))
     x, gamma = scaler(codes), 1 / codes.shape[1]
-    if kind == "linear":
-        return linear_probe(fit_linear(x, labels, ones, 0.1, None), scaler, depth, l2)
+    if kind in FITS:
+        fitted = FITS[kind](x, labels, ones, 0.1, None)
+        return linear_probe(fitted, scaler, depth, l2, 0.1, kind)
     machine = fit_svm(gram(x, x, kind, gamma), labels, ones, 3.0, None)
     return svm_probe(machine, x, scaler, depth, kind, gamma, l2)
 
@@ -59,7 +61,7 @@ def pixels(channels, n=33):
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["linear", "svm_linear", "svm_rbf"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [2, 3, 5])
 @pytest.mark.parametrize("l2", [False, True])
 def test_a_probes_scores_in_pytorch_are_those_in_numpy(kind, classes, l2):

@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.special import softmax
 from sklearn.datasets import load_digits, make_classification
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.svm import SVC
@@ -15,6 +16,7 @@ from pipeline.probing.probes import (
     Scaler,
     class_scores,
     coupled,
+    fit_lda,
     fit_linear,
     fit_svm,
     gram,
@@ -43,7 +45,7 @@ def test_linear_probe_scores_as_scikit_learn_does(n_classes):
     scaler = Scaler.fit(x)
     fitted = LogisticRegression(C=0.1, max_iter=2000, tol=1e-10).fit(scaler(x), y)
     probe = linear_probe(
-        fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last", False
+        fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last", False, 0.1
     )
     expected = fitted.predict_log_proba(scaler(x))
     actual = torch.log_softmax(torch.from_numpy(probe.scores(x)), 1).numpy()
@@ -55,10 +57,46 @@ def test_the_heads_logits_are_the_probes_scores(n_classes):
     x, y = codes(n_classes)
     scaler = Scaler.fit(x)
     probe = linear_probe(
-        fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last", False
+        fit_linear(scaler(x), y, np.ones(len(y)), 0.1, None), scaler, "last", False, 0.1
     )
     weight, bias = head_of(probe)
     np.testing.assert_allclose(x @ weight.T + bias, probe.scores(x), atol=1e-6)
+
+
+def margins(fitted, x):
+    """Decision values against the first class, as scikit-learn gives them for two classes."""
+    found = fitted.decision_function(x)
+    return found if found.ndim == 1 else (found - found[:, :1])[:, 1:].squeeze()
+
+
+@pytest.mark.parametrize("n", [120, 10])  # images, of 12 features
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
+def test_lda_is_scikit_learns_and_a_weight_of_two_is_an_image_given_twice(
+    n, n_classes, class_weight
+):
+    x, y = codes(n_classes, 120)
+    x, y = Scaler.fit(x)(x)[:n], y[:n]
+    times = np.random.default_rng(0).integers(1, 4, n)
+    again, labels = np.repeat(x, times, axis=0), np.repeat(y, times)
+    shares = np.bincount(y) / n if class_weight is None else np.ones(n_classes) / n_classes
+    for shrinkage in (0.1, 0.6, 1.0):
+        plain = fit_lda(x, y, np.ones(n), 0.3, class_weight)
+        plain = fit_lda(x, y, np.ones(n), shrinkage, class_weight, plain)
+        settings = {"solver": "lsqr", "shrinkage": shrinkage}
+        direct = LinearDiscriminantAnalysis(priors=shares, **settings).fit(x, y)
+        np.testing.assert_allclose(margins(plain, x), margins(direct, x), atol=1e-6)
+        if class_weight is None:
+            weighted = fit_lda(x, y, times * 0.7, shrinkage, None)
+            direct = LinearDiscriminantAnalysis(**settings).fit(again, labels)
+            np.testing.assert_allclose(margins(weighted, x), margins(direct, x), atol=1e-6)
+
+
+def test_lda_of_codes_that_tell_all_there_is_stays_finite():
+    x = np.repeat(np.eye(3), 4, axis=0)
+    found = fit_lda(x, np.repeat(np.arange(3), 4), np.ones(12), 0.1, None).decision_function(x)
+    assert np.isfinite(found).all()
+    assert np.array_equal(found.argmax(1), np.repeat(np.arange(3), 4))
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
@@ -70,7 +108,7 @@ def test_held_out_scores_are_the_probes_and_a_class_never_seen_comes_last(n_clas
     machine = fit_svm(kernel, y, ones, 1.0, None)
     linear = fit_linear(z, y, ones, 0.1, None)
     for found, probe in (
-        (class_scores(linear, z, n_classes + 1), linear_probe(linear, scaler, "last", False)),
+        (class_scores(linear, z, n_classes + 1), linear_probe(linear, scaler, "last", False, 0.1)),
         (
             class_scores(machine, kernel, n_classes + 1),
             svm_probe(machine, z, scaler, "last", "svm_rbf", 0.05, False),

@@ -92,7 +92,7 @@ class SvmHead:
             length = codes.norm(dim=1, keepdim=True)
             codes = codes / torch.where(length > 0, length, 1)
         x = (codes.double() - a["mean"]) / a["scale"]
-        if self.kind == "linear":
+        if "weight" in a:
             return x @ a["weight"].T + a["bias"]
         kernel = x @ a["vectors"].T
         if self.kind == "svm_rbf":

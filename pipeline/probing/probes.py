@@ -1,5 +1,6 @@
-"""Linear and SVM probes on codes: fitting, scores from plain arrays, storage without pickle."""
+"""Probes on codes: fitting, scores from plain arrays, storage without pickle."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve
 from scipy.special import logsumexp
 
 from pipeline.nets import checkpoint
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Kind = Literal["linear", "svm_linear", "svm_rbf"]
-KINDS: tuple[Kind, ...] = ("linear", "svm_linear", "svm_rbf")  # from simple to flexible
+Kind = Literal["linear", "lda", "svm_linear", "svm_rbf"]
+KINDS: tuple[Kind, ...] = ("linear", "lda", "svm_linear", "svm_rbf")  # from simple to flexible
 SHARPNESS = 6.0  # slope of the sigmoids over an SVM's decision values; 4 to 8 do as well on digits
 AT_ONCE = 4_000_000  # decision values in memory
 GRADIENT, STEPS = 1e-6, 20_000  # where a logistic regression stops: largest gradient, iterations
@@ -50,16 +52,16 @@ class Probe:
 
     kind: Kind
     depth: str
-    c: float
+    c: float  # of lda, the shrinkage
     gamma: float  # of the RBF kernel; 0 otherwise
     l2: bool  # codes are scaled to unit length before they are standardised
     arrays: dict[str, NDArray[Any]]  # mean, scale, and by kind: weight, bias | vectors, dual, ...
 
     def scores(self, codes: NDArray[Any]) -> Floats:
-        """Return scores (N, C) of codes (N, D), higher for likelier classes; logits if linear."""
+        """Return scores (N, C) of codes (N, D), higher for likelier classes."""
         a = self.arrays
         x = Scaler(a["mean"], a["scale"])(unit(codes) if self.l2 else codes)
-        if self.kind == "linear":
+        if "weight" in a:
             return np.asarray(x @ a["weight"].T + a["bias"])
         kernel = gram(x, a["vectors"], self.kind, self.gamma)
         return _one_against_one(kernel, a["dual"], a["n_vectors"], a["bias"])
@@ -114,6 +116,81 @@ def fit_linear(
     return model.set_params(C=c).fit(x, y, weights)
 
 
+@dataclass(frozen=True)
+class Discriminant:
+    """A linear discriminant, with scikit-learn's names, and the moments that it was fitted to."""
+
+    coef_: Floats  # (C, D)
+    intercept_: Floats  # (C,)
+    classes_: Ints  # (C,)
+    moments: "Moments"
+
+    def decision_function(self, x: Floats) -> Floats:
+        """Return logarithms of densities times shares (N, C), but for one term a row."""
+        return np.asarray(x @ self.coef_.T + self.intercept_)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted moments of codes (N, D) within C classes."""
+
+    shares: Floats  # of the classes in the weights, (C,)
+    means: Floats  # (C, D)
+    products: Floats  # the covariance within classes (D, D), or with N < D the Gram matrix (N, N)
+    spread: Floats | None  # with N < D, what that is of: distances to the class's mean (N, D)
+
+    @classmethod
+    def of(cls, x: Floats, classes: Ints, weights: Floats) -> "Moments":
+        """Compute them from codes (N, D), each one's place in the list of classes, and weights."""
+        weights = weights / weights.sum()
+        member = np.eye(classes.max() + 1)[classes] * weights[:, None]
+        shares = member.sum(0)
+        means = member.T @ x / shares[:, None]
+        spread = (x - means[classes]) * np.sqrt(weights)[:, None]
+        if len(x) < x.shape[1]:
+            return cls(shares, means, spread @ spread.T, spread)
+        return cls(shares, means, spread.T @ spread, None)
+
+    def shrunk_solution(self, shrinkage: float) -> Floats:
+        """Solve for the means with the covariance drawn towards a multiple of the identity: (C, D).
+
+        With fewer codes than features, by the matrix inversion lemma in N dimensions.
+        """
+        floor = shrinkage * np.trace(self.products) / self.means.shape[1] or 1.0  # no spread at all
+        a = (1 - shrinkage) * self.products
+        a[np.diag_indices_from(a)] += floor
+        if self.spread is None:
+            return np.asarray(solve(a, self.means.T, assume_a="pos").T)
+        inner = solve(a, self.spread @ self.means.T, assume_a="pos")
+        return np.asarray((self.means - (1 - shrinkage) * inner.T @ self.spread) / floor)
+
+
+def fit_lda(
+    x: Floats,
+    y: Ints,
+    weights: Floats,
+    shrinkage: float,
+    class_weight: str | None,
+    start: Discriminant | None = None,
+) -> Discriminant:
+    """Fit a linear discriminant on standardised codes (N, D), with or without another's moments.
+
+    The covariance within classes is shrunk by a given share, as in scikit-learn's
+    LinearDiscriminantAnalysis, which knows no weights (Ledoit and Wolf 2004, Journal of
+    Multivariate Analysis 88).
+    """
+    classes, place, counts = np.unique(y, return_inverse=True, return_counts=True)
+    if class_weight:
+        weights = weights * (len(y) / len(classes) / counts)[place]
+    moments = start.moments if start else Moments.of(x, place, weights)
+    coef = moments.shrunk_solution(shrinkage)
+    bias = np.log(moments.shares) - (moments.means * coef).sum(1) / 2
+    return Discriminant(coef, bias, classes, moments)
+
+
+FITS: dict[Kind, Callable[..., Any]] = {"linear": fit_linear, "lda": fit_lda}  # the others: SVMs
+
+
 def fit_svm(kernel: Floats, y: Ints, weights: Floats, c: float, class_weight: str | None) -> "SVC":
     """Fit a support vector machine on a kernel (N, N) that all C and folds share."""
     from sklearn.svm import SVC
@@ -122,7 +199,9 @@ def fit_svm(kernel: Floats, y: Ints, weights: Floats, c: float, class_weight: st
     return SVC(C=c, class_weight=class_weight, **settings).fit(kernel, y, weights)
 
 
-def class_scores(fitted: "LogisticRegression | SVC", x: Floats, n_classes: int) -> Floats:
+def class_scores(
+    fitted: "LogisticRegression | Discriminant | SVC", x: Floats, n_classes: int
+) -> Floats:
     """Return scores (N, C) of codes (N, D), or for an SVC of a kernel (N, S), as `Probe.scores`.
 
     A class that is missing from the training data gets the lowest score of each row.
@@ -137,13 +216,20 @@ def class_scores(fitted: "LogisticRegression | SVC", x: Floats, n_classes: int) 
     return np.asarray(scores)
 
 
-def linear_probe(fitted: "LogisticRegression", scaler: Scaler, depth: str, l2: bool) -> Probe:
-    """Make a probe from a fitted logistic regression; with two classes, the row w becomes ±w/2."""
+def linear_probe(
+    fitted: "LogisticRegression | Discriminant",
+    scaler: Scaler,
+    depth: str,
+    l2: bool,
+    c: float,
+    kind: Kind = "linear",
+) -> Probe:
+    """Make a probe from a fitted linear model; with two classes, a single row w becomes ±w/2."""
     weight, bias = fitted.coef_, fitted.intercept_
     if len(weight) == 1:
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     arrays = {"mean": scaler.mean, "scale": scaler.scale, "weight": weight, "bias": bias}
-    return Probe("linear", depth, float(fitted.C), 0.0, l2, arrays)
+    return Probe(kind, depth, c, 0.0, l2, arrays)
 
 
 def svm_probe(

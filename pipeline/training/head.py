@@ -61,7 +61,7 @@ def fit_head(
         )
         scaler = Scaler.fit(codes)
         found = fit_linear(scaler(codes), rows.labels, weights, c, balance)
-        weight, bias = head_of(linear_probe(found, scaler, "last", l2=False))
+        weight, bias = head_of(linear_probe(found, scaler, "last", False, c))
         return {"weight": weight.tolist(), "bias": bias.tolist()}
 
     tensors = {k: torch.tensor(v) for k, v in resume.remember("head", fitted).items()}
