@@ -1,29 +1,24 @@
 """Evaluate: score all models on the test split, once; choose and write the final model."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from annotated_types import Interval
 from scipy.special import softmax
 
-from pipeline.final_model.classifier import Classifier, Scores
-from pipeline.images.augment import Flips
+from pipeline.final_model.candidates import Model, scored
+from pipeline.final_model.classifier import Classifier
 from pipeline.images.rows import Rows
-from pipeline.images.shards import Images, read_facts, read_splits
-from pipeline.inference.tta import TTA, logits_from
+from pipeline.images.shards import read_facts, read_splits
 from pipeline.nets.backbone import rebuild
-from pipeline.nets.checkpoint import refuse_other_classes, versions
+from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
-from pipeline.nets.network import Network, facts_of, from_facts, load
-from pipeline.probing.codes import read_codes
-from pipeline.probing.probes import Probe, read_probes
+from pipeline.nets.network import Network, facts_of, from_facts
+from pipeline.probing.probes import read_probes
 from pipeline.scoring.answers import answer_lines
 from pipeline.scoring.metrics import fit_temperature
-from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
@@ -40,19 +35,6 @@ from pipeline.statistics.verdict import (
 
 # From simple to costly: of the models that tie, the first one is the final model.
 CANDIDATES = ("probe", "stage1", "stage2")
-
-
-@dataclass(frozen=True)
-class Model:
-    """One of the models to compare, with its scores (N, C) on validation and test."""
-
-    name: str
-    network: Network | None  # None: the network of the codes, built only for the final model
-    probe: Probe | None
-    tta: TTA
-    val: Scores
-    test: Scores
-    training: dict[str, Any]  # results of training, from the checkpoint's metadata
 
 
 def evaluate(
@@ -83,12 +65,8 @@ def evaluate(
     set_up_torch()
     (val, test), images = read_splits(prepared, ("val", "test"))
     classes = read_facts(prepared).classes
-    winner, linear, of_codes = read_probes(probe)
-    tta = TTA(**of_codes["viewing"])
-    models = [
-        *_probes(images, features, {"probe": winner, "probe_linear": linear}, tta, len(classes)),
-        *_networks(images, {"stage1": stage1, "stage2": stage2}, views, resume, classes),
-    ]
+    *_, of_codes = read_probes(probe)
+    models = scored(images, features, probe, (stage1, stage2), views, classes, resume)
     right = {m.name: m.val.argmax(1) == val.labels for m in models}
     val_accuracy = {name: float(r.mean()) for name, r in right.items()}
     place = simplest_of_the_best([right[name] for name in CANDIDATES], val.groups, tie)
@@ -128,65 +106,10 @@ def evaluate(
     return {}
 
 
-def _probes(
-    both: Sequence[Images], features: Path, probes: dict[str, Probe], tta: TTA, n_classes: int
-) -> Iterator[Model]:
-    """Score the probes on codes that are averaged over the views of `tta`."""
-    for name, probe in probes.items():
-
-        def score(split: str, images: Images, probe: Probe = probe) -> Scores:
-            return probe.scores(read_codes(features, split, probe.depth))
-
-        yield Model(name, None, probe, tta, *_on_both(both, score, n_classes), {})
-
-
-def _networks(
-    both: Sequence[Images],
-    files: dict[str, Path],
-    views: int,
-    resume: Resume,
-    classes: Sequence[str],
-) -> Iterator[Model]:
-    """Score stages 1 and 2, averaged over the flips that stage 1 trained with."""
-    loaded = {name: load(file) for name, file in files.items()}
-    tta = TTA(_flips(files["stage1"], loaded["stage1"][1]), views)
-    for name, (network, meta) in loaded.items():
-        refuse_other_classes(name, files[name], network.classes, classes)
-
-        def score(
-            split: str, images: Images, name: str = name, network: Network = network
-        ) -> Scores:
-            def scored(first: int) -> Iterator[Sequence[Scores]]:
-                return logits_from(network, images, tta, first)
-
-            (scores,) = resume.filled([f"{name}-{split}"], len(images), scored)
-            return scores
-
-        training = {key: meta.get(key) for key in ("epoch", "train_accuracy")}
-        yield Model(name, network, None, tta, *_on_both(both, score, len(classes)), training)
-
-
-def _on_both(
-    both: Sequence[Images], score: Callable[[str, Images], Scores], n_classes: int
-) -> tuple[Scores, Scores]:
-    """Score the validation split and the test split, which may be empty."""
-    val, test = both
-    no_scores = np.empty((0, n_classes))
-    return score("val", val), score("test", test) if len(test) else no_scores
-
-
 def _trunk(meta: dict[str, Any]) -> Network:
     """Build the network that computed the probes' codes."""
     facts = facts_of(meta)
     return from_facts(rebuild(facts["backbone"]).eval(), facts)
-
-
-def _flips(file: Path, meta: dict[str, Any]) -> Flips:
-    """Return the flips that stage 1 trained with, from its checkpoint's metadata."""
-    if "flips" not in meta:
-        raise CheckpointError(f"{file}: not a checkpoint of stage 1; run `dvc repro stage1`")
-    flips: Flips = meta["flips"]
-    return flips
 
 
 def _compared(models: Sequence[Model], test: Rows) -> dict[str, Any]:

@@ -27,7 +27,9 @@ from pipeline.stage_runtime.files import whole_folder
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import arguments, read_params
 
-LABELLED = SPLITS[:2]  # train and val; the test images of a trial are not used
+LABELLED = SPLITS[:2]  # train and val; the codes of test images are not used
+# How the labels of other sets than photographs allow images to be flipped.
+FLIPS = {"digits": "none", "mnist": "none", "wafers": "dihedral"}
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class Trial:
         return cls(name, folder, keep)
 
     def params(self, backbone: str = "", size: int = 0) -> dict[str, Any]:
-        """Return the project's params for this set: photographs are flipped horizontally alone."""
+        """Return the project's params for this set: photographs are flipped horizontally."""
         params = read_params(Path("params.yaml"))
         if self.folder:
             params["prepare"] |= {"source": "folder", "path": self.folder, "not_images": "skip"}
-            params["flips"] = "horizontal"
+            params["flips"] = FLIPS.get(self.name, "horizontal")
         if self.name.endswith("-image"):
             params["prepare"]["split_by"] = "image"
         if size:
@@ -62,7 +64,7 @@ class Trial:
         """Pack the images with the splits that a seed draws."""
         params = self.params(size=size) | {"seed": seed}
         made = self.keep / self.name / f"prepared-{seed}-{params['prepare']['size']}px"
-        return _once(made, lambda out: _run(prepare, params, out=out))
+        return once(made, lambda out: _run(prepare, params, out=out))
 
     def codes(self, backbone: str) -> tuple[Path, float]:
         """Compute the codes of all images, at the network's own size; return the seconds too."""
@@ -80,14 +82,14 @@ class Trial:
             (out / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
             shutil.copy(packed / "index.csv", out)
 
-        _once(made, compute)
+        once(made, compute)
         seconds: float = json.loads((made / "seconds.json").read_text())
         return made, seconds
 
     def features(self, backbone: str, seed: int) -> Path:
         """Divide the codes by the splits that a seed draws."""
         made = self.keep / self.name / f"features-{backbone.replace('/', '-')}-{seed}"
-        return _once(made, lambda out: self._divide(backbone, seed, out))
+        return once(made, lambda out: self._divide(backbone, seed, out))
 
     def _divide(self, backbone: str, seed: int, out: Path) -> None:
         of_all, _ = self.codes(backbone)
@@ -111,10 +113,10 @@ class Trial:
         params = self.params(backbone) | {"seed": seed}
         made = self.keep / self.name / f"probe-{backbone.replace('/', '-')}-{seed}"
         features = self.features(backbone, seed)
-        return _once(made, lambda out: _run(probe, params, features=features, out=out))
+        return once(made, lambda out: _run(probe, params, features=features, out=out))
 
 
-def _once(made: Path, make: Callable[[Path], object]) -> Path:
+def once(made: Path, make: Callable[[Path], object]) -> Path:
     """Make a folder if it is not there yet; a part of it is never kept."""
     if not made.exists():
         with whole_folder(made) as out:

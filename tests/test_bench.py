@@ -232,6 +232,44 @@ def test_backbones_are_compared_over_seeds_and_a_killed_comparison_goes_on(tmp_p
     assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*.json")}
 
 
+def test_full_runs_are_kept_tabled_and_compared(tmp_path):
+    params = read_params(backbone={"weights": "none", "sha256": ""}, extract={"image_size": "auto"})
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    photos = write_photos(tmp_path / "photos", each=24)
+    words = ("-m", "runs.full", f"mine={photos}", "--seeds", 5, 6)
+    first = command(tmp_path, *words).splitlines()
+    accuracy, mine = {}, tmp_path / "data/trials/mine"
+    for seed in (5, 6):
+        folder = mine / f"full-{seed}-plain"
+        metrics = json.loads((folder / "report-metrics.json").read_text())["test"]
+        scores = np.load(folder / "scores.npz")
+        for model in ("probe", "stage1", "stage2"):
+            right = scores[f"{model}-test"].argmax(1) == scores["labels-test"]
+            assert right.mean() == metrics[model]["accuracy"]
+            accuracy[model, seed] = metrics[model]["accuracy"]
+    [line] = [line.split() for line in first if line.startswith("mine ")]
+    means = [
+        f"{np.mean([accuracy[m, s] for s in (5, 6)]):.4f}" for m in ("probe", "stage1", "stage2")
+    ]
+    assert line[1:5] == ["2", *means]
+    gap = np.mean([accuracy["stage2", s] - accuracy["probe", s] for s in (5, 6)])
+    assert float(line[6]) == pytest.approx(100 * gap, abs=0.01)
+    made = {file: file.stat().st_mtime_ns for file in mine.rglob("*.npz")}
+    other = command(
+        tmp_path, *words[:3], "--seeds", 5, "--as", "order", "--order", 50, "--against", "plain"
+    )
+    assert made.items() <= {file: file.stat().st_mtime_ns for file in mine.rglob("*.npz")}.items()
+    said = [line for line in other.splitlines() if "mean absolute change" in line]
+    assert (
+        said[0]
+        == "probe: mean absolute change of test accuracy 0.00 points (largest 0.00, 1 pairs)"
+    )
+    theirs = np.load(mine / "full-5-order" / "scores.npz")
+    ours = np.load(mine / "full-5-plain" / "scores.npz")
+    assert np.array_equal(theirs["probe-test"], ours["probe-test"])
+    assert not np.array_equal(theirs["stage1-test"], ours["stage1-test"])
+
+
 def test_changed_params_are_screened_and_a_killed_screening_goes_on(tmp_path):
     params = read_params(backbone={"weights": "none", "sha256": ""}, extract={"image_size": "auto"})
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))

@@ -1,0 +1,111 @@
+"""The models that evaluate compares, with their scores on validation and test."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.final_model.classifier import Scores
+from pipeline.images.augment import Flips
+from pipeline.images.shards import Images
+from pipeline.inference.tta import TTA, logits_from
+from pipeline.nets.checkpoint import refuse_other_classes
+from pipeline.nets.network import Network, load
+from pipeline.probing.codes import read_codes
+from pipeline.probing.probes import Probe, read_probes
+from pipeline.stage_runtime.errors import CheckpointError
+from pipeline.stage_runtime.resume import Resume
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the models to compare, with its scores (N, C) on validation and test."""
+
+    name: str
+    network: Network | None  # None: the network of the codes, built only for the final model
+    probe: Probe | None
+    tta: TTA
+    val: Scores
+    test: Scores
+    training: dict[str, Any]  # results of training, from the checkpoint's metadata
+
+
+def scored(
+    both: Sequence[Images],
+    features: Path,
+    probe: Path,
+    stages: tuple[Path, Path],
+    views: int,
+    classes: Sequence[str],
+    resume: Resume,
+) -> list[Model]:
+    """Score the best probe, the linear probe, stage 1 and stage 2 on validation and test.
+
+    The networks' scores are averaged over `views` of the flips that stage 1 trained with.
+
+    Raises CheckpointError if a checkpoint is not stage 1's, or is of other classes.
+    """
+    winner, linear, of_codes = read_probes(probe)
+    probes = {"probe": winner, "probe_linear": linear}
+    files = dict(zip(("stage1", "stage2"), stages, strict=True))
+    return [
+        *_probes(both, features, probes, TTA(**of_codes["viewing"]), len(classes)),
+        *_networks(both, files, views, resume, classes),
+    ]
+
+
+def _probes(
+    both: Sequence[Images], features: Path, probes: dict[str, Probe], tta: TTA, n_classes: int
+) -> Iterator[Model]:
+    """Score the probes on codes that are averaged over the views of `tta`."""
+    for name, probe in probes.items():
+
+        def score(split: str, images: Images, probe: Probe = probe) -> Scores:
+            return probe.scores(read_codes(features, split, probe.depth))
+
+        yield Model(name, None, probe, tta, *_on_both(both, score, n_classes), {})
+
+
+def _networks(
+    both: Sequence[Images],
+    files: dict[str, Path],
+    views: int,
+    resume: Resume,
+    classes: Sequence[str],
+) -> Iterator[Model]:
+    """Score stages 1 and 2, averaged over the flips that stage 1 trained with."""
+    loaded = {name: load(file) for name, file in files.items()}
+    tta = TTA(_flips(files["stage1"], loaded["stage1"][1]), views)
+    for name, (network, meta) in loaded.items():
+        refuse_other_classes(name, files[name], network.classes, classes)
+
+        def score(
+            split: str, images: Images, name: str = name, network: Network = network
+        ) -> Scores:
+            def compute(first: int) -> Iterator[Sequence[Scores]]:
+                return logits_from(network, images, tta, first)
+
+            (scores,) = resume.filled([f"{name}-{split}"], len(images), compute)
+            return scores
+
+        training = {key: meta.get(key) for key in ("epoch", "train_accuracy")}
+        yield Model(name, network, None, tta, *_on_both(both, score, len(classes)), training)
+
+
+def _on_both(
+    both: Sequence[Images], score: Callable[[str, Images], Scores], n_classes: int
+) -> tuple[Scores, Scores]:
+    """Score the validation split and the test split, which may be empty."""
+    val, test = both
+    no_scores = np.empty((0, n_classes))
+    return score("val", val), score("test", test) if len(test) else no_scores
+
+
+def _flips(file: Path, meta: dict[str, Any]) -> Flips:
+    """Return the flips that stage 1 trained with, from its checkpoint's metadata."""
+    if "flips" not in meta:
+        raise CheckpointError(f"{file}: not a checkpoint of stage 1; run `dvc repro stage1`")
+    flips: Flips = meta["flips"]
+    return flips
