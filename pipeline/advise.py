@@ -19,13 +19,13 @@ from pipeline.advice.throughput import Throughput, measure
 from pipeline.advice.transferability import Transferability, case_of, profile, transferability
 from pipeline.images.augment import Augment, views
 from pipeline.images.shards import SPLITS, read_facts, read_splits
-from pipeline.nets.automatic import STAGE_2_AT, Auto, input_size
+from pipeline.nets.automatic import STAGE_2_AT, input_size
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.fuse import Precision, resolved
 from pipeline.probing.codes import SOURCE, read_codes, read_feature_facts, read_labels
 from pipeline.stage_runtime.files import write_csv, write_json, write_text
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.schema import Key, Out, Seed
+from pipeline.stage_runtime.schema import Auto, Key, Out, Seed
 from pipeline.training.head import head_views
 from pipeline.training.interpolate import FACTORS
 from pipeline.training.schedule import Epochs, epochs_of

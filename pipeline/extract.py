@@ -13,7 +13,7 @@ from pipeline.images.shards import SPLITS, Images, read_facts, read_splits, refu
 from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import TTA, Run, averaged
 from pipeline.nets import blocks
-from pipeline.nets.automatic import Auto, usual_size
+from pipeline.nets.automatic import usual_size
 from pipeline.nets.backbone import licence_of, pretrained
 from pipeline.nets.batches import run_in_batches
 from pipeline.nets.device import set_up_torch
@@ -26,7 +26,7 @@ from pipeline.stage_runtime.errors import ParamError
 from pipeline.stage_runtime.files import link, whole_folder, write_json
 from pipeline.stage_runtime.progress import say, track
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.schema import Key, Out, Seed
+from pipeline.stage_runtime.schema import Auto, Key, Out, Seed
 
 
 def extract(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pipeline.images.augment import Augment, augment
 from pipeline.images.shards import read_facts, read_splits, refuse_larger
-from pipeline.nets.automatic import Auto
 from pipeline.nets.batches import in_batches
 from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
@@ -24,7 +23,7 @@ from pipeline.nets.fuse import Precision, resolved
 from pipeline.scoring.metrics import validation
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.schema import Key, Out, Seed
+from pipeline.stage_runtime.schema import Auto, Key, Out, Seed
 from pipeline.training.best_epoch import Stop, Validation, best_epoch
 from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
@@ -143,7 +142,8 @@ def stage1(
     say(f"epoch   0  val loss {before['loss']:.4f} acc {before['accuracy']:.4f}{about}")
     best = best_epoch(
         *("stage1", out, network.model, epochs_run, validate, [before], stop, resume_state),
-        start_counts=len(val_images),  # the probe's head may be the best there is
+        len(val_images),
+        start_counts=True,  # the probe's head may be the best there is
     )
     if best.epoch == 0:
         say("the initial head from the probe is better, and kept")

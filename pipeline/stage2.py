@@ -13,7 +13,7 @@ from pipeline.images.augment import Augment, augment
 from pipeline.images.shards import read_facts, read_splits, refuse_larger
 from pipeline.inference.tta import TTA, logits
 from pipeline.nets import checkpoint
-from pipeline.nets.automatic import STAGE_2_AT, Auto, input_size
+from pipeline.nets.automatic import STAGE_2_AT, input_size
 from pipeline.nets.checkpoint import refuse_other_classes, versions
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.device_images import DeviceImages
@@ -24,7 +24,7 @@ from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.files import write_csv
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.schema import Key, Out, Seed
+from pipeline.stage_runtime.schema import Auto, Key, Out, Seed
 from pipeline.training.best_epoch import Stop, Validation, best_epoch, state_of, write_metrics
 from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import everything, freeze_all_but, refuse_shared_statistics
@@ -106,16 +106,15 @@ def stage2(
         seed,
         resume_state,
     )
-    best = best_epoch(
-        "stage2", out, network.model, epochs_run, validate, before, stop, resume_state
-    )
+    run = ("stage2", out, network.model, epochs_run, validate, before, stop, resume_state)
+    best = best_epoch(*run, len(val_images))
     seconds = time.perf_counter() - start
 
     curve = [(1.0, best.val)]
     if interpolate:
         inner = interpolation(network.model, start_state, best.state, validate, resume)
         curve = [(0.0, before[-1]), *inner, *curve]
-    factor, val = choose_factor(curve, len(val_images) if stop.keep == "last" else 0)
+    factor, val = choose_factor(curve, stop, len(val_images))
     network.model.load_state_dict(between(start_state, best.state, factor))
     lines = [(f"{f:.2f}", f"{v['accuracy']:.6f}", f"{v['loss']:.6f}") for f, v in curve]
     write_csv(out / "interpolation.csv", [("factor", "val_accuracy", "val_loss"), *lines])

@@ -24,7 +24,7 @@ from pipeline.nets.network import load
 from pipeline.probe import Cell, best_cell
 from pipeline.probing.codes import read_codes
 from pipeline.probing.probes import KINDS, head_of, read_probes
-from pipeline.training.best_epoch import Stop, best_epoch, better, clearly_better
+from pipeline.training.best_epoch import Stop, best_epoch, clearly_better, quality
 from pipeline.training.fit import Epoch
 from pipeline.training.head import head_views
 from pipeline.training.interpolate import between, choose_factor
@@ -284,7 +284,7 @@ def test_the_epoch_that_is_kept_by_hand(keep, accuracies, n, kept, tmp_path):
 
     run = ("stage1", tmp_path, model, epochs(), lambda: val(next(scores)), [val(start)])
     state = ResumeState(tmp_path / "training.safetensors")
-    found = best_epoch(*run, Stop(keep, 0), state, start_counts=n)
+    found = best_epoch(*run, Stop(keep, 0), state, n, start_counts=n > 0)
     assert (found.epoch, found.val["accuracy"]) == (kept, accuracies[kept])
     assert model.weight.item() == kept
     said = json.loads((tmp_path / "metrics.json").read_text())["stage1"]
@@ -305,9 +305,10 @@ def test_the_better_epoch_has_more_accuracy_then_less_loss_then_is_the_earlier()
     def val(accuracy, loss):
         return {"accuracy": accuracy, "loss": loss}
 
-    assert better(val(0.9, 2.0), val(0.8, 1.0))
-    assert better(val(0.9, 0.5), val(0.9, 1.0))
-    assert not better(val(0.9, 1.0), val(0.9, 1.0))
+    assert quality(val(0.9, 2.0)) > quality(val(0.8, 1.0))
+    assert quality(val(0.9, 0.5)) > quality(val(0.9, 1.0))
+    assert Stop("best", 0).prefers(val(0.9, 1.0), val(0.9, 1.0), 100)
+    assert not Stop("best", 0).prefers(val(0.9, 1.0), val(0.9, 0.5), 100)
 
 
 def test_the_factor_is_the_best_then_the_smallest_on_validation():
@@ -315,8 +316,9 @@ def test_the_factor_is_the_best_then_the_smallest_on_validation():
         return {"accuracy": accuracy, "loss": loss}
 
     curve = [(0.0, val(0.8, 0.3)), (0.5, val(0.9, 0.2)), (0.8, val(0.9, 0.2)), (1.0, val(0.9, 0.4))]
-    assert choose_factor(curve)[0] == 0.5
-    assert choose_factor([(0.0, val(0.9, 0.2)), (1.0, val(0.9, 0.2))])[0] == 0.0
+    stop = Stop("best", 0)
+    assert choose_factor(curve, stop, 100)[0] == 0.5
+    assert choose_factor([(0.0, val(0.9, 0.2)), (1.0, val(0.9, 0.2))], stop, 100)[0] == 0.0
 
 
 def test_the_end_of_training_counts_unless_another_factor_is_clearly_better():
@@ -324,8 +326,9 @@ def test_the_end_of_training_counts_unless_another_factor_is_clearly_better():
         return [(0.5, {"accuracy": between, "loss": 1.0}), (1.0, {"accuracy": end, "loss": 1.0})]
 
     # On 100 images the standard error of .90 - .86 is .0459, and on 200 it is .0325.
-    assert choose_factor(curve(0.90, 0.86), 100)[0] == 1.0
-    assert choose_factor(curve(0.90, 0.86), 200)[0] == 0.5
+    stop = Stop("last", 0)
+    assert choose_factor(curve(0.90, 0.86), stop, 100)[0] == 1.0
+    assert choose_factor(curve(0.90, 0.86), stop, 200)[0] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """What `auto` in params.yaml stands for: functions of the network, whatever its weights are."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,8 +8,8 @@ from pipeline.nets.backbone import head_name
 from pipeline.nets.blocks import chain, evaluating, fails_at, is_inside, made_for
 from pipeline.nets.device import device_of
 from pipeline.stage_runtime.errors import ParamError
+from pipeline.stage_runtime.schema import Auto
 
-Auto = Literal["auto"]
 USUAL, STEP = 224, 32  # pixels: the side where a network names none, and what most sides divide by
 # Shares of the side of extract: 160 and 192 of 224 pixels, half and three quarters of the compute.
 STAGE_1_AT, STAGE_2_AT = 5 / 7, 6 / 7

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from pipeline.images.shards import Facts
 from pipeline.images.tones import PLAIN, Tones, of_facts
 from pipeline.nets import checkpoint
-from pipeline.nets.automatic import Auto, input_size
+from pipeline.nets.automatic import input_size
 from pipeline.nets.backbone import Backbone, backbone_of, build, head_name
 from pipeline.nets.blocks import trace
 from pipeline.nets.device import device, device_of
 from pipeline.nets.fuse import NUMBER_FORMATS, fuse
 from pipeline.nets.normalise import normalised, shrunk
 from pipeline.stage_runtime.errors import CheckpointError
+from pipeline.stage_runtime.schema import Auto
 
 
 @dataclass

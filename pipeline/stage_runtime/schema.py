@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -23,6 +23,7 @@ from pipeline.stage_runtime.errors import ParamError, suggest
 from pipeline.stage_runtime.resume import Resume
 
 Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
+Auto = Literal["auto"]  # a value that follows from the data or the network
 AllParams = Annotated[dict[str, Any], "all"]  # of params.yaml, to be shown
 Stage = Callable[..., dict[str, float]]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no number from a string, no NaN

@@ -14,6 +14,9 @@ from pipeline.stage_runtime.progress import say
 from pipeline.training.fit import EXPLODED, DivergedError, Epoch
 from pipeline.training.resume_state import Kept, ResumeState
 
+Validation = dict[str, float]
+COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
 
 @dataclass(frozen=True)
 class Stop:
@@ -22,9 +25,15 @@ class Stop:
     keep: Literal["last", "best"]
     patience: Annotated[int, Ge(0)]
 
+    def prefers(self, earlier: Validation, last: Validation, images: int) -> bool:
+        """Return whether an earlier network counts rather than the last one.
 
-Validation = dict[str, float]
-COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+        With `keep: best` it does unless the last one is better; with `keep: last`, only if its
+        accuracy is higher by more than a standard error: the highest of several is often luck.
+        """
+        if self.keep == "best":
+            return quality(earlier) >= quality(last)
+        return clearly_better(earlier, last, images)
 
 
 @dataclass
@@ -46,18 +55,19 @@ def best_epoch(
     before: list[Validation],
     stop: Stop,
     resume_state: ResumeState,
+    images: int,
     *,
-    start_counts: int = 0,
+    start_counts: bool = False,
 ) -> Best:
     """Run a stage's epochs and return the one to keep.
 
     That is the last one, or with `keep: best` the one with the best validation accuracy, then loss;
     of equal epochs, the earlier one. `before` are validations before the first step, the rows of
-    epoch 0 in history.csv. With `start_counts`, the number of validation images, the network as it
-    was is kept if it is better: by more than a standard error for `keep: last`. Training stops
-    early after `patience` epochs without a better one; 0 disables this. history.csv and
-    metrics.json are rewritten after each epoch, so that a run can be monitored. `resume_state`,
-    which `epochs` saves, keeps the history and the kept epoch for a resumed run.
+    epoch 0 in history.csv, of so many images. With `start_counts`, the network as it was is kept
+    if `stop` prefers it. Training stops early after `patience` epochs without a better one; 0
+    disables this. history.csv and metrics.json are rewritten after each epoch, so that a run can
+    be monitored. `resume_state`, which `epochs` saves, keeps the history and the kept epoch for a
+    resumed run.
     """
     rows: list[Sequence[object]] = [_row(0, None, val) for val in before]
     start = Best(0, None, before[-1], state_of(model)) if start_counts else None
@@ -73,13 +83,13 @@ def best_epoch(
                 f"epoch {epoch.epoch}: the validation loss is {val['loss']:g} after learning rate "
                 f"{epoch.lr:g}; lower {stage}.lr"
             )
-        if stop.keep == "last" or kept is None or better(val, kept.val):
+        if stop.keep == "last" or kept is None or quality(val) > quality(kept.val):
             kept = Best(epoch.epoch, epoch.accuracy, val, state_of(model))
         rows.append(_row(epoch.epoch, epoch, val))
         _write(stage, out, rows, kept)
         said = {k: v for k, v in vars(kept).items() if k != "state"}
         resume_state.kept = Kept({"rows": rows, "best": said}, kept.state)
-        best, accuracy = _best_of(rows, start_counts > 0)
+        best, accuracy = _best_of(rows, start_counts)
         say(
             f"epoch {epoch.epoch:>3}  train loss {epoch.loss:.4f} acc {epoch.accuracy:.4f}  "
             f"val loss {val['loss']:.4f} acc {val['accuracy']:.4f}  "
@@ -90,7 +100,7 @@ def best_epoch(
             say(f"stopped early: no better epoch in {stop.patience}")
             break
     assert kept is not None
-    if start and clearly_better(start.val, kept.val, start_counts):
+    if start and stop.prefers(start.val, kept.val, images):
         kept = start
         _write(stage, out, rows, kept)
     model.load_state_dict(kept.state)
@@ -102,15 +112,15 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def better(later: Validation, earlier: Validation) -> bool:
-    """Return whether a later validation beats an earlier one: by accuracy, then by loss."""
-    return (later["accuracy"], -later["loss"]) > (earlier["accuracy"], -earlier["loss"])
+def quality(val: Validation) -> tuple[float, float]:
+    """Return a key by which validations are ordered: by accuracy, then by loss."""
+    return val["accuracy"], -val["loss"]
 
 
-def clearly_better(one: Validation, other: Validation, n: int) -> bool:
+def clearly_better(one: Validation, other: Validation, images: int) -> bool:
     """Return whether one accuracy is higher by more than the standard error of the difference."""
     a, b = one["accuracy"], other["accuracy"]
-    return a - b > math.sqrt((a * (1 - a) + b * (1 - b)) / n)
+    return a - b > math.sqrt((a * (1 - a) + b * (1 - b)) / images)
 
 
 def _best_of(rows: Sequence[Sequence[Any]], start_counts: bool) -> tuple[int, float]:
@@ -118,8 +128,9 @@ def _best_of(rows: Sequence[Sequence[Any]], start_counts: bool) -> tuple[int, fl
     counts = [row for row in rows if row[0] > 0]
     if start_counts or not counts:
         counts = [[row for row in rows if row[0] == 0][-1], *counts]
-    number, *_, accuracy = max(counts, key=lambda row: (row[-1], -row[-2], -row[0]))
-    return number, accuracy
+    vals = [dict(zip(("loss", "accuracy"), row[-2:], strict=True)) for row in counts]
+    place = max(range(len(vals)), key=lambda i: (quality(vals[i]), -i))
+    return counts[place][0], vals[place]["accuracy"]
 
 
 def _write(stage: str, out: Path, rows: Sequence[Sequence[object]], best: Best) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.stage_runtime.resume import Resume
-from pipeline.training.best_epoch import Validation, clearly_better
+from pipeline.training.best_epoch import Stop, Validation, quality
 
 State = dict[str, Tensor]
 FACTORS = (0.25, 0.5, 0.75)  # what is validated between the two states
@@ -40,14 +40,8 @@ def interpolation(
 
 
 def choose_factor(
-    curve: list[tuple[float, Validation]], images: int = 0
+    curve: list[tuple[float, Validation]], stop: Stop, images: int
 ) -> tuple[float, Validation]:
-    """Choose by validation accuracy, then loss, then the smaller factor.
-
-    Given the number of validation `images`, choose the last point, unless the best one is higher by
-    more than a standard error: the highest of several is often luck.
-    """
-    best = max(curve, key=lambda point: (point[1]["accuracy"], -point[1]["loss"], -point[0]))
-    if images and not clearly_better(best[1], curve[-1][1], images):
-        return curve[-1]
-    return best
+    """Choose the last point, or the best one if `stop` prefers it; of equals the smaller factor."""
+    best = max(curve, key=lambda point: (quality(point[1]), -point[0]))
+    return best if stop.prefers(best[1], curve[-1][1], images) else curve[-1]

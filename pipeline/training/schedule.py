@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from pipeline.nets.automatic import Auto
+from pipeline.stage_runtime.schema import Auto
 
 Schedule = Literal["cosine", "step", "constant"]
 Epochs = Auto | Annotated[int, Ge(1)]  # auto: see epochs_of

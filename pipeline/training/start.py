@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 
 from pipeline.images.shards import Facts
-from pipeline.nets.automatic import STAGE_1_AT, Auto, top_blocks
+from pipeline.nets.automatic import STAGE_1_AT, top_blocks
 from pipeline.nets.backbone import backbone_of, build, head_name, rebuild, set_head
 from pipeline.nets.blocks import match, trained_with
 from pipeline.nets.checkpoint import refuse_other_classes
 from pipeline.nets.network import Network, for_images
 from pipeline.probing.probes import head_of, read_probes
+from pipeline.stage_runtime.schema import Auto
 from pipeline.training.freeze import everything
 
 
