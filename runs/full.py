@@ -2,12 +2,14 @@
 
     python -m runs.full elpv-group clothing=FOLDER --seeds 5 6 7
     python -m runs.full elpv-group --as order --order 50      # other order and augmentation
+    python -m runs.full elpv-group --as light --set augment.light=0.3 --against plain
     PIPELINE_THREADS=1 python -m runs.full elpv-group --as one --against two
 
-Each run is kept in a folder: what evaluate and the stages say of themselves, and the scores of all
-models on validation and test. Runs that are there are not run again, so that a killed table goes
-on. The splits are those that the seed draws; with --order, stages 1 and 2 get another seed. With
---as, runs under other circumstances have a name, and --against compares them by set and seed.
+Each run is kept in a folder: what the stages say of themselves, and the scores of all models on
+validation and test. Runs that are there are not run again, so that a killed table goes on, and runs
+of one set and seed share the packed images, the codes and the probe. The splits are those that the
+seed draws; with --order, stages 1 and 2 get another seed. With --as, runs under other circumstances
+have a name, and --against compares them by set and seed.
 
 The interval of a difference is over groups of images, which several seeds may test. Test images
 count here: choose by `runs.screen` first.
@@ -26,10 +28,8 @@ import numpy as np
 
 from pipeline.commands.table import aligned
 from pipeline.evaluate import evaluate
-from pipeline.extract import extract
 from pipeline.final_model.candidates import scored
 from pipeline.images.shards import read_facts, read_splits
-from pipeline.probe import probe
 from pipeline.stage1 import stage1
 from pipeline.stage2 import stage2
 from pipeline.stage_runtime.files import write_json
@@ -37,11 +37,12 @@ from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import arguments
 from pipeline.statistics.significance import difference
+from runs.screen import changed
 from runs.trials import Trial, once
 
 MODELS = ("probe", "stage1", "stage2", "chosen")
+AFTER = ("augment", "stage1", "stage2", "evaluate")  # sections that --set may change
 KEPT = {
-    "probe": ("metrics.json", "grid.csv", "out_of_fold.csv"),
     "stage1": ("metrics.json", "history.csv"),
     "stage2": ("metrics.json", "history.csv", "interpolation.csv"),
     "report": ("metrics.json", "validation.csv", "predictions.csv"),
@@ -54,13 +55,14 @@ def main() -> None:
     parser.add_argument("sets", nargs="+", metavar="NAME[=FOLDER]")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5, 10))
     parser.add_argument("--order", type=int, default=0, help="added to the seed of stages 1 and 2")
+    parser.add_argument("--set", default="", metavar="'KEY=VALUE ...'", help="after the probe")
     parser.add_argument("--as", dest="name", default="plain", help="a name for these runs")
     parser.add_argument("--against", help="the name of runs to compare with")
     parser.add_argument("--keep", type=Path, default=Path("data/trials"), help="for finished runs")
     options = parser.parse_args()
     trials = [Trial.named(text, options.keep) for text in options.sets]
     runs = [
-        (trial, seed, finished(trial, seed, options.name, options.order))
+        (trial, seed, finished(trial, seed, options.name, options.order, options.set))
         for seed in options.seeds
         for trial in trials
     ]
@@ -77,16 +79,21 @@ def place(trial: Trial, seed: int, name: str) -> Path:
     return trial.keep / trial.name / f"full-{seed}-{name}"
 
 
-def finished(trial: Trial, seed: int, name: str, order: int) -> Path:
+def finished(trial: Trial, seed: int, name: str, order: int, settings: str) -> Path:
     """Run all stages of a set with the splits of a seed, if that hasn't been done."""
-    return once(place(trial, seed, name), lambda out: _run(trial, seed, order, out))
+    return once(place(trial, seed, name), lambda out: _run(trial, seed, order, settings, out))
 
 
-def _run(trial: Trial, seed: int, order: int, out: Path) -> None:
-    params = trial.params() | {"seed": seed}
+def _run(trial: Trial, seed: int, order: int, settings: str, out: Path) -> None:
+    for setting in settings.split():
+        if setting.partition(".")[0] not in AFTER:
+            raise SystemExit(f"--set {setting}: only params of {', '.join(AFTER)}")
+    params = changed(trial.params() | {"seed": seed}, settings)
     prepared = trial.prepared(seed)
+    features = trial.features(params["backbone"]["name"], seed)
+    probed = trial.probed(params["backbone"]["name"], seed)
     with tempfile.TemporaryDirectory(dir=trial.keep) as folder:
-        at = {name: Path(folder) / name for name in ("features", *KEPT, "final")}
+        at = {name: Path(folder) / name for name in (*KEPT, "final")}
         for made in at.values():
             made.mkdir()
 
@@ -94,23 +101,23 @@ def _run(trial: Trial, seed: int, order: int, out: Path) -> None:
             stage(**paths, **arguments(stage, its), resume=Resume(Path(folder) / stage.__name__))
 
         trained = params | {"seed": seed + order}
-        fitted = at["probe"] / "probe.safetensors"
+        fitted = probed / "probe.safetensors"
         one, two = (at[name] / "model.safetensors" for name in ("stage1", "stage2"))
-        run(extract, params, prepared=prepared, out=at["features"])
-        run(probe, params, features=at["features"], out=at["probe"])
         run(stage1, trained, prepared=prepared, probe=fitted, out=at["stage1"])
         run(stage2, trained, prepared=prepared, stage1=one, out=at["stage2"])
         advice = Path(folder) / "advice.json"
         write_json(advice, {"advice": {"expected_gain": None}})
-        paths = {"prepared": prepared, "features": at["features"], "probe": fitted}
+        paths = {"prepared": prepared, "features": features, "probe": fitted}
         paths |= {"advice": advice, "stage1": one, "stage2": two}
         run(evaluate, params, **paths, out=at["report"], final=at["final"])
         for name, files in KEPT.items():
             for file in files:
                 shutil.copy(at[name] / file, out / f"{name}-{file}")
+        for file in ("metrics.json", "grid.csv", "out_of_fold.csv"):
+            shutil.copy(probed / file, out / f"probe-{file}")
         # From evaluate's own state: nothing is computed again.
         state = Resume(Path(folder) / "evaluate")
-        _keep_scores(prepared, at["features"], fitted, (one, two), params, state, out)
+        _keep_scores(prepared, features, fitted, (one, two), params, state, out)
 
 
 def _keep_scores(
@@ -174,13 +181,17 @@ def _answers(folders: Sequence[Path]) -> tuple[dict[str, Any], Any]:
 
 
 def changes(pairs: Sequence[tuple[Path, Path]]) -> list[str]:
-    """Describe the mean absolute change of the models' test accuracies, in points."""
+    """Describe how far the models' test accuracies and answers differ between pairs of runs."""
     found = [(_accuracies(one), _accuracies(other)) for one, other in pairs]
     lines = []
     for model in MODELS if found else ():
         gaps = [100 * abs(a[model] - b[model]) for a, b in found]
         points = f"{mean(gaps):.2f} points (largest {max(gaps):.2f}, {len(gaps)} pairs)"
         lines.append(f"{model}: mean absolute change of test accuracy {points}")
+    for model in MODELS[1:3] if found else ():
+        answers = [[np.load(f / "scores.npz")[f"{model}-test"].argmax(1) for f in p] for p in pairs]
+        other = mean(float((one != two).mean()) for one, two in answers)
+        lines.append(f"{model}: {100 * other:.1f} % of the test images get another answer")
     return lines
 
 

@@ -27,7 +27,7 @@ from pipeline.stage_runtime.files import whole_folder
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import arguments, read_params
 
-LABELLED = SPLITS[:2]  # train and val; the codes of test images are not used
+LABELLED = SPLITS[:2]  # what the probe reads; the codes of test images are for evaluate alone
 # How the labels of other sets than photographs allow images to be flipped.
 FLIPS = {"digits": "none", "mnist": "none", "wafers": "dihedral"}
 
@@ -97,14 +97,15 @@ class Trial:
             paths = [(row["split"], row["path"]) for row in csv.DictReader(file)]
         paths.sort(key=lambda pair: SPLITS.index(pair[0]))
         place = {path: i for i, (_, path) in enumerate(paths)}
-        rows, _ = read_splits(self.prepared(seed), LABELLED)
+        rows, _ = read_splits(self.prepared(seed), SPLITS)
         facts = json.loads((of_all / "codes" / "facts.json").read_text())
         (out / "facts.json").write_text(json.dumps(facts))
-        write_labels(out / "labels.csv", dict(zip(LABELLED, rows, strict=True)))
+        labelled = dict(zip(LABELLED, rows, strict=False))
+        write_labels(out / "labels.csv", labelled)
         for depth in facts["depths"]:
             files = (of_all / "codes" / f"{codes_name(split, depth)}.npy" for split in SPLITS)
             whole = np.concatenate([np.load(file) for file in files if file.exists()])
-            for split, of_split in zip(LABELLED, rows, strict=True):
+            for split, of_split in zip(SPLITS, rows, strict=True):
                 chosen = whole[[place[path] for path in of_split.paths]]
                 np.save(out / f"{codes_name(split, depth)}.npy", chosen)
 
