@@ -30,19 +30,20 @@ from pipeline.commands.table import aligned
 from pipeline.evaluate import evaluate
 from pipeline.final_model.candidates import scored
 from pipeline.images.shards import read_facts, read_splits
-from pipeline.stage1 import stage1
-from pipeline.stage2 import stage2
 from pipeline.stage_runtime.files import write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import arguments
 from pipeline.statistics.significance import difference
+from pipeline.statistics.verdict import TOO_FEW
 from runs.screen import changed
-from runs.trials import Trial, once
+from runs.trials import Trial, fine_tuned, once
 
-MODELS = ("probe", "stage1", "stage2", "chosen")
+SCORED = ("probe", "stage1", "stage2")
+MODELS = (*SCORED, "chosen")
 AFTER = ("augment", "stage1", "stage2", "evaluate")  # sections that --set may change
 KEPT = {
+    "probe": ("metrics.json", "grid.csv", "out_of_fold.csv"),
     "stage1": ("metrics.json", "history.csv"),
     "stage2": ("metrics.json", "history.csv", "interpolation.csv"),
     "report": ("metrics.json", "validation.csv", "predictions.csv"),
@@ -93,30 +94,28 @@ def _run(trial: Trial, seed: int, order: int, settings: str, out: Path) -> None:
     features = trial.features(params["backbone"]["name"], seed)
     probed = trial.probed(params["backbone"]["name"], seed)
     with tempfile.TemporaryDirectory(dir=trial.keep) as folder:
-        at = {name: Path(folder) / name for name in (*KEPT, "final")}
-        for made in at.values():
-            made.mkdir()
-
-        def run(stage: Any, its: dict[str, Any], **paths: Path) -> None:
-            stage(**paths, **arguments(stage, its), resume=Resume(Path(folder) / stage.__name__))
-
+        fitted, report = probed / "probe.safetensors", Path(folder) / "report"
+        final, advice = Path(folder) / "final", Path(folder) / "advice.json"
         trained = params | {"seed": seed + order}
-        fitted = probed / "probe.safetensors"
-        one, two = (at[name] / "model.safetensors" for name in ("stage1", "stage2"))
-        run(stage1, trained, prepared=prepared, probe=fitted, out=at["stage1"])
-        run(stage2, trained, prepared=prepared, stage1=one, out=at["stage2"])
-        advice = Path(folder) / "advice.json"
+        ones, twos = fine_tuned(prepared, fitted, trained, Path(folder))
+        one, two = (stage / "model.safetensors" for stage in (ones, twos))
+        for made in (report, final):
+            made.mkdir()
         write_json(advice, {"advice": {"expected_gain": None}})
-        paths = {"prepared": prepared, "features": features, "probe": fitted}
-        paths |= {"advice": advice, "stage1": one, "stage2": two}
-        run(evaluate, params, **paths, out=at["report"], final=at["final"])
+        state = Resume(Path(folder) / "state")
+        paths: dict[str, Any] = {
+            "prepared": prepared,
+            "features": features,
+            "probe": fitted,
+            "advice": advice,
+        }
+        paths |= {"stage1": one, "stage2": two, "out": report, "final": final}
+        evaluate(**paths, **arguments(evaluate, params), resume=state)
+        at = {"probe": probed, "stage1": ones, "stage2": twos, "report": report}
         for name, files in KEPT.items():
             for file in files:
                 shutil.copy(at[name] / file, out / f"{name}-{file}")
-        for file in ("metrics.json", "grid.csv", "out_of_fold.csv"):
-            shutil.copy(probed / file, out / f"probe-{file}")
-        # From evaluate's own state: nothing is computed again.
-        state = Resume(Path(folder) / "evaluate")
+        # From evaluate's own state: the networks' scores are not computed again.
         _keep_scores(prepared, features, fitted, (one, two), params, state, out)
 
 
@@ -151,7 +150,7 @@ def table(runs: Sequence[tuple[str, Path]]) -> list[list[str]]:
         gap = difference(right["stage2"], right["probe"], groups)
         of_sets.append([*means, mean(run["stage2"] - run["probe"] for run in found)])
         low, high = gap["low"], gap["high"]
-        said = "too few groups"
+        said = TOO_FEW
         if low is not None and high is not None:
             said = f"{100 * low:+.1f} to {100 * high:+.1f}"
         cells = [*(f"{m:.4f}" for m in means), f"{100 * of_sets[-1][-1]:+.2f}"]
@@ -166,7 +165,7 @@ def table(runs: Sequence[tuple[str, Path]]) -> list[list[str]]:
 
 def _accuracies(folder: Path) -> dict[str, float]:
     metrics = json.loads((folder / "report-metrics.json").read_text())
-    found = {model: metrics["test"][model]["accuracy"] for model in ("probe", "stage1", "stage2")}
+    found = {model: metrics["test"][model]["accuracy"] for model in SCORED}
     return {**found, "chosen": found[metrics["chosen"]]}
 
 
@@ -175,7 +174,7 @@ def _answers(folders: Sequence[Path]) -> tuple[dict[str, Any], Any]:
     arrays = [np.load(folder / "scores.npz") for folder in folders]
     right = {
         m: np.concatenate([a[f"{m}-test"].argmax(1) == a["labels-test"] for a in arrays])
-        for m in ("probe", "stage1", "stage2")
+        for m in SCORED
     }
     return right, np.concatenate([a["groups-test"] for a in arrays])
 
@@ -188,7 +187,7 @@ def changes(pairs: Sequence[tuple[Path, Path]]) -> list[str]:
         gaps = [100 * abs(a[model] - b[model]) for a, b in found]
         points = f"{mean(gaps):.2f} points (largest {max(gaps):.2f}, {len(gaps)} pairs)"
         lines.append(f"{model}: mean absolute change of test accuracy {points}")
-    for model in MODELS[1:3] if found else ():
+    for model in SCORED[1:] if found else ():
         answers = [[np.load(f / "scores.npz")[f"{model}-test"].argmax(1) for f in p] for p in pairs]
         other = mean(float((one != two).mean()) for one, two in answers)
         lines.append(f"{model}: {100 * other:.1f} % of the test images get another answer")

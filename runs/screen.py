@@ -22,13 +22,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from pipeline.commands.table import aligned
-from pipeline.stage1 import stage1
-from pipeline.stage2 import stage2
 from pipeline.stage_runtime.files import write_csv
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.schema import arguments, load_yaml
-from runs.trials import Trial
+from pipeline.stage_runtime.schema import load_yaml
+from runs.trials import Trial, fine_tuned
 
 FIGURES = (
     *("probe_accuracy", "probe_loss"),
@@ -89,16 +86,7 @@ def screened(trial: Trial, seed: int, variant: str) -> Row:
     found = {**_of_probe(probed)}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        ones, twos = Path(folder) / "stage1", Path(folder) / "stage2"
-        for out in (ones, twos):
-            out.mkdir()
-        states = Resume(Path(folder) / "state1"), Resume(Path(folder) / "state2")
-        of_probe = probed / "probe.safetensors"
-        more = arguments(stage1, params)
-        stage1(prepared=prepared, probe=of_probe, out=ones, **more, resume=states[0])
-        more = arguments(stage2, params)
-        checkpoint = ones / "model.safetensors"
-        stage2(prepared=prepared, stage1=checkpoint, out=twos, **more, resume=states[1])
+        ones, twos = fine_tuned(prepared, probed / "probe.safetensors", params, Path(folder))
         found |= {**_of_stage(ones, "stage1"), **_of_stage(twos, "stage2")}
     found["seconds"] = time.perf_counter() - start
     said = {name: f"{value:.4f}" for name, value in found.items()}

@@ -23,6 +23,8 @@ from pipeline.nets.backbone import skeleton
 from pipeline.prepare import prepare
 from pipeline.probe import probe
 from pipeline.probing.codes import codes_name, write_labels
+from pipeline.stage1 import stage1
+from pipeline.stage2 import stage2
 from pipeline.stage_runtime.files import whole_folder
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import arguments, read_params
@@ -115,6 +117,18 @@ class Trial:
         made = self.keep / self.name / f"probe-{backbone.replace('/', '-')}-{seed}"
         features = self.features(backbone, seed)
         return once(made, lambda out: _run(probe, params, features=features, out=out))
+
+
+def fine_tuned(
+    prepared: Path, fitted: Path, params: dict[str, Any], folder: Path
+) -> tuple[Path, Path]:
+    """Run stages 1 and 2 in a folder, from a file of probes; return the folders they wrote."""
+    ones, twos = folder / "stage1", folder / "stage2"
+    for out in (ones, twos):
+        out.mkdir()
+    _run(stage1, params, out=ones, prepared=prepared, probe=fitted)
+    _run(stage2, params, out=twos, prepared=prepared, stage1=ones / "model.safetensors")
+    return ones, twos
 
 
 def once(made: Path, make: Callable[[Path], object]) -> Path:
