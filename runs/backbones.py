@@ -50,7 +50,7 @@ def main() -> None:
 def cross_validated(trial: Trial, backbone: str, seeds: list[int]) -> tuple[list[float], float]:
     """Return a backbone's cross-validated accuracies by seed, and the seconds of extract."""
     _, seconds = trial.codes(backbone)
-    files = [trial.probed(backbone, seed) / "metrics.json" for seed in seeds]
+    files = [trial.probed(seed, backbone) / "metrics.json" for seed in seeds]
     return [json.loads(file.read_text())["probe"]["cv_accuracy"] for file in files], seconds
 
 

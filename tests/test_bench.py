@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from repository import commit, environment, python_path
 
 from bench.networks import RECOMMENDED, row
+from pipeline.evaluate import CANDIDATES
 from pipeline.images.shards import SPLITS, read_rows
 from pipeline.nets.fuse import resolved
 
@@ -232,71 +234,75 @@ def test_backbones_are_compared_over_seeds_and_a_killed_comparison_goes_on(tmp_p
     assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "data").rglob("*.json")}
 
 
-def test_full_runs_are_kept_tabled_and_compared(tmp_path):
+def accuracy(scores, model, on):
+    return (scores[f"{model}-{on}"].argmax(1) == scores[f"labels-{on}"]).mean()
+
+
+def test_variants_are_run_over_seeds_tabled_and_a_killed_table_goes_on(tmp_path):
     params = read_params(backbone={"weights": "none", "sha256": ""}, extract={"image_size": "auto"})
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     photos = write_photos(tmp_path / "photos", each=24)
-    words = ("-m", "runs.full", f"mine={photos}", "--seeds", 5, 6)
-    first = command(tmp_path, *words).splitlines()
-    accuracy, mine = {}, tmp_path / "data/trials/mine"
-    for seed in (5, 6):
-        folder = mine / f"full-{seed}-plain"
-        metrics = json.loads((folder / "report-metrics.json").read_text())["test"]
-        scores = np.load(folder / "scores.npz")
-        for model in ("probe", "stage1", "stage2"):
-            right = scores[f"{model}-test"].argmax(1) == scores["labels-test"]
-            assert right.mean() == metrics[model]["accuracy"]
-            accuracy[model, seed] = metrics[model]["accuracy"]
-    [line] = [line.split() for line in first if line.startswith("mine ")]
-    means = [
-        f"{np.mean([accuracy[m, s] for s in (5, 6)]):.4f}" for m in ("probe", "stage1", "stage2")
-    ]
-    assert line[1:5] == ["2", *means]
-    gap = np.mean([accuracy["stage2", s] - accuracy["probe", s] for s in (5, 6)])
+    words = ("-m", "runs.variants", f"mine={photos}", "--seeds", 5, 6)
+    still = ("--variant", "still", "stage2.lr=1e-9 stage2.epochs=1")
+    first = command(tmp_path, *words, *still, "--on", "test").splitlines()
+    mine = tmp_path / "data/trials/mine"
+    found = {
+        (seed, name): np.load(mine / f"run-{seed}-0-{name}" / "scores.npz")
+        for seed in (5, 6)
+        for name in ("plain", "still")
+    }
+    line, _ = [line.split() for line in first if line.split()[:1] == ["mine"]]
+    plain = {m: [accuracy(found[s, "plain"], m, "test") for s in (5, 6)] for m in CANDIDATES}
+    assert line[1:5] == ["2", *(f"{np.mean(plain[m]):.4f}" for m in CANDIDATES)]
+    gap = np.mean(np.subtract(plain["stage2"], plain["probe"]))
     assert float(line[6]) == pytest.approx(100 * gap, abs=0.01)
+    for seed in (5, 6):  # stage 1 is shared; no step moved stage 2's weights
+        one, two = found[seed, "plain"], found[seed, "still"]
+        assert np.array_equal(one["stage1-val"], two["stage1-val"])
+        with (mine / f"run-{seed}-0-still/stage2-history.csv").open(newline="") as lines:
+            losses = [float(row["val_loss"]) for row in csv.DictReader(lines)]
+        assert losses[-1] == pytest.approx(losses[-2], abs=1e-6)
+    [apart] = [line.split() for line in first if line.startswith("still ")]
+    assert apart[1:3] == ["1", "2"]
+    moved = np.mean([accuracy(found[s, "still"], "stage2", "test") for s in (5, 6)])
+    assert f"{100 * (moved - np.mean(plain['stage2'])):+.2f}" in apart
     made = {file: file.stat().st_mtime_ns for file in mine.rglob("*.npz")}
-    other = command(
-        tmp_path, *words[:3], "--seeds", 5, "--as", "order", "--order", 50, "--against", "plain"
-    )
-    assert made.items() <= {file: file.stat().st_mtime_ns for file in mine.rglob("*.npz")}.items()
-    said = [line for line in other.splitlines() if "mean absolute change" in line]
-    assert (
-        said[0]
-        == "probe: mean absolute change of test accuracy 0.00 points (largest 0.00, 1 pairs)"
-    )
-    theirs = np.load(mine / "full-5-order" / "scores.npz")
-    ours = np.load(mine / "full-5-plain" / "scores.npz")
-    assert np.array_equal(theirs["probe-test"], ours["probe-test"])
-    assert not np.array_equal(theirs["stage1-test"], ours["stage1-test"])
+    shutil.rmtree(mine / "run-6-0-still")
+    again = command(tmp_path, *words, *still, "--on", "test").splitlines()
+    assert again[-len(first[-8:]) :] == first[-8:]  # the same bytes
+    now = {file: file.stat().st_mtime_ns for file in mine.rglob("*.npz")}
+    assert {file for file in made if made[file] != now[file]} == {
+        mine / "run-6-0-still" / "scores.npz"
+    }
+    wrong = ended(tmp_path, *words, "--variant", "wrong", "stage2.rate=1")
+    assert wrong.stderr == "--variant stage2.rate=1: no such param\n"
+    wrong = ended(tmp_path, *words, "--variant", "still", "stage2.lr=1e-8 stage2.epochs=1")
+    assert "run-5-0-still: was made with other params; delete it, or set --keep" in wrong.stderr
 
 
-def test_changed_params_are_screened_and_a_killed_screening_goes_on(tmp_path):
+def test_orders_are_compared_in_lanes_on_a_part_of_a_set(tmp_path):
     params = read_params(backbone={"weights": "none", "sha256": ""}, extract={"image_size": "auto"})
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    photos = write_photos(tmp_path / "photos", each=24)
-    words = ("-m", "runs.screen", f"mine={photos}", "--seeds", 5, 6)
-    variants = ("--variant", "stage2.lr=1e-9 stage2.epochs=1")
-    first = command(tmp_path, *words, *variants)
-    with (tmp_path / "data/trials/screened.csv").open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    assert [(one["seed"], one["variant"]) for one in rows] == [
-        *((seed, variant) for seed in "56" for variant in ("", variants[1]))
-    ]
-    for one in rows:  # no step that moves the weights
-        if one["variant"]:
-            assert one["stage2_last_loss"] == one["stage2_start_loss"]
-    said = {line.split()[0]: line.split()[1:] for line in first.splitlines()}
-    assert said["runs"] == ["2", "2"]
-    mean = sum(float(one["stage1_last_loss"]) for one in rows if not one["variant"]) / 2
-    assert float(said["stage1_last_loss"][0]) == pytest.approx(mean, abs=1e-4)
-    assert float(said["stage1_last_loss"][1]) == 0  # stage 1 is the same
-    file = tmp_path / "data/trials/screened.csv"
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    assert command(tmp_path, *words, *variants).splitlines()[-1].split()[0] == "seconds"
-    with file.open(newline="") as lines:
-        again = list(csv.DictReader(lines))
-    assert again[:3] == rows[:3]
-    apart = {key for key in rows[3] if rows[3][key] != again[3][key]}
-    assert apart <= {"seconds"}  # the same bytes
-    wrong = ended(tmp_path, *words, "--variant", "stage2.rate=1")
-    assert wrong.stderr == "--variant stage2.rate=1: no such param\n"
+    photos = write_photos(tmp_path / "photos", each=40)
+    words = ("-m", "runs.variants", f"mine:24={photos}", "--seeds", 5, "--on", "test")
+    told = command(tmp_path, *words, "--orders", 0, 50, "--lanes", 2).splitlines()
+    part = tmp_path / "data/trials/mine-24"
+    one, other = (np.load(part / f"run-5-{order}-plain" / "scores.npz") for order in (0, 50))
+    assert np.array_equal(one["probe-test"], other["probe-test"])
+    assert not np.array_equal(one["stage1-test"], other["stage1-test"])
+    for model in CANDIDATES:
+        gap = 100 * abs(accuracy(one, model, "test") - accuracy(other, model, "test"))
+        others = 100 * (one[f"{model}-test"].argmax(1) != other[f"{model}-test"].argmax(1)).mean()
+        assert (
+            f"plain: {model}: mean absolute change {gap:.2f} points (largest {gap:.2f}, 1 pairs), "
+            f"{others:.1f} % other answers" in told
+        )
+    with (part / "prepared-5-64px/index.csv").open(newline="") as lines:
+        drawn = {row["path"]: row["split"] for row in csv.DictReader(lines)}
+    whole = tmp_path / "data/trials/mine/prepared-5-64px/index.csv"
+    with whole.open(newline="") as lines:
+        of_whole = {row["path"]: row["split"] for row in csv.DictReader(lines)}
+    assert Counter(drawn.values()) == {"train": 24, "val": 6, "test": 30}
+    assert {of_whole[path] for path in drawn} == {"train", "val"}
+    late = command(tmp_path, *words, "--seeds", 6, "--seconds", 0).splitlines()
+    assert "1 of 1 runs were not started: run this again" in late
