@@ -26,8 +26,6 @@ from pipeline.prepare import prepare
 from pipeline.probe import probe
 from pipeline.probing.codes import codes_name, read_codes, write_labels
 from pipeline.probing.probes import read_probes
-from pipeline.stage1 import stage1
-from pipeline.stage2 import stage2
 from pipeline.stage_runtime.files import whole_folder, write_csv
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import arguments, read_params
@@ -37,6 +35,10 @@ LABELLED = SPLITS[:2]  # what the probe reads; the codes of test images are for 
 FLIPS = {"digits": "none", "mnist": "none", "wafers": "dihedral"}
 HELD_OUT = 450  # images at most, of a part of a set
 ATTEMPTS = 100  # at a part with enough images of each class
+# The sections of the params that each of what is kept depends on.
+OF_PACKED = ("prepare",)
+OF_CODES = (*OF_PACKED, "backbone", "extract", "flips", "precision")
+OF_PROBES = (*OF_CODES, "probe", "sample_weight", "class_weight")
 
 Row = dict[str, str]
 
@@ -75,8 +77,8 @@ class Trial:
 
     def whole(self) -> "Trial":
         """Return the set that this is a part of; ELPV by image has the codes of that by group."""
-        elpv = self.set.startswith("elpv-")
-        return replace(self, images=0, set="elpv-group" if elpv else self.set)
+        name = "elpv-group" if self.set.startswith("elpv-") else self.set
+        return replace(self, images=0, set=name)
 
     def params(self, backbone: str = "", size: int = 0) -> dict[str, Any]:
         """Return the project's params for this set: photographs are flipped horizontally."""
@@ -97,9 +99,11 @@ class Trial:
         params = self.params(size=size) | {"seed": seed}
         made = self.kept / f"prepared-{seed}-{params['prepare']['size']}px"
         if self.images:
-            part = once(self.kept / f"drawn-{seed}", {}, lambda out: self._draw(seed, out))
+            at, of = self.kept / f"drawn-{seed}", _sections(params, OF_PACKED)
+            part = once(at, of, lambda out: self._draw(seed, out))
             params["prepare"] |= {"source": "csv", "path": str(part), "table": "part.csv"}
-        return once(made, params["prepare"], lambda out: _run(prepare, params, out=out))
+        of = _sections(params, OF_PACKED)
+        return once(made, of, lambda out: _run(prepare, params, out=out))
 
     def _draw(self, seed: int, out: Path) -> None:
         """Draw a part of the images, and write it as a folder with a table."""
@@ -124,10 +128,10 @@ class Trial:
 
     def codes(self, backbone: str = "") -> tuple[Path, float]:
         """Compute the codes of all images, at the network's own size; return the seconds too."""
-        params = self.params(backbone)
+        whole = self.whole()
+        params = whole.params(backbone)
         name = params["backbone"]["name"]
         size = max(params["prepare"]["size"], usual_size(skeleton(name)))
-        whole = self.whole()
 
         def compute(out: Path) -> None:
             packed = whole.prepared(0, size)
@@ -136,16 +140,18 @@ class Trial:
             (out / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
             shutil.copy(packed / "index.csv", out)
 
-        facts = {key: params[key] for key in ("backbone", "extract", "flips")}
-        made = once(whole.kept / f"codes-{name.replace('/', '-')}", facts, compute)
+        of = _sections(params, OF_CODES)
+        made = once(whole.kept / f"codes-{name.replace('/', '-')}", of, compute)
         seconds: float = json.loads((made / "seconds.json").read_text())
         return made, seconds
 
     def features(self, seed: int, backbone: str = "") -> Path:
         """Divide the codes by the splits that a seed draws."""
-        name = self.params(backbone)["backbone"]["name"]
-        made = self.kept / f"features-{name.replace('/', '-')}-{seed}"
-        return once(made, {}, lambda out: self._divide(backbone, seed, out))
+        params = self.params(backbone)
+        made = self.kept / f"features-{params['backbone']['name'].replace('/', '-')}-{seed}"
+        return once(
+            made, _sections(params, OF_CODES), lambda out: self._divide(backbone, seed, out)
+        )
 
     def _divide(self, backbone: str, seed: int, out: Path) -> None:
         of_all, _ = self.codes(backbone)
@@ -179,7 +185,7 @@ class Trial:
             }
             np.savez_compressed(out / "scores.npz", **scores)
 
-        return once(self.fitted(seed, backbone), params["probe"], fit)
+        return once(self.fitted(seed, backbone), _sections(params, OF_PROBES), fit)
 
     def fitted(self, seed: int, backbone: str = "") -> Path:
         """Return where the probes of a seed's splits lie, or will."""
@@ -211,19 +217,11 @@ def drawn(rows: Sequence[Row], sizes: dict[str, int], least: int, seed: int) -> 
     raise SystemExit(f"no draw of {sizes['train']} images has {least} of each class")
 
 
-def first_stage(prepared: Path, fitted: Path, params: dict[str, Any], folder: Path) -> Path:
-    """Run stage 1 below a folder, from a file of probes; return the folder it wrote."""
-    out = folder / "stage1"
+def trained(stage: Callable[..., Any], folder: Path, params: dict[str, Any], **paths: Path) -> Path:
+    """Run stage 1 or 2 below a folder; return the folder it wrote."""
+    out = folder / stage.__name__
     out.mkdir()
-    _run(stage1, params, out=out, prepared=prepared, probe=fitted)
-    return out
-
-
-def second_stage(prepared: Path, first: Path, params: dict[str, Any], folder: Path) -> Path:
-    """Run stage 2 below a folder, from stage 1's checkpoint; return the folder it wrote."""
-    out = folder / "stage2"
-    out.mkdir()
-    _run(stage2, params, out=out, prepared=prepared, stage1=first)
+    _run(stage, params, out=out, **paths)
     return out
 
 
@@ -240,6 +238,10 @@ def once(made: Path, params: dict[str, Any], make: Callable[[Path], object]) -> 
     elif not facts.exists() or facts.read_text() != told:
         raise SystemExit(f"{made}: was made with other params; delete it, or set --keep")
     return made
+
+
+def _sections(params: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: params[name] for name in names}
 
 
 def _run(stage: Callable[..., Any], params: dict[str, Any], **paths: Path) -> None:

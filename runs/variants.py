@@ -42,12 +42,14 @@ from pipeline.inference.tta import TTA, logits
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import load
 from pipeline.scoring.metrics import validation
+from pipeline.stage1 import stage1
+from pipeline.stage2 import stage2
 from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import load_yaml
 from pipeline.statistics.significance import difference
 from pipeline.statistics.verdict import TOO_FEW, simplest_of_the_best
-from runs.trials import Trial, first_stage, once, second_stage
+from runs.trials import Trial, once, trained
 
 PLAIN = "plain"
 SPLITS = ("val", "test")
@@ -58,6 +60,8 @@ KEPT = {  # of what a stage writes
     "stage1": ("metrics.json", "history.csv"),
     "stage2": ("metrics.json", "history.csv", "interpolation.csv"),
 }
+
+Scores = dict[str, Any]  # arrays of a run's scores.npz
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,10 @@ class Run:
         """Where it is kept."""
         return self.trial.kept / f"run-{self.seed}-{self.order}-{self.variant}"
 
-    def changed(self) -> dict[str, Any]:
-        """Return those of its params that a variant may change."""
-        return {section: self.params()[section] for section in SECTIONS}
-
     def params(self) -> dict[str, Any]:
         """Return the set's params, changed by the variant's."""
         changed = with_settings(self.trial.params(), self.settings)
         return changed | {"seed": self.seed + self.order}
-
-
-Scores = dict[str, Any]  # arrays of a run's scores.npz
 
 
 def main() -> None:
@@ -118,16 +115,15 @@ def main() -> None:
     found = {run: read(run) for run in runs if run.folder.exists()}
     if len(found) < len(runs):
         say(f"{len(runs) - len(found)} of {len(runs)} runs were not started: run this again")
-    for name in variants:
+    apart = {name: {r: s for r, s in found.items() if r.variant == name} for name in variants}
+    for name, of_one in apart.items():
         say(f"{name}, on {options.on}:")
-        for line in aligned(
-            table({r: s for r, s in found.items() if r.variant == name}, options.on)
-        ):
+        for line in aligned(table(of_one, options.on)):
             say(f"  {line}")
     for line in aligned(differences(found, options.on)) if len(variants) > 1 else ():
         say(line)
-    for name in variants if len(options.orders) > 1 else ():
-        for line in changes({r: s for r, s in found.items() if r.variant == name}, options.on):
+    for name, of_one in apart.items() if len(options.orders) > 1 else ():
+        for line in changes(of_one, options.on):
             say(f"{name}: {line}")
 
 
@@ -163,14 +159,10 @@ def finish(runs: Sequence[Run], lanes: int, until: float) -> None:
         for pairs in (whole, probed):
             list(pool.starmap(Trial.prepared, pairs, chunksize=1))
         uncoded = dict.fromkeys(t.whole() for t, seed in probed if not t.fitted(seed).exists())
-        list(pool.imap_unordered(_codes, uncoded))
+        list(pool.imap_unordered(Trial.codes, uncoded))
         list(pool.starmap(Trial.probed, probed, chunksize=1))
         for said in pool.imap_unordered(partial(finish_group, until), sharing(missing)):
             say(said)
-
-
-def _codes(trial: Trial) -> None:
-    trial.codes()
 
 
 def _quiet() -> None:
@@ -182,7 +174,7 @@ def sharing(runs: Sequence[Run]) -> list[list[Run]]:
     """Group runs that have their stage 1 in common, in the order of the first of each."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        others = [s for s in run.settings.split() if not s.startswith(("stage2.", "evaluate."))]
+        others = [s for s in run.settings.split() if not s.startswith("stage2.")]
         groups.setdefault((run.trial, run.seed, run.order, *sorted(others)), []).append(run)
     return list(groups.values())
 
@@ -199,38 +191,44 @@ def finish_group(until: float, group: Sequence[Run]) -> str:
     prepared, probed = one.trial.prepared(one.seed), one.trial.probed(one.seed)
     try:
         with tempfile.TemporaryDirectory(dir=one.trial.kept) as folder:
-            ones = first_stage(prepared, probed / "probe.safetensors", one.params(), Path(folder))
+            paths = {"prepared": prepared, "probe": probed / "probe.safetensors"}
+            ones = trained(stage1, Path(folder), one.params(), **paths)
+            scores = dict(np.load(probed / "scores.npz")) | _scored(ones, prepared, one.params())
             for run in group:
-                once(run.folder, run.changed(), partial(_finish, run, prepared, probed, ones))
+                make = partial(_finish, run, prepared, probed, ones, scores)
+                once(run.folder, run.params(), make)
     except PipelineError as error:
         return f"{what}: failed: {error}"
     return f"{what}: {time.time() - start:.0f} s"
 
 
-def _finish(run: Run, prepared: Path, probed: Path, ones: Path, out: Path) -> None:
+def _scored(stage: Path, prepared: Path, params: dict[str, Any]) -> Scores:
+    """Score the network that a stage wrote, on validation and test."""
+    network, _ = load(stage / "model.safetensors")
+    tta = TTA(params["flips"], params["evaluate"]["views"])
+    _, both = read_splits(prepared, SPLITS)
+    pairs = zip(SPLITS, both, strict=True)
+    return {f"{stage.name}-{split}": logits(network, images, tta) for split, images in pairs}
+
+
+def _finish(run: Run, prepared: Path, probed: Path, ones: Path, scores: Scores, out: Path) -> None:
     """Run stage 2, and keep the results and scores of all models."""
-    params, both = run.params(), read_splits(prepared, ("val", "test"))
     with tempfile.TemporaryDirectory(dir=run.trial.kept) as folder:
-        twos = second_stage(prepared, ones / "model.safetensors", params, Path(folder))
-        files = {
-            name: at / "model.safetensors" for name, at in (("stage1", ones), ("stage2", twos))
-        }
-        tta = TTA(params["flips"], params["evaluate"]["views"])
-        loaded = {name: load(file)[0] for name, file in files.items()}
+        paths = {"prepared": prepared, "stage1": ones / "model.safetensors"}
+        twos = trained(stage2, Path(folder), run.params(), **paths)
+        scores = scores | _scored(twos, prepared, run.params())
         for name, at in {"probe": probed, "stage1": ones, "stage2": twos}.items():
             for file in KEPT[name]:
                 shutil.copy(at / file, out / f"{name}-{file}")
-        arrays: Scores = dict(np.load(probed / "scores.npz"))
-        for split, rows, images in zip(SPLITS, *both, strict=True):
-            arrays |= {f"{name}-{split}": logits(net, images, tta) for name, net in loaded.items()}
-            of_rows = {"labels": rows.labels, "groups": rows.groups, "weights": rows.weights}
-            arrays |= {f"{name}-{split}": array for name, array in of_rows.items()}
-        np.savez_compressed(out / "scores.npz", **arrays)
+    for split, rows in zip(SPLITS, read_splits(prepared, SPLITS)[0], strict=True):
+        of_rows = {"labels": rows.labels, "groups": rows.groups, "weights": rows.weights}
+        scores |= {f"{name}-{split}": array for name, array in of_rows.items()}
+    np.savez_compressed(out / "scores.npz", **scores)
 
 
 def read(run: Run) -> Scores:
     """Read a run's scores; `chosen` are those of the model that validation chooses."""
-    folder = once(run.folder, run.changed(), lambda out: None)  # refuses one of other params
+    folder = once(run.folder, run.params(), lambda out: None)  # refuses one of other params
     arrays = dict(np.load(folder / "scores.npz"))
     right = [arrays[f"{m}-val"].argmax(1) == arrays["labels-val"] for m in CANDIDATES]
     chosen = CANDIDATES[

@@ -278,6 +278,8 @@ def test_variants_are_run_over_seeds_tabled_and_a_killed_table_goes_on(tmp_path)
     assert wrong.stderr == "--variant stage2.rate=1: no such param\n"
     wrong = ended(tmp_path, *words, "--variant", "still", "stage2.lr=1e-8 stage2.epochs=1")
     assert "run-5-0-still: was made with other params; delete it, or set --keep" in wrong.stderr
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**params, "class_weight": "balanced"}))
+    assert "run-5-0-plain: was made with other params" in ended(tmp_path, *words).stderr
 
 
 def test_orders_are_compared_in_lanes_on_a_part_of_a_set(tmp_path):
