@@ -201,8 +201,7 @@ def durations(
     first = epochs_of(lengths.first_epochs, train, lengths.batch_size)
     second = epochs_of(lengths.second_epochs, train, lengths.second_batch_size)
     test_views = len(views(how.flips, lengths.test_views))
-    of_head, whole = head_views(lengths.first_views, how)
-    passes = (lengths.first_views or first) + (of_head if whole != how else 0)
+    passes = (lengths.first_views or first) + head_views(how.flips, train)
     top_alone = max(pace.first - pace.trunk, 0)
     return {
         "stage1": (passes * train + val) * pace.trunk

@@ -1,19 +1,14 @@
 """Stage 1: train the top layers and a new head, initialised from the probe; the rest is frozen."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from annotated_types import Interval
-from numpy.typing import NDArray
-from torch import Tensor
 
-from pipeline.images.augment import Augment, augment
+from pipeline.images.augment import Augment
 from pipeline.images.shards import read_facts, read_splits, refuse_larger
 from pipeline.nets.batches import in_batches
 from pipeline.nets.checkpoint import versions
@@ -31,7 +26,7 @@ from pipeline.training.freeze import freeze_all_but, refuse_shared_statistics
 from pipeline.training.head import fit_head, head_views
 from pipeline.training.resume_state import ResumeState
 from pipeline.training.start import start_network, what_trains
-from pipeline.training.trunk_cache import Batch, cached_outputs, key_of
+from pipeline.training.trunk_cache import TrunkOutputs
 
 
 def stage1(
@@ -78,36 +73,12 @@ def stage1(
     say(f"training {len(trainable)} tensors in {', '.join(trained)}; frozen below {cut.name}")
 
     (rows, val_rows), (images, val_images) = read_splits(prepared, ("train", "val"))
-    feed, val_feed = DeviceImages(images, network.device), DeviceImages(val_images, network.device)
-
-    @torch.no_grad()
-    def trunk_of(
-        epochs: Sequence[int], chosen: NDArray[np.int64], how: Augment = how
-    ) -> list[Tensor]:
-        pixels = feed(chosen)
-        if how.crop == 1:  # once for all epochs: without crops, the order makes no difference
-            pixels = network.shrink(pixels)
-        augmented = (augment(pixels, rows.ids[chosen], epoch, seed, how) for epoch in epochs)
-        return [cut.trunk(network.normalise(x)) for x in augmented]
-
-    @torch.no_grad()
-    def val_trunk_of(epochs: Sequence[int], chosen: NDArray[np.int64]) -> list[Tensor]:
-        return [cut.trunk(network.normalise(val_feed(chosen)))]
-
+    feed = DeviceImages(images, network.device)
+    outputs = TrunkOutputs(network, cut)
     start = time.perf_counter()
-
-    def trunk_batch(views: int, how: Augment, said: str = "trunk train") -> Batch:
-        of_trunk = partial(trunk_of, how=how)
-        if not views:
-            return lambda epoch, chosen: of_trunk([epoch], chosen)[0]
-        key = key_of(
-            network, cut.name, images.key, how=asdict(how), seed=seed, ids=rows.ids.tolist()
-        )
-        return cached_outputs(of_trunk, len(images), views, key, said)
-
-    batch = trunk_batch(views, how)
-    val_batch = cached_outputs(
-        *(val_trunk_of, len(val_images), 1, key_of(network, cut.name, val_images.key), "trunk val")
+    batch = outputs.augmented(images, feed, rows.ids, how, views, seed)
+    val_batch = outputs.flipped(
+        val_images, DeviceImages(val_images, network.device), 1, "trunk val"
     )
     trunk_seconds = time.perf_counter() - start
 
@@ -121,11 +92,11 @@ def stage1(
         return validation(scores, val_rows.labels)
 
     from_probe = head_init == "probe" and network.backbone.weights != "none"
-    anew = from_probe and network.image_size != of_probe["image_size"]
-    if anew:
-        n, whole = head_views(views, how)
-        of_head = batch if whole == how else trunk_batch(min(views, n), whole, "trunk whole")
-        fit_head(network, cut, of_head, n, rows, weighing, of_probe["linear"]["c"], resume)
+    refit = from_probe and network.image_size != of_probe["image_size"]
+    if refit:
+        n_views = head_views(how.flips, len(images))
+        whole = outputs.flipped(images, feed, n_views, "trunk whole")
+        fit_head(network, cut, whole, n_views, rows, weighing, of_probe["linear"]["c"], resume)
     resume_state = ResumeState(resume.folder / "training.safetensors")
     epochs_run = fit(
         network.model,
@@ -138,7 +109,7 @@ def stage1(
         resume_state,
     )
     before = validate()
-    about = _about_the_head(of_probe, network.image_size, anew) if from_probe else ""
+    about = _about_the_head(of_probe, network.image_size, refit) if from_probe else ""
     say(f"epoch   0  val loss {before['loss']:.4f} acc {before['accuracy']:.4f}{about}")
     best = best_epoch(
         *("stage1", out, network.model, epochs_run, validate, [before], stop, resume_state),

@@ -169,20 +169,18 @@ def test_the_words_follow_the_interval(low, high, said):
 
 
 def test_durations_count_every_pass():
-    plain, cropped = Augment("both", 1.0, 0.0), Augment("dihedral", 0.5, 0.0)
+    plain = Augment("both", 1.0, 0.0)
     lengths = Lengths([], 64, 8, 10, 32, 96, 3, 32, 8)
     pace = Throughput(trunk=2.0, top=5.0, step=11.0, first=3.0, second=7.0)
     assert durations(pace, lengths, plain, train=100, val=10, test=20) == {
-        "stage1": (8 * 100 + 10) * 2 + 10 * (100 * 5 + 10 * 1),
+        # Eight views, and two whole ones for the head.
+        "stage1": ((8 + 2) * 100 + 10) * 2 + 10 * (100 * 5 + 10 * 1),
         # Validated before training, after each epoch, and at three factors of interpolation.
         "stage2": 3 * 100 * 11 + (1 + 3 + 3) * 10 * 7,
         "evaluate": 4 * 30 * (3 + 7),  # `both` has four flips
     }
     anew = Lengths([], 64, 0, 10, 32, 96, 3, 32, 8)  # no views kept: the trunk runs every epoch
-    assert durations(pace, anew, plain, 100, 10, 20)["stage1"] == (10 * 100 + 10) * 2 + 10 * 510
-    # With crops, the head is fitted on two whole views more.
-    more = durations(pace, lengths, cropped, 100, 10, 20)
-    assert more["stage1"] == ((8 + 2) * 100 + 10) * 2 + 10 * 510
+    assert durations(pace, anew, plain, 100, 10, 20)["stage1"] == ((10 + 2) * 100 + 10) * 2 + 5100
     # 100 images are 3 steps an epoch: ten epochs are the most.
     few = Lengths([], 64, 8, 10, 32, 96, "auto", 32, 8)
     assert durations(pace, few, plain, 100, 10, 20)["stage2"] == 10 * 1100 + (1 + 10 + 3) * 70

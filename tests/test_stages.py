@@ -15,7 +15,6 @@ from torch import nn
 
 from pipeline.evaluate import _trunk
 from pipeline.final_model import classifier
-from pipeline.images.augment import Augment
 from pipeline.images.shards import read_images, read_splits
 from pipeline.inference.tta import TTA, logits
 from pipeline.nets import checkpoint
@@ -187,23 +186,34 @@ def test_stage_1_says_what_the_probes_head_is_worth_at_its_size(finished, tmp_pa
     assert "the probe's head" not in capsys.readouterr().out
 
 
-def test_at_another_size_the_head_is_scikit_learns_on_the_codes_of_that_size(finished, tmp_path):
+@pytest.mark.parametrize("flips", ["none", "horizontal"])
+def test_at_another_size_the_head_is_scikit_learns_on_codes_of_single_views(
+    flips, finished, tmp_path
+):
     folder = copied(finished, tmp_path, "prepared", "models")
     still = {"epochs": 1, "image_size": 24, "views": 1, "lr": 1e-12}
-    run(folder, read_params(stage1=still, flips="none"), "stage1")
+    run(folder, read_params(stage1=still, flips=flips), "stage1")
     network, _ = load(where(folder)["stage1"])
     codes: list[torch.Tensor] = []
     head = network.model.get_submodule(head_name(network.model))
     head.register_forward_pre_hook(lambda _, inputs: codes.append(inputs[0]))
     (rows,), (images,) = read_splits(where(folder)["prepared"], ["train"])
-    found = logits(network, images, TTA("none", 1))
-    x = torch.cat(codes)[: len(images)].double().numpy()
+    pixels = images[np.arange(len(images))]
+    views = [pixels, np.flip(pixels, 2)][: 1 if flips == "none" else 2]
+    margins, x = [], []
+    for view in views:
+        found = logits(network, np.ascontiguousarray(view), TTA("none", 1))
+        margins.append(found[:, 1] - found[:, 0])
+        x.append(torch.cat(codes)[: len(images)].double().numpy())
+        codes.clear()
     c = checkpoint.read(where(folder)["probe"])[1]["linear"]["c"]
-    expected = make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-8, max_iter=9999))
-    expected.fit(x, rows.labels)
-    margin = found[:, 1] - found[:, 0]
-    assert margin.std() > 0.1
-    assert margin == pytest.approx(expected.decision_function(x), abs=1e-3)
+    regression = LogisticRegression(C=c / len(views), tol=1e-8, max_iter=9999)
+    expected = make_pipeline(StandardScaler(), regression)
+    expected.fit(np.concatenate(x), np.tile(rows.labels, len(views)))
+    assert np.std(margins) > 0.1
+    assert np.concatenate(margins) == pytest.approx(
+        expected.decision_function(np.concatenate(x)), abs=1e-3
+    )
 
 
 def test_stage_1_keeps_the_probes_head_where_no_epoch_is_better(finished, tmp_path):
@@ -348,12 +358,9 @@ def test_few_images_get_more_epochs(asked, images, batch_size, epochs):
     assert epochs_of(asked, images, batch_size) == epochs
 
 
-def test_the_head_is_fitted_on_whole_images():
-    flips = Augment("horizontal", 1.0, 0.0)
-    assert head_views(8, flips) == (4, flips)
-    assert head_views(1, flips) == (1, flips)
-    assert head_views(8, Augment("horizontal", 0.5, 0.2)) == (2, flips)
-    assert head_views(8, Augment("none", 0.5, 0.0)) == (1, Augment("none", 1.0, 0.0))
+def test_the_head_is_fitted_on_an_image_and_one_flip_where_images_are_few():
+    assert [head_views(flips, 50_000) for flips in ("none", "horizontal", "dihedral")] == [1, 2, 2]
+    assert head_views("dihedral", 50_001) == 1
 
 
 def test_between_two_states_is_their_weighted_mean():

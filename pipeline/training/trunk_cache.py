@@ -8,6 +8,7 @@ make room.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.images.augment import Augment, augment, dihedral
+from pipeline.images.shards import Images
 from pipeline.nets.batches import eval_batch, in_batches
 from pipeline.nets.device import has_room, kernels
+from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.network import Network
 from pipeline.stage_runtime.cache_entries import hold, make_room
 from pipeline.stage_runtime.distributed import Arrays, broadcast
 from pipeline.stage_runtime.progress import say, track
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.settings import cache_bytes, cache_folder, rank
+from pipeline.training.cut import Cut
 
 Indices = NDArray[np.int64]
 Compute = Callable[[Sequence[int], Indices], Sequence[Tensor]]  # (views, rows) -> (B, ...) per view
@@ -35,6 +40,47 @@ CODE = (
     *(HERE / name for name in ("cut.py", "freeze.py", "trunk_cache.py")),
     HERE.parent / "images" / "augment.py",
 )
+
+
+@dataclass(frozen=True)
+class TrunkOutputs:
+    """What a cut network's trunk gives for views of packed images."""
+
+    network: Network
+    cut: Cut
+
+    def augmented(
+        self, images: Images, feed: DeviceImages, ids: Indices, how: Augment, views: int, seed: int
+    ) -> Batch:
+        """Return those of augmented images: of `views` of each, or with 0 of new ones each epoch.
+
+        `feed` gives the images' pixels, and `ids` (N,) which random numbers are theirs.
+        """
+
+        @torch.no_grad()
+        def compute(epochs: Sequence[int], rows: Indices) -> list[Tensor]:
+            pixels = feed(rows)
+            if how.crop == 1:  # once for all epochs: without crops, the order makes no difference
+                pixels = self.network.shrink(pixels)
+            views_of = (augment(pixels, ids[rows], epoch, seed, how) for epoch in epochs)
+            return [self.cut.trunk(self.network.normalise(x)) for x in views_of]
+
+        if not views:
+            return lambda epoch, rows: compute([epoch], rows)[0]
+        facts = {"how": asdict(how), "seed": seed, "ids": ids.tolist()}
+        key = key_of(self.network, self.cut.name, images.key, **facts)
+        return cached_outputs(compute, len(images), views, key, "trunk train")
+
+    def flipped(self, images: Images, feed: DeviceImages, views: int, name: str) -> Batch:
+        """Return those of whole images (view 1) and of their flips (the views after it)."""
+
+        @torch.no_grad()
+        def compute(views: Sequence[int], rows: Indices) -> list[Tensor]:
+            x = self.network.normalise(feed(rows))
+            return [self.cut.trunk(dihedral(x, view - 1, rows=2)) for view in views]
+
+        key = key_of(self.network, self.cut.name, images.key)
+        return cached_outputs(compute, len(images), views, key, name)
 
 
 def key_of(network: Network, block: str, pixels: str, **augmentation: Any) -> str:
