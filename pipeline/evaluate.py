@@ -1,24 +1,25 @@
-"""Evaluate: score all models on the test split, once; choose and write the final model."""
+"""Evaluate: score all models and their blend on the test split, once; write the final model."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from annotated_types import Interval
-from scipy.special import softmax
 
-from pipeline.final_model.candidates import Model, scored
-from pipeline.final_model.classifier import Classifier
+from pipeline.final_model.candidates import BLEND, SINGLE, Candidate, candidates_of, choose, scored
+from pipeline.final_model.classifier import Classifier, Member
 from pipeline.images.rows import Rows
-from pipeline.images.shards import read_facts, read_splits
+from pipeline.images.shards import Images, read_facts, read_splits
 from pipeline.nets.backbone import rebuild
 from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import Network, facts_of, from_facts
 from pipeline.probing.probes import read_probes
 from pipeline.scoring.answers import answer_lines
-from pipeline.scoring.metrics import fit_temperature
+from pipeline.stage_runtime.errors import ParamError
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
@@ -27,14 +28,12 @@ from pipeline.statistics.reliability import sure_in_words, sure_threshold
 from pipeline.statistics.significance import accuracy_interval, difference
 from pipeline.statistics.verdict import (
     confusion,
-    fine_tuning_verdict,
     interval_in_words,
     model_scores,
-    simplest_of_the_best,
+    verdicts,
 )
 
-# From simple to costly: of the models that tie, the first one is the final model.
-CANDIDATES = ("probe", "stage1", "stage2")
+TIMED = 64  # images
 
 
 def evaluate(
@@ -47,51 +46,51 @@ def evaluate(
     stage2: Path,
     out: Out,
     final: Out,
+    candidates: list[Literal["probe", "stage1", "stage2", "blend"]],
     views: Annotated[int, Interval(ge=1, le=8)],
     tie: Annotated[float, Interval(ge=0, le=5)],
     sure_accuracy: Annotated[float, Interval(ge=0, le=1)],
     resume: Resume,
 ) -> dict[str, float]:
-    """Score probe, linear probe, stage 1 and stage 2 on test, and write the final model.
+    """Score the models of all stages and their blend on test, and write the final model.
 
-    The final model is chosen by validation accuracy. Two models tie if their accuracies differ by
-    at most `tie` standard errors of the difference; the simpler one is then chosen. Its temperature
-    and its threshold for "not sure" are fitted on the validation split.
+    The blend is the weighted mean of the other candidates' calibrated probabilities. The final
+    model is the first candidate of blend, stage 2, stage 1 and probe, unless the validation
+    accuracy of another is more than `tie` standard errors higher. Weights, temperatures and the
+    threshold for "not sure" are fitted on the validation split; what is said of that split is of
+    fits to other groups of its images.
 
     Writes metrics.json, advice.json (the expected and the measured gain of stage 2),
     confusion.csv, per_class.csv, predictions.csv and validation.csv (the predictions on the
-    validation split) into `out`, and model.safetensors into `final`.
+    validation split) into `out`, and model.safetensors into `final`. Returns how many images a
+    second the final model classifies.
     """
     set_up_torch()
+    _refuse_no_models(candidates)
     (val, test), images = read_splits(prepared, ("val", "test"))
     classes = read_facts(prepared).classes
     *_, of_codes = read_probes(probe)
     models = scored(images, features, probe, (stage1, stage2), views, classes, resume)
-    right = {m.name: m.val.argmax(1) == val.labels for m in models}
-    val_accuracy = {name: float(r.mean()) for name, r in right.items()}
-    place = simplest_of_the_best([right[name] for name in CANDIDATES], val.groups, tie)
-    (chosen,) = (m for m in models if m.name == CANDIDATES[place])
-    temperature = fit_temperature(chosen.val, val.labels)
-    probabilities = softmax(chosen.val / temperature, axis=1)
-    sure = sure_threshold(probabilities, val.labels, val.groups, sure_accuracy)
+    truth = val.labels, val.groups
+    compared = candidates_of(models, candidates, *truth)
+    chosen = choose(compared, candidates, *truth, tie)
+    sure = sure_threshold(np.exp(chosen.val), *truth, sure_accuracy)
     classifier = Classifier(
-        chosen.network or _trunk(of_codes),
-        chosen.probe,
-        of_codes["pooling"],
-        chosen.tta,
-        temperature,
+        _members(chosen, of_codes),
+        chosen.mixture.temperature,
         sure.above,
         chosen.name,
         sure_accuracy,
         sure.images,
     )
+    val_accuracy = {n: float((c.val.argmax(1) == val.labels).mean()) for n, c in compared.items()}
     told = {"val_accuracy": val_accuracy[chosen.name], "versions": versions(), **chosen.training}
     classifier.save(final / "model.safetensors", **told)
 
     metrics: dict[str, Any] = {"test": {}, "chosen": chosen.name, "val": val_accuracy}
     if len(test.labels):
-        metrics = {**metrics, **_compared(models, test)}
-    _write_tables(out, models, val, test, classes, temperature, chosen)
+        metrics = {**metrics, **_compared(compared, chosen.name, test)}
+    _write_tables(out, compared, val, test, classes, chosen)
     write_json(out / "metrics.json", metrics)
     for line in _verdict(metrics, len(test.labels)):
         say(line)
@@ -103,7 +102,39 @@ def evaluate(
             f"expected gain {100 * against['low']:+.1f} to {100 * against['high']:+.1f} points: "
             f"the measured gain is {'inside' if against['held'] else 'outside'} this interval"
         )
-    return {}
+    return {"final_images_per_second": _speed(classifier, images[0])}
+
+
+def _refuse_no_models(candidates: Sequence[str]) -> None:
+    """Raise ParamError if there is nothing to choose from, or to blend."""
+    single = [name for name in SINGLE if name in candidates]
+    if not single:
+        raise ParamError(f"evaluate.candidates: name one or more of {', '.join(SINGLE)}")
+    if BLEND in candidates and len(single) < 2:
+        raise ParamError(
+            f"evaluate.candidates: a blend of {single[0]} alone; name another model, or leave out "
+            f"{BLEND}"
+        )
+
+
+def _members(chosen: Candidate, of_codes: dict[str, Any]) -> list[Member]:
+    """Return what the final classifier is made of; models without weight are left out."""
+    how = chosen.mixture
+    return [
+        Member(
+            m.name,
+            m.network or _trunk(of_codes),
+            m.probe,
+            of_codes["pooling"],
+            m.tta,
+            temperature,
+            weight,
+        )
+        for m, temperature, weight in zip(
+            chosen.members, how.temperatures, how.weights, strict=True
+        )
+        if weight
+    ]
 
 
 def _trunk(meta: dict[str, Any]) -> Network:
@@ -112,24 +143,42 @@ def _trunk(meta: dict[str, Any]) -> Network:
     return from_facts(rebuild(facts["backbone"]).eval(), facts)
 
 
-def _compared(models: Sequence[Model], test: Rows) -> dict[str, Any]:
-    """Return each model's test metrics with intervals, and the gain of stage 2 over the probe.
+def _speed(classifier: Classifier, images: Images) -> float:
+    """Measure how many images a second the final model classifies, and say what each part takes."""
+    some = images[np.arange(min(TIMED, len(images)))]
+    taken = []
+    for member in classifier.members:
+        member.scores(some[:1])
+        start = time.perf_counter()
+        member.scores(some)
+        taken.append((time.perf_counter() - start) / len(some))
+    each = zip(classifier.members, taken, strict=True)
+    parts = " + ".join(f"{member.name} {1000 * t:.0f}" for member, t in each)
+    say(f"the final model takes {1000 * sum(taken):.0f} ms an image: {parts}")
+    return 1 / sum(taken)
+
+
+def _compared(compared: dict[str, Candidate], chosen: str, test: Rows) -> dict[str, Any]:
+    """Return each model's test metrics with intervals, and gains over the probe.
 
     Intervals are null if there are too few groups of test images.
     """
-    right = {m.name: m.test.argmax(1) == test.labels for m in models}
+    right = {name: c.test.argmax(1) == test.labels for name, c in compared.items()}
     table = {}
-    for m in models:
-        low, high = accuracy_interval(right[m.name], test.groups) or (None, None)
-        found = model_scores(m.test, test.labels, test.weights)
-        table[m.name] = {
+    for name, candidate in compared.items():
+        low, high = accuracy_interval(right[name], test.groups) or (None, None)
+        found = model_scores(candidate.test, test.labels, test.weights)
+        table[name] = {
             "accuracy": found.pop("accuracy"),
             "accuracy_low": low,
             "accuracy_high": high,
             **found,
         }
-    against = difference(right["stage2"], right["probe"], test.groups)
-    return {"test": table, "stage2_minus_probe": against}
+    gains = {
+        f"{name}_minus_probe": difference(right[model], right["probe"], test.groups)
+        for name, model in (("stage2", "stage2"), ("chosen", chosen))
+    }
+    return {"test": table, **gains}
 
 
 def _against(advice: Path, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -151,41 +200,43 @@ def _against(advice: Path, metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _write_tables(
     out: Path,
-    models: Sequence[Model],
+    compared: dict[str, Candidate],
     val: Rows,
     test: Rows,
     classes: Sequence[str],
-    temperature: float,
-    chosen: Model,
+    chosen: Candidate,
 ) -> None:
     """Write the tables for the report and the plots: confusion, per class, predictions."""
     answers = [("actual", "predicted")]
-    p = softmax(chosen.test / temperature, axis=1)
     answers += [
         (classes[label], classes[answer])
-        for label, answer in zip(test.labels, p.argmax(1), strict=True)
+        for label, answer in zip(test.labels, chosen.test.argmax(1), strict=True)
     ]
     write_csv(out / "confusion.csv", answers)
     lines: list[tuple[Any, ...]] = [("model", "class", "images", "recall", "precision")]
-    for m in models if len(test.labels) else []:
-        counts = confusion(m.test, test.labels)
+    for model, candidate in compared.items() if len(test.labels) else ():
+        counts = confusion(candidate.test, test.labels)
         for i, name in enumerate(classes):
             actual, answered = counts[i].sum(), counts[:, i].sum()
             recall = f"{counts[i, i] / actual:.6f}" if actual else ""
             precision = f"{counts[i, i] / answered:.6f}" if answered else ""
-            lines.append((m.name, name, actual, recall, precision))
+            lines.append((model, name, actual, recall, precision))
     write_csv(out / "per_class.csv", lines)
-    for file, rows, scores in (
-        ("predictions.csv", test, {m.name: m.test for m in models}),
-        ("validation.csv", val, {m.name: m.val for m in models}),
-    ):
-        write_csv(out / file, answer_lines(rows, scores, chosen.name, temperature, classes))
+    splits: tuple[tuple[str, Literal["val", "test"], Rows], ...] = (
+        ("predictions.csv", "test", test),
+        ("validation.csv", "val", val),
+    )
+    for file, split, rows in splits:
+        scores = {name: getattr(candidate, split) for name, candidate in compared.items()}
+        sure = scores[chosen.name], chosen.uncalibrated(split)
+        write_csv(out / file, answer_lines(rows, scores, chosen.name, *sure, classes))
 
 
 def _verdict(metrics: dict[str, Any], n: int) -> list[str]:
     """Return the results as lines of text."""
+    chosen = metrics["chosen"]
     if not metrics["test"]:
-        return [f"no labelled test split, so no verdict; chosen by validation: {metrics['chosen']}"]
+        return [f"no labelled test split, so no verdict; final model: {chosen}"]
     lines = [f"{'':<14} val acc  test acc (95 % interval)   balanced  AUROC   on {n} test images"]
     for name, m in metrics["test"].items():
         auroc = "-" if m["auroc"] is None else f"{m['auroc']:.3f}"
@@ -194,5 +245,4 @@ def _verdict(metrics: dict[str, Any], n: int) -> list[str]:
             f"({interval_in_words(m['accuracy_low'], m['accuracy_high'])})   "
             f"{m['balanced_accuracy']:.4f}    {auroc}"
         )
-    told = fine_tuning_verdict(metrics["stage2_minus_probe"])
-    return [*lines, told, f"chosen by validation: {metrics['chosen']}"]
+    return [*lines, *verdicts(metrics), f"final model: {chosen}"]

@@ -17,6 +17,7 @@ import numpy as np
 import sklearn.linear_model
 import sklearn.svm  # noqa: F401
 from annotated_types import Ge, Gt, Interval, MinLen
+from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
@@ -156,7 +157,8 @@ def probe(
     seen = ~np.isnan(held_out[:, 0])
     out_of_fold = {"probe": held_out, "probe_linear": held_out_linear}
     of_winner = fit_temperature(held_out[seen], train.labels[seen])
-    answers = answer_lines(train, out_of_fold, "probe", of_winner, facts["classes"])
+    calibrated, raw = (log_softmax(held_out / t, axis=1) for t in (of_winner, 1.0))
+    answers = answer_lines(train, out_of_fold, "probe", calibrated, raw, facts["classes"])
     write_csv(out / "out_of_fold.csv", answers)
     write_json(out / "metrics.json", {"probe": metrics})
     for name, cell, s in (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.audit_summary import findings
 from pipeline.final_model.classifier import Classifier, load
-from pipeline.final_model.grad_cam import activation_maps, explained_block
+from pipeline.final_model.grad_cam import activation_maps, explained_blocks
 from pipeline.final_model.graph import Graph
 from pipeline.images.shards import read_splits
 from pipeline.nets import checkpoint
@@ -27,7 +27,7 @@ from pipeline.stage_runtime.files import Rowwise, reading, write_text
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import STAGES, AllParams, Out, flat
 from pipeline.statistics.reliability import calibration_error, reliability, sure_in_words
-from pipeline.statistics.verdict import TOO_FEW, fine_tuning_verdict
+from pipeline.statistics.verdict import TOO_FEW, verdicts
 
 TEMPLATE = Path(__file__).parent / "pages" / "report.html"
 MISTAKES, UNSURE, SURE = 12, 12, 8  # pictures
@@ -39,6 +39,7 @@ NAMES = {
     "probe": "best probe",
     "stage1": "stage 1",
     "stage2": "stage 2",
+    "blend": "blend",
 }
 # Where each stage's timing.json lies, below models/.
 TIMINGS = {name: "advice" if name == "advise" else name for name in STAGES}
@@ -80,10 +81,10 @@ def report(
     page = render(
         TEMPLATE,
         metrics=metrics,
-        names=NAMES,
+        names={model: name for model, name in NAMES.items() if model in metrics["val"]},
         chosen=chosen,
         winner=winner,
-        verdict=fine_tuning_verdict(metrics["stage2_minus_probe"]) if predictions else "",
+        verdicts=verdicts(metrics) if predictions else [],
         most_frequent=_most_frequent(predictions),
         images=len(predictions),
         comparison=_comparison(metrics["test"]),
@@ -154,6 +155,7 @@ def _comparison(test: dict[str, Any]) -> Markup | None:
             **_ends(test[model]["accuracy_low"], test[model]["accuracy_high"]),
         }
         for model, name in NAMES.items()
+        if model in test
     ]
     said = "; ".join(f"{r['name']} {r['value']:.1f} % ({_interval(r)})" for r in rows)
     return charts.intervals(rows, "test accuracy, %", f"Test accuracy with intervals: {said}")
@@ -303,7 +305,9 @@ def _galleries(
         return {"name": name, "about": about, "cards": cards}
 
     by_doubt, by_trust = np.argsort(sure, kind="stable"), np.argsort(-sure, kind="stable")
-    where = f"where the evidence for the answer lies (Grad-CAM at {explained_block(graph)})"
+    where = (
+        f"where the evidence for the answer lies (Grad-CAM at {', '.join(explained_blocks(graph))})"
+    )
     return [
         shown(
             "The most confident mistakes on validation",

@@ -24,6 +24,8 @@ from typing import Any
 import dvc.api
 import yaml
 
+from pipeline.commands.revision import MODELS
+
 DIGITS = [
     *("prepare.source=folder", "prepare.split_by=image", "flips=none"),
     *("stage1.image_size=224", "stage2.image_size=224"),
@@ -96,7 +98,6 @@ SETTINGS = {
 EVIDENCE = ("images", "early", "late", "source_confidence", "source_information")
 RESULTS = Path(__file__).with_name("results.csv")
 GRAPH = Path(__file__).parent.parent / "dvc.yaml"
-MODELS = ("probe_linear", "probe", "stage1", "stage2")
 
 
 def main() -> None:
@@ -135,7 +136,7 @@ def accuracies(metrics: dict[str, Any]) -> tuple[str, dict[str, float]]:
     if not test:
         of = {m: metrics[f"models/{m}/metrics.json:{m}"] for m in ("probe", "stage1", "stage2")}
         return "validation", {model: found["val"]["accuracy"] for model, found in of.items()}
-    row = {model: test[model]["accuracy"] for model in MODELS}
+    row = {model: test[model]["accuracy"] for model in MODELS if model in test}
     row["chosen"] = test[chosen]["accuracy"]
     row["chosen, weighted"] = test[chosen]["accuracy_weighted"]
     row["probe, weighted"] = test["probe"]["accuracy_weighted"]
@@ -153,7 +154,7 @@ def record(name: str, seed: int, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "seed": seed,
-        **{model: test[model]["accuracy"] for model in MODELS},
+        **{model: test[model]["accuracy"] if model in test else "" for model in MODELS},
         "chosen": metrics["chosen"],
         **{f"gain_{k}": gain[k] for k in ("accuracy", "low", "high", "p_value")},
         "case": advice["case"],

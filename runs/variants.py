@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.commands.table import aligned
-from pipeline.evaluate import CANDIDATES
+from pipeline.final_model.candidates import BLEND, SINGLE, Scored, candidates_of, choose
 from pipeline.images.shards import read_splits
 from pipeline.inference.tta import TTA, logits
 from pipeline.nets.device import set_up_torch
@@ -48,12 +48,12 @@ from pipeline.stage_runtime.errors import PipelineError
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import load_yaml
 from pipeline.statistics.significance import difference
-from pipeline.statistics.verdict import TOO_FEW, simplest_of_the_best
+from pipeline.statistics.verdict import TOO_FEW
 from runs.trials import Trial, once, trained
 
 PLAIN = "plain"
 SPLITS = ("val", "test")
-MODELS = (*CANDIDATES, "chosen")
+MODELS = (*SINGLE, BLEND, "chosen")
 SECTIONS = ("augment", "stage1", "stage2", "evaluate")  # whose params a variant may change
 KEPT = {  # of what a stage writes
     "probe": ("metrics.json", "grid.csv", "out_of_fold.csv"),
@@ -227,14 +227,21 @@ def _finish(run: Run, prepared: Path, probed: Path, ones: Path, scores: Scores, 
 
 
 def read(run: Run) -> Scores:
-    """Read a run's scores; `chosen` are those of the model that validation chooses."""
+    """Read a run's scores, and what evaluate would make of them: the blend and the final model."""
     folder = once(run.folder, run.params(), lambda out: None)  # refuses one of other params
     arrays = dict(np.load(folder / "scores.npz"))
-    right = [arrays[f"{m}-val"].argmax(1) == arrays["labels-val"] for m in CANDIDATES]
-    chosen = CANDIDATES[
-        simplest_of_the_best(right, arrays["groups-val"], run.params()["evaluate"]["tie"])
+    params, none = run.params()["evaluate"], TTA("none", 1)
+    models = [
+        Scored(name, None, None, none, arrays[f"{name}-val"], arrays[f"{name}-test"], {})
+        for name in SINGLE
     ]
-    return arrays | {f"chosen-{split}": arrays[f"{chosen}-{split}"] for split in SPLITS}
+    truth = arrays["labels-val"], arrays["groups-val"]
+    found = candidates_of(models, params["candidates"], *truth)
+    chosen = choose(found, params["candidates"], *truth, params["tie"])
+    of_models = {**found, "chosen": chosen}
+    return arrays | {
+        f"{name}-{split}": getattr(of_models[name], split) for name in MODELS for split in SPLITS
+    }
 
 
 def _accuracy(scores: Scores, model: str, on: str, of: int = 1) -> float:

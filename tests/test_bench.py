@@ -18,7 +18,7 @@ from PIL import Image
 from repository import commit, environment, python_path
 
 from bench.networks import RECOMMENDED, row
-from pipeline.evaluate import CANDIDATES
+from pipeline.final_model.candidates import SINGLE
 from pipeline.images.shards import SPLITS, read_rows
 from pipeline.nets.fuse import resolved
 
@@ -252,10 +252,10 @@ def test_variants_are_run_over_seeds_tabled_and_a_killed_table_goes_on(tmp_path)
         for name in ("plain", "still")
     }
     line, _ = [line.split() for line in first if line.split()[:1] == ["mine"]]
-    plain = {m: [accuracy(found[s, "plain"], m, "test") for s in (5, 6)] for m in CANDIDATES}
-    assert line[1:5] == ["2", *(f"{np.mean(plain[m]):.4f}" for m in CANDIDATES)]
+    plain = {m: [accuracy(found[s, "plain"], m, "test") for s in (5, 6)] for m in SINGLE}
+    assert line[1:5] == ["2", *(f"{np.mean(plain[m]):.4f}" for m in SINGLE)]
     gap = np.mean(np.subtract(plain["stage2"], plain["probe"]))
-    assert float(line[6]) == pytest.approx(100 * gap, abs=0.01)
+    assert float(line[7]) == pytest.approx(100 * gap, abs=0.01)
     for seed in (5, 6):  # stage 1 is shared; no step moved stage 2's weights
         one, two = found[seed, "plain"], found[seed, "still"]
         assert np.array_equal(one["stage1-val"], two["stage1-val"])
@@ -292,7 +292,7 @@ def test_orders_are_compared_in_lanes_on_a_part_of_a_set(tmp_path):
     one, other = (np.load(part / f"run-5-{order}-plain" / "scores.npz") for order in (0, 50))
     assert np.array_equal(one["probe-test"], other["probe-test"])
     assert not np.array_equal(one["stage1-test"], other["stage1-test"])
-    for model in CANDIDATES:
+    for model in SINGLE:
         gap = 100 * abs(accuracy(one, model, "test") - accuracy(other, model, "test"))
         others = 100 * (one[f"{model}-test"].argmax(1) != other[f"{model}-test"].argmax(1)).mean()
         assert (

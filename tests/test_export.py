@@ -14,7 +14,7 @@ from pipeline.commands.export import export
 from pipeline.commands.predict import load, predict
 from pipeline.final_model import classifier
 from pipeline.final_model import onnx as portable
-from pipeline.final_model.classifier import Classifier
+from pipeline.final_model.classifier import Classifier, Member
 from pipeline.final_model.graph import Graph, SvmHead
 from pipeline.final_model.onnx import Portable
 from pipeline.images.shards import read_images, read_rows
@@ -53,7 +53,9 @@ def drawn_classifier(probe, classes, channels, size):
     names = [f"class {i}" for i in range(classes)]
     facts = (backbone, names, size, 64, "crop", channels, "fp32")
     network = Network(fuse(model.eval().requires_grad_(False), "fp32"), *facts)
-    return Classifier(network, probe, "both", TTA("dihedral", 8), 1.7, 0.6, "probe")
+    return Classifier(
+        [Member("probe", network, probe, "both", TTA("dihedral", 8))], 1.7, 0.6, "probe"
+    )
 
 
 def pixels(channels, n=33):
@@ -127,8 +129,12 @@ def test_the_graph_needs_nothing_of_ours(finished, exported):
     session = InferenceSession(exported / "model.onnx")
     (answer,) = session.run(["probabilities"], {"pixels": np.array(images)})
     final = classifier.load(where(finished)["final"])
-    network = replace(final.network, precision="fp32", model=Graph(final).model)
-    expected = replace(final, network=network).probabilities(images)
+    assert len(final.members) > 1
+    members = [
+        replace(member, network=replace(member.network, precision="fp32", model=part.model))
+        for member, part in zip(final.members, Graph(final).parts, strict=True)
+    ]
+    expected = replace(final, members=members).probabilities(images)
     np.testing.assert_allclose(answer, expected, atol=1e-4)
     np.testing.assert_allclose(answer.sum(1), 1, atol=1e-5)
 

@@ -27,7 +27,7 @@ from pipeline.probing.probes import (
     svm_probe,
 )
 from pipeline.scoring.metrics import balanced_accuracy, cross_entropy, fit_temperature
-from pipeline.statistics.verdict import model_scores, simplest_of_the_best
+from pipeline.statistics.verdict import first_unless_clearly_worse, model_scores
 from pipeline.training.fit import DivergedError, Recipe, SampleWeights, fit, training_weights
 from pipeline.training.schedule import rate
 
@@ -326,18 +326,21 @@ def test_test_metrics_are_scikit_learns_and_null_where_a_class_is_missing():
     assert model_scores(scores, labels % 2, np.ones(60))["auroc"] is None
 
 
-def test_the_simplest_of_those_that_tie_is_chosen_by_hand():
-    """Of 100 images 3 are right for the simple model alone and 5 for the other one: .02 apart."""
-    simple, other = np.ones(100, bool), np.ones(100, bool)
-    simple[:5], other[5:8] = False, False
+def test_the_first_model_is_chosen_unless_another_is_clearly_better_by_hand():
+    """Of 100 images 3 are right for the first model alone and 5 for the other one: .02 apart."""
+    first, other = np.ones(100, bool), np.ones(100, bool)
+    first[:5], other[5:8] = False, False
     error = np.sqrt((8 - 100 * 0.02**2) / 100**2)  # .0282
     each = np.arange(100)
-    assert simplest_of_the_best([simple, other], each, 0.02 / error + 0.01) == 0
-    assert simplest_of_the_best([simple, other], each, 0.02 / error - 0.01) == 1
-    assert simplest_of_the_best([simple, other], each, 0) == 1
-    assert simplest_of_the_best([other, simple, other], each, 0) == 0
+    assert first_unless_clearly_worse([first, other], each, 0.02 / error + 0.01) == 0
+    assert first_unless_clearly_worse([first, other], each, 0.02 / error - 0.01) == 1
+    assert first_unless_clearly_worse([first, other], each, 0) == 1
+    assert first_unless_clearly_worse([other, first, other], each, 0) == 0
+    # Of those that are clearly better, the best one.
+    best = np.ones(100, bool)
+    assert first_unless_clearly_worse([first, other, best], each, 0) == 2
     # Each image twice, as a group: the same accuracies with as much evidence as before.
     twice = np.repeat(each, 2)
-    models = [np.repeat(simple, 2), np.repeat(other, 2)]
-    assert simplest_of_the_best(models, twice, 0.02 / error + 0.01) == 0
-    assert simplest_of_the_best(models, twice, 0.02 / error - 0.01) == 1
+    models = [np.repeat(first, 2), np.repeat(other, 2)]
+    assert first_unless_clearly_worse(models, twice, 0.02 / error + 0.01) == 0
+    assert first_unless_clearly_worse(models, twice, 0.02 / error - 0.01) == 1

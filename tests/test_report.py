@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from conftest import paths, read_params, run, write_photos
 from sklearn.calibration import calibration_curve
 
 from pipeline.final_model import classifier
-from pipeline.final_model.grad_cam import activation_maps, explained_block
+from pipeline.final_model.grad_cam import activation_maps, explained_blocks
 from pipeline.final_model.graph import Graph
 from pipeline.images.shards import read_images
 from pipeline.inference.taps import Taps
@@ -199,20 +200,22 @@ def final_of(finished: Path, name: str) -> classifier.Classifier:
     """Make a final model of a stage's network."""
     found = classifier.load(paths(finished)["report"]["final"])
     network, _ = load(paths(finished)[name]["out"] / "model.safetensors")
-    return classifier.Classifier(network, None, "average", found.tta, 1.0, 0.0, name)
+    member = classifier.Member(name, network, None, "average", found.members[0].tta)
+    return classifier.Classifier([member], 1.0, 0.0, name)
 
 
 def test_where_a_linear_head_follows_averages_the_maps_are_its_weights_on_the_features(
     finished, images
 ):
     graph = Graph(final_of(finished, "stage2"))
+    [part], [block_name] = graph.parts, explained_blocks(graph)
     features: list[torch.Tensor] = []
-    block = graph.model.get_submodule(explained_block(graph))
+    block = part.model.get_submodule(block_name)
     handle = block.register_forward_hook(lambda m, i, output: features.append(output))
     with torch.no_grad():
-        graph.scores(torch.from_numpy(images), (0,))
+        part.scores(torch.from_numpy(images), (0,))
     handle.remove()
-    weight = graph.model.classifier.weight.detach()  # (C, D)
+    weight = part.model.classifier.weight.detach()  # (C, D)
     answers = np.arange(len(images)) % 2
     expected = torch.einsum("nd,ndhw->nhw", weight[answers], features[0]).clamp(min=0).numpy()
     found = activation_maps(graph, images, answers)
@@ -223,22 +226,22 @@ def test_where_a_linear_head_follows_averages_the_maps_are_its_weights_on_the_fe
 
 def test_a_probes_maps_follow_the_slope_of_its_scores(finished, images):
     final = classifier.load(paths(finished)["report"]["final"])
-    assert final.probe is not None
-    graph = Graph(final)
-    block = explained_block(graph)
-    assert block == final.probe.depth.split("+")[-1]
+    (probed,) = (member for member in final.members if member.probe)
+    graph = Graph(replace(final, members=[replace(probed, weight=1.0)]))
+    [part], [block] = graph.parts, explained_blocks(graph)
+    assert block == probed.probe.depth.split("+")[-1]
     features: list[torch.Tensor] = []
-    handle = graph.model.get_submodule(block).register_forward_hook(
+    handle = part.model.get_submodule(block).register_forward_hook(
         lambda m, i, output: features.append(output.double())
     )
-    with torch.no_grad(), Taps(graph.model, [block], final.pooling):
-        graph.scores(torch.from_numpy(images[:1]), (0,))
+    with torch.no_grad(), Taps(part.model, [block], probed.pooling):
+        part.scores(torch.from_numpy(images[:1]), (0,))
     handle.remove()
     [maps] = features[0].numpy()  # (D, h, w)
 
     def score(maps: np.ndarray) -> float:
         codes = np.concatenate([maps.mean((1, 2)), maps.max((1, 2))])
-        return float(final.probe.scores(codes[None])[0, 0])
+        return float(probed.probe.scores(codes[None])[0, 0])
 
     step, slopes = 1e-4, np.zeros_like(maps)
     for place in np.ndindex(maps.shape):
@@ -250,6 +253,23 @@ def test_a_probes_maps_follow_the_slope_of_its_scores(finished, images):
     [found] = activation_maps(graph, images[:1], np.zeros(1, np.int64))
     assert evidence.max() > 0
     assert np.allclose(found, evidence / evidence.max(), atol=1e-2)
+
+
+def test_the_maps_of_a_blend_are_the_weighted_mean_of_its_members_maps(finished, images):
+    final = classifier.load(paths(finished)["report"]["final"])
+    answers = np.arange(len(images)) % 2
+    alone = []
+    for member in final.members:
+        graph = Graph(replace(final, members=[replace(member, weight=1.0)]))
+        alone.append(torch.from_numpy(activation_maps(graph, images, answers))[:, None])
+    size = max((found.shape[-2:] for found in alone), key=np.prod)
+    resized = [torch.nn.functional.interpolate(found, size, mode="bilinear") for found in alone]
+    weights = [member.weight for member in final.members]
+    expected = sum(w * found[:, 0].numpy() for w, found in zip(weights, resized, strict=True))
+    strongest = expected.max((1, 2), keepdims=True)
+    assert len(alone) > 1
+    found = activation_maps(Graph(final), images, answers)
+    assert np.allclose(found, expected / np.where(strongest > 0, strongest, 1), atol=1e-5)
 
 
 # Calibration.
@@ -283,7 +303,8 @@ def test_where_test_groups_are_too_few_the_page_says_so(hard, tmp_path):
     metrics = json.loads(file.read_text())
     for found in metrics["test"].values():
         found |= {"accuracy_low": None, "accuracy_high": None}
-    metrics["stage2_minus_probe"] |= {"low": None, "high": None, "p_value": None}
+    for gain in ("stage2_minus_probe", "chosen_minus_probe"):
+        metrics[gain] |= {"low": None, "high": None, "p_value": None}
     file.write_text(json.dumps(metrics))
     run(folder, read_params(), "report")
     page = Page(page_of(folder).read_text())

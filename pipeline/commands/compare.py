@@ -19,7 +19,7 @@ method (Holm 1979).
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -151,18 +151,23 @@ def _value(run: Run, key: str) -> str:
 
 def table(runs: Sequence[Run], judge: Judge = "validation") -> list[str]:
     """Return a table of the runs' accuracies; for many runs, one line each without intervals."""
-    title = f"{judge} accuracy"
+    title, models = f"{judge} accuracy", _models(runs)
     if len(runs) >= MANY:
-        lines = [[title, *MODELS, "chosen", f"against {runs[0].name}"]]
+        lines = [[title, *models, "chosen", f"against {runs[0].name}"]]
         for run in runs:
-            found = (run.accuracies.get(model) for model in MODELS)
+            found = (run.accuracies.get(model) for model in models)
             accuracies = ["-" if a is None else f"{a:.4f}" for a in found]
             lines.append([run.name, *accuracies, run.chosen, ", ".join(changed(run, runs[0]))])
         return aligned(lines)
     rows = [[title, *(run.name for run in runs)]]
-    rows += [[model, *(_with_interval(run, model, judge) for run in runs)] for model in MODELS]
+    rows += [[model, *(_with_interval(run, model, judge) for run in runs)] for model in models]
     rows.append(["chosen", *(run.chosen for run in runs)])
     return aligned(rows)
+
+
+def _models(runs: Iterable[Run]) -> list[str]:
+    """Return the models that any of the runs has."""
+    return [model for model in MODELS if any(model in run.accuracies for run in runs)]
 
 
 def _with_interval(run: Run, model: str, judge: Judge) -> str:
@@ -211,15 +216,18 @@ def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> li
 
 def seeds(groups: Sequence[Sequence[Run]], found: Sequence[Against]) -> list[str]:
     """Return each group's means and standard deviations over its seeds, one line per group."""
-    base = groups[0][0]
-    rows = [["over seeds", "n", *MODELS, "chosen", "", ""]]
+    base, models = groups[0][0], _models([run for group in groups for run in group])
+    rows = [["over seeds", "n", *models, "chosen", "", ""]]
     for group in groups:
         judged = [run for run in group if run.accuracies]
-        values = {m: [_accuracy(run, m) for run in judged] for m in (*MODELS, "chosen")}
+        values = [
+            [_accuracy(run, model) for run in judged if model in ("chosen", *run.accuracies)]
+            for model in (*models, "chosen")
+        ]
         params = [said for said in changed(group[0], base) if not said.startswith("seed ")]
         told = [one for one in found if one.run == group[0].name and one.p_value is not None]
         p = [f"p = {o.p_value:.3f}: {o.verdict}" for o in told]
-        spread = [_spread(v) for v in values.values()]
+        spread = [_spread(of_model) for of_model in values]
         said = ", ".join(params) or f"as {base.name}"
         rows.append(["", str(len(judged)), *spread, "".join(p), said])
     return aligned(rows)

@@ -143,15 +143,11 @@ def card(
     shape = f"(N, {size}, {size})" if network.channels == 1 else f"(N, {size}, {size}, 3)"
     sure = sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images)
     tones = f" Before that, {network.tones.words}." if network.tones.words else ""
-    probe = classifier.probe
-    what = f"{probe.kind} on the codes of {probe.depth}" if probe else "the network's own head"
     changed = " with changes that aren't committed" if origin["changed"] else ""
     lines = [
         f"# {network.backbone.name}, {len(network.classes)} classes",
         "",
-        f"The model of {classifier.chosen}: {what}, averaged over at most "
-        f"{classifier.tta.most} views (flips: {classifier.tta.flips}), with "
-        "probabilities calibrated on validation images.",
+        f"{classifier.words}. Probabilities are calibrated on validation images.",
         "",
         "| label | class |",
         "|---|---|",

@@ -1,12 +1,12 @@
-"""The final classifier: a network, possibly a probe on its codes, and a confidence threshold."""
+"""The final classifier: one network or several, probes on their codes, and a threshold."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import TTA, averaged, logits
@@ -15,6 +15,7 @@ from pipeline.nets.batches import run_in_batches
 from pipeline.nets.network import Network, from_checkpoint
 from pipeline.probing.codes import JOIN
 from pipeline.probing.probes import Probe
+from pipeline.scoring.mixture import Mixture
 from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.files import Rowwise
 
@@ -32,40 +33,103 @@ def codes(
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """The contents of models/final/: a complete classifier, whichever stage was chosen."""
+class Member:
+    """A network with its own head, or with a probe on its codes."""
 
+    name: str  # the model of evaluate that it is
     network: Network
     probe: Probe | None  # on the network's codes; None: the network's own head
     pooling: Pooling  # of those codes
     tta: TTA
-    temperature: float  # softmax(scores / temperature) is calibrated on validation
-    sure_above: float | None  # below this probability it says "not sure"; None: never
-    chosen: str  # the stage it comes from
-    sure_accuracy: float = 0.95  # the share that has to be right above `sure_above`
-    sure_images: int | None = None  # validation images that a threshold would take, if known
+    temperature: float = 1.0  # softmax(scores / temperature) is what is averaged
+    weight: float = 1.0
 
-    def probabilities(self, images: Rowwise) -> Scores:
-        """Return calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
+    def scores(self, images: Rowwise) -> Scores:
+        """Return scores (N, C) of packed images (N, H, W[, 3])."""
         if self.probe is None:
-            scores = logits(self.network, images, self.tta)
-        else:
-            found = codes(self.network, self.probe.depth, self.pooling, images, self.tta)
-            scores = self.probe.scores(found)
-        return np.asarray(softmax(scores / self.temperature, axis=1))
+            return logits(self.network, images, self.tta)
+        return self.probe.scores(
+            codes(self.network, self.probe.depth, self.pooling, images, self.tta)
+        )
 
-    def save(self, file: Path, **more: Any) -> None:
-        """Write everything into one safetensors file; `more` is added to the metadata."""
+    @property
+    def words(self) -> str:
+        """Say what it is."""
+        head = f"{self.probe.kind} on the codes of {self.probe.depth}" if self.probe else "own head"
+        return (
+            f"{self.name}: {head} at {self.network.image_size} px, averaged over at most "
+            f"{self.tta.most} views (flips: {self.tta.flips})"
+        )
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays of a file."""
         state = self.network.model.state_dict()
-        tensors = {f"network.{name}": t.contiguous().cpu().numpy() for name, t in state.items()}
+        found = {f"network.{name}": t.contiguous().cpu().numpy() for name, t in state.items()}
         if self.probe:
-            tensors.update({f"probe.{name}": a for name, a in self.probe.arrays.items()})
-        meta = {
+            found.update({f"probe.{name}": a for name, a in self.probe.arrays.items()})
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything except the arrays, for the metadata of a file."""
+        return {
             **self.network.facts(),
+            "member": self.name,
             "n_outputs": self.network.n_outputs,
             "probe": self.probe and self.probe.facts(),
             "pooling": self.pooling,
             "viewing": asdict(self.tta),
+            "member_temperature": self.temperature,
+            "weight": self.weight,
+        }
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The contents of models/final/: a complete classifier, whichever models it is made of."""
+
+    members: Sequence[Member]  # of which the weighted mean of the probabilities is taken
+    temperature: float  # of this mean
+    sure_above: float | None  # below this probability it says "not sure"; None: never
+    chosen: str  # the model that evaluate chose
+    sure_accuracy: float = 0.95  # the share that has to be right above `sure_above`
+    sure_images: int | None = None  # validation images that a threshold would take, if known
+
+    @property
+    def network(self) -> Network:
+        """Return the first network; its classes and the images that it takes are those of all."""
+        return self.members[0].network
+
+    def probabilities(self, images: Rowwise) -> Scores:
+        """Return calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
+        scores = [member.scores(images) for member in self.members]
+        return np.asarray(np.exp(self.mixture.log_probabilities(scores)))
+
+    @property
+    def mixture(self) -> Mixture:
+        """Return how the members are averaged."""
+        weights = [member.weight for member in self.members]
+        return Mixture(weights, [m.temperature for m in self.members], self.temperature)
+
+    @property
+    def words(self) -> str:
+        """Say what it is made of."""
+        return "; ".join(
+            member.words + (f" (weight {member.weight:.2f})" if len(self.members) > 1 else "")
+            for member in self.members
+        )
+
+    def save(self, file: Path, **more: Any) -> None:
+        """Write everything into one safetensors file; `more` is added to the metadata.
+
+        The first member is written as a final model of one member is.
+        """
+        first, *others = self.members
+        tensors = first.tensors()
+        for place, member in enumerate(others, 1):
+            tensors.update({f"{place}.{name}": array for name, array in member.tensors().items()})
+        meta = {
+            **first.facts(),
+            "members": [member.facts() for member in others],
             "temperature": self.temperature,
             "sure_above": self.sure_above,
             "sure_accuracy": self.sure_accuracy,
@@ -77,28 +141,35 @@ class Classifier:
 
 
 def load(file: Path) -> Classifier:
-    """Read what `Classifier.save` wrote.
+    """Read what `Classifier.save` wrote, in this version or an earlier one.
 
     Raises CheckpointError if the file holds no final model.
     """
     tensors, meta = checkpoint.read(file)
     if "sure_above" not in meta:
         raise CheckpointError(f"{file}: not a final model; use models/final/model.safetensors")
-
-    network_part, probe_part = (
-        checkpoint.strip_prefix(tensors, f"{p}.") for p in ("network", "probe")
-    )
     with checkpoint.checked_metadata(file):
-        network = from_checkpoint(network_part, meta, file, n_outputs=meta["n_outputs"])
-        probe = Probe(**meta["probe"], arrays=probe_part) if meta["probe"] else None
+        members = [_member(tensors, meta, file)]
+        for place, facts in enumerate(meta.get("members", []), 1):
+            members.append(_member(checkpoint.strip_prefix(tensors, f"{place}."), facts, file))
         return Classifier(
-            network,
-            probe,
-            meta["pooling"],
-            TTA(**meta["viewing"]),
+            members,
             meta["temperature"],
             meta["sure_above"],
             meta["chosen"],
             meta.get("sure_accuracy", Classifier.sure_accuracy),
             meta.get("sure_images"),
         )
+
+
+def _member(tensors: dict[str, NDArray[Any]], meta: dict[str, Any], file: Path) -> Member:
+    of_network, of_probe = (checkpoint.strip_prefix(tensors, f"{p}.") for p in ("network", "probe"))
+    return Member(
+        meta.get("member") or meta["chosen"],
+        from_checkpoint(of_network, meta, file, n_outputs=meta["n_outputs"]),
+        Probe(**meta["probe"], arrays=of_probe) if meta["probe"] else None,
+        meta["pooling"],
+        TTA(**meta["viewing"]),
+        meta.get("member_temperature", Member.temperature),
+        meta.get("weight", Member.weight),
+    )

@@ -6,14 +6,16 @@ out. If a linear head follows average pooling, these are the maps of Zhou et al.
 1512.04150.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.final_model.graph import Graph
+from pipeline.final_model.graph import Graph, Part
 from pipeline.nets.blocks import with_maps
 from pipeline.nets.tokens import has_class_token, layout_of
 from pipeline.probing.codes import LAST, SOURCE
@@ -21,20 +23,23 @@ from pipeline.probing.codes import LAST, SOURCE
 UPRIGHT = (0,)  # no flips or turns
 
 
-def explained_block(graph: Graph) -> str:
-    """Return the block whose feature maps are used: the last one that the scores depend on.
+def explained_blocks(graph: Graph) -> list[str]:
+    """Return the block of each part whose feature maps are used."""
+    return [_explained_block(part, graph.inputs.shape) for part in graph.parts]
+
+
+def _explained_block(part: Part, shape: tuple[int, ...]) -> str:
+    """Return the last block that the scores depend on.
 
     If a class token is pooled, the patches that the last block returns don't count any more.
     """
-    if graph.taps and graph.taps.depths[-1] not in (LAST, SOURCE):
-        return graph.taps.depths[-1]
-    blocks = with_maps(graph.model)
-    if not has_class_token(graph.model):
+    if part.taps and part.taps.depths[-1] not in (LAST, SOURCE):
+        return part.taps.depths[-1]
+    blocks = with_maps(part.model)
+    if not has_class_token(part.model):
         return blocks[-1]
-    noise = np.random.default_rng(0).integers(0, 256, (1, *graph.inputs.shape), np.uint8)
-    return next(
-        b for b in reversed(blocks) if _gradient(graph, b, noise, np.zeros(1, int))[1].any()
-    )
+    noise = np.random.default_rng(0).integers(0, 256, (1, *shape), np.uint8)
+    return next(b for b in reversed(blocks) if _gradient(part, b, noise, np.zeros(1, int))[1].any())
 
 
 def activation_maps(
@@ -42,17 +47,36 @@ def activation_maps(
 ) -> NDArray[np.float32]:
     """Return maps (N, h, w) of the evidence in packed images (N, H, W[, 3]) for one class each.
 
-    The values are from 0 to 1, the maximum of each image; all are 0 if there is no evidence.
+    The values are from 0 to 1, the maximum of each image; all are 0 if there is no evidence. Of
+    several parts it is the mean of their maps, by their weights, on the finest one's grid.
     """
-    maps, gradient = _gradient(graph, explained_block(graph), images, classes)
-    with torch.no_grad():
-        evidence = (maps * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
-        strongest = evidence.amax((1, 2), keepdim=True)
-        return (evidence / torch.where(strongest > 0, strongest, 1)).numpy()
+    maps = [
+        part.weight * _evidence(part, block, images, classes)
+        for part, block in zip(graph.parts, explained_blocks(graph), strict=True)
+    ]
+    if len(maps) > 1:
+        finest = max((tuple(m.shape[1:]) for m in maps), key=math.prod)
+        resized = [F.interpolate(m[:, None], finest, mode="bilinear")[:, 0] for m in maps]
+        maps = [_to_one(torch.stack(resized).sum(0))]
+    return maps[0].numpy()
+
+
+def _evidence(
+    part: Part, block: str, images: NDArray[np.uint8], classes: NDArray[np.int64]
+) -> Tensor:
+    """Return a part's maps (N, h, w), from 0 to 1."""
+    maps, gradient = _gradient(part, block, images, classes)
+    return _to_one((maps * gradient.mean((2, 3), keepdim=True)).sum(1).relu())
+
+
+def _to_one(evidence: Tensor) -> Tensor:
+    """Divide maps (N, h, w) by each one's maximum, if it has one."""
+    strongest = evidence.amax((1, 2), keepdim=True)
+    return evidence / torch.where(strongest > 0, strongest, 1)
 
 
 def _gradient(
-    graph: Graph, name: str, images: NDArray[np.uint8], classes: NDArray[np.int64]
+    part: Part, name: str, images: NDArray[np.uint8], classes: NDArray[np.int64]
 ) -> tuple[Tensor, Tensor]:
     """Return a block's feature maps (N, D, h, w), and the gradient of each image's score there."""
     found: list[Tensor] = []
@@ -61,11 +85,11 @@ def _gradient(
         found.append(output.detach().requires_grad_())
         return found[-1]
 
-    block = graph.model.get_submodule(name)
+    block = part.model.get_submodule(name)
     # Before the hooks that take a probe's codes, so that gradients flow through the codes.
     handle = block.register_forward_hook(cut, prepend=True)
     try:
-        scores = graph.scores(torch.from_numpy(images), UPRIGHT)  # (N, C)
+        scores = part.scores(torch.from_numpy(images), UPRIGHT)  # (N, C)
     finally:
         handle.remove()
     (maps,) = found

@@ -5,6 +5,7 @@ the network, and for a probe the scaling, the kernel and the SVMs. export writes
 class activation maps are computed from it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.final_model.classifier import Classifier
+from pipeline.final_model.classifier import Classifier, Member
 from pipeline.images.augment import dihedral, views
 from pipeline.images.tones import PLAIN, Tones
 from pipeline.inference.taps import Taps
@@ -39,31 +40,27 @@ class Inputs:
         return sides if self.channels == 1 else (*sides, self.channels)
 
 
-class Graph(nn.Module):
-    """The whole classifier in float32, unfolded: for PyTorch and for export."""
+class Part(nn.Module):
+    """A member of the classifier in float32, unfolded."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, member: Member) -> None:
         super().__init__()
-        trained = classifier.network
+        trained = member.network
         self.model = build(trained.backbone.name, trained.n_outputs)
         self.model.load_state_dict(trained.model.state_dict())
         self.model.requires_grad_(False)
         self.network = replace(trained, model=self.model, precision="fp32")
-        self.inputs = Inputs(
-            trained.classes, trained.packed_size, trained.fit, trained.channels, trained.tones
-        )
-        self.kinds = views(classifier.tta.flips, classifier.tta.most)
-        self.temperature = classifier.temperature
+        self.kinds = views(member.tta.flips, member.tta.most)
+        self.temperature, self.weight = member.temperature, member.weight
         self.taps: Taps | None = None
         self.svm: SvmHead | None = None
-        if classifier.probe is not None:
-            self.taps = Taps(self.model, classifier.probe.depth.split(JOIN), classifier.pooling)
-            self.svm = SvmHead(classifier.probe)
-        self.eval()
+        if member.probe is not None:
+            self.taps = Taps(self.model, member.probe.depth.split(JOIN), member.pooling)
+            self.svm = SvmHead(member.probe)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return probabilities (N, C) of packed uint8 pixels (N, H, W) or (N, H, W, 3)."""
-        return torch.softmax(self.scores(pixels, self.kinds) / self.temperature, 1).float()
+        """Return log probabilities (N, C) of packed uint8 pixels (N, H, W) or (N, H, W, 3)."""
+        return torch.log_softmax(self.scores(pixels, self.kinds).double() / self.temperature, 1)
 
     def scores(self, pixels: Tensor, kinds: Sequence[int]) -> Tensor:
         """Return scores (N, C), averaged over these kinds of flips and turns."""
@@ -73,6 +70,28 @@ class Graph(nn.Module):
         found = torch.cat(self.taps(x), 1) if self.taps else self.model(x)
         mean = found.view(len(kinds), -1, found.shape[1]).mean(0)  # (N, D) or (N, C)
         return self.svm(mean) if self.svm else mean
+
+
+class Graph(nn.Module):
+    """The whole classifier in float32, unfolded: for PyTorch and for export."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        of_all = classifier.network
+        self.inputs = Inputs(
+            of_all.classes, of_all.packed_size, of_all.fit, of_all.channels, of_all.tones
+        )
+        self.parts = [Part(member) for member in classifier.members]
+        self.registered = nn.ModuleList(self.parts)  # with PyTorch, which ignores plain lists
+        self.temperature = classifier.temperature
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return probabilities (N, C) of packed uint8 pixels (N, H, W) or (N, H, W, 3)."""
+        # log(weight x probability) of each part, of which the sum over parts is taken.
+        each = [part(pixels) + math.log(part.weight) for part in self.parts]
+        mean = torch.logsumexp(torch.stack(each), 0) if len(each) > 1 else each[0]
+        return torch.softmax(mean / self.temperature, 1).float()
 
 
 class SvmHead:

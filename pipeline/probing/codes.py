@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ LAST = "last"  # the head's input, from which stage 1's head starts
 SOURCE = "source"  # the head's output: the logits of the classes that the weights were trained on
 JOIN = "+"  # between depths whose codes are concatenated; no module's name contains it
 
+# NumPy parses an array's header with `ast`, which Python 3.11 can't do in two threads at once
+# (github.com/python/cpython/issues/106905).
+HEADERS = Lock()
+
 
 def codes_name(split: str, depth: str) -> str:
     """Return the name of the array of codes (N, D) of one split and depth."""
@@ -23,10 +28,11 @@ def codes_name(split: str, depth: str) -> str:
 
 def read_codes(features: Path, split: str, depth: str) -> NDArray[np.float32]:
     """Memory-map the codes (N, D) of one split and depth, or concatenate several depths."""
-    parts: list[NDArray[np.float32]] = [
-        np.load(features / f"{codes_name(split, part)}.npy", mmap_mode="r")
-        for part in depth.split(JOIN)
-    ]
+    with HEADERS:
+        parts: list[NDArray[np.float32]] = [
+            np.load(features / f"{codes_name(split, part)}.npy", mmap_mode="r")
+            for part in depth.split(JOIN)
+        ]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 

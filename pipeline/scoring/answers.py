@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from pipeline.images.rows import Rows
 
@@ -16,17 +15,19 @@ def answer_lines(
     rows: Rows,
     scores: Mapping[str, Scores],
     chosen: str,
-    temperature: float,
+    calibrated: Scores,
+    uncalibrated: Scores,
     classes: Sequence[str],
 ) -> Iterator[Sequence[object]]:
     """Yield each model's answers from its scores (N, C), and the confidence of the chosen model.
 
-    If a model's scores are NaN, it didn't answer, and the cell is empty.
+    `calibrated` and `uncalibrated` are its log probabilities (N, C). If a model's scores are NaN,
+    it didn't answer, and the cell is empty.
     """
     yield "id", "path", "label", *scores, "probability", "uncalibrated"
     answered = {model: ~np.isnan(s[:, 0]) for model, s in scores.items()}
     answers = {model: s.argmax(1) for model, s in scores.items()}
-    p, raw = (softmax(scores[chosen] / t, axis=1).max(1) for t in (temperature, 1.0))
+    p, raw = (np.exp(log_p.max(1)) for log_p in (calibrated, uncalibrated))
     for i, label in enumerate(rows.labels):
         said = (classes[answers[m][i]] if answered[m][i] else "" for m in scores)
         sure = (f"{p[i]:.6f}", f"{raw[i]:.6f}") if answered[chosen][i] else ("", "")

@@ -33,11 +33,14 @@ def cross_entropy(scores: Scores, labels: Ints, temperature: float = 1.0) -> flo
     return float(-log_p[np.arange(len(labels)), labels].mean())
 
 
-def fit_temperature(scores: Scores, labels: Ints) -> float:
-    """Return the temperature that minimises cross-entropy (Guo et al. 2017, arXiv 1706.04599)."""
-    found = minimize_scalar(
-        lambda log_t: cross_entropy(scores, labels, float(np.exp(log_t))),
-        bounds=(-4, 4),
-        method="bounded",
-    )
-    return float(np.exp(found.x))
+def fit_temperature(scores: Scores, labels: Ints, to_one: float = 0.0) -> float:
+    """Return the temperature that minimises cross-entropy (Guo et al. 2017, arXiv 1706.04599).
+
+    With `to_one` it is drawn towards 1: this is the cost in nats of a factor of e.
+    """
+
+    def cost(log_t: float) -> float:
+        likely = len(labels) * cross_entropy(scores, labels, float(np.exp(log_t)))
+        return likely + to_one * log_t**2
+
+    return float(np.exp(minimize_scalar(cost, bounds=(-4, 4), method="bounded").x))

@@ -48,36 +48,48 @@ def confusion(scores: Scores, labels: Ints) -> NDArray[np.int64]:
     return counts
 
 
-def simplest_of_the_best(right: Sequence[Bools], groups: Ints, tie: float) -> int:
-    """Choose among models, from simple to costly, by which images (N,) each has right.
+def first_unless_clearly_worse(right: Sequence[Bools], groups: Ints, tie: float) -> int:
+    """Choose among models, the one to trust most first, by which images (N,) each has right.
 
-    Returns the position of the first model whose accuracy is at most `tie` standard errors below
-    the best. The costly models chose their best epoch on the same images, so a smaller lead is no
-    evidence (one-standard-error rule, Breiman et al. 1984). The standard error is that of the
-    paired difference, over groups of images.
+    Returns the position of the first model, unless the accuracy of others is more than `tie`
+    standard errors higher: then of the best of them. A few hundred validation images can't tell
+    good models apart, so a smaller lead is mostly luck. The standard error is that of the paired
+    difference, over groups of images.
     """
-    accuracies = [float(r.mean()) for r in right]
-    best = right[int(np.argmax(accuracies))].astype(float)
+    first = right[0].astype(float)
     _, of = np.unique(groups, return_inverse=True)
 
-    def ties(model: Bools) -> bool:
-        behind = best - model
-        deviations = np.bincount(of, weights=behind - behind.mean())
-        return bool(behind.mean() <= tie * np.sqrt((deviations**2).sum()) / len(best))
+    def is_clearly_better(model: Bools) -> bool:
+        lead = model - first
+        deviations = np.bincount(of, weights=lead - lead.mean())
+        return bool(lead.mean() > tie * np.sqrt((deviations**2).sum()) / len(first))
 
-    return next(place for place, model in enumerate(right) if ties(model))
+    better = [place for place, model in enumerate(right) if is_clearly_better(model)]
+    return max(better, key=lambda place: float(right[place].mean()), default=0)
 
 
-def fine_tuning_verdict(found: dict[str, float | None]) -> str:
-    """Return a sentence on whether fine-tuning helped, from `difference` of stage 2 and probe."""
+def verdicts(metrics: dict[str, Any]) -> list[str]:
+    """Return sentences on whether fine-tuning and the final model are better than the best probe.
+
+    They are from the metrics that evaluate writes.
+    """
+    chosen = metrics["chosen"]
+    said = [_verdict("fine-tuning", "stage 2 minus probe", metrics["stage2_minus_probe"])]
+    if chosen not in ("probe", "stage2"):
+        gain = metrics["chosen_minus_probe"]
+        said.append(_verdict(f"the final model ({chosen})", "it minus probe", gain))
+    return said
+
+
+def _verdict(what: str, difference: str, found: dict[str, float | None]) -> str:
     accuracy, low, high = (found[key] for key in ("accuracy", "low", "high"))
     assert accuracy is not None
-    measured = f"stage 2 minus probe {100 * accuracy:+.1f} points"
+    measured = f"{difference} {100 * accuracy:+.1f} points"
     if low is None or high is None:
-        return f"fine-tuning: {measured}; {TOO_FEW}, so this says nothing about other images"
+        return f"{what}: {measured}; {TOO_FEW}, so this says nothing about other images"
     better = "helped" if low > 0 else "hurt" if high < 0 else "made no significant difference"
     return (
-        f"fine-tuning {better}: {measured} (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
+        f"{what} {better}: {measured} (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
         f"p = {found['p_value']:.3f})"
     )
 
