@@ -11,6 +11,14 @@ from annotated_types import Interval
 
 from pipeline.final_model.candidates import BLEND, SINGLE, Candidate, candidates_of, choose, scored
 from pipeline.final_model.classifier import Classifier, Member
+from pipeline.final_model.operating_point import (
+    Decision,
+    OperatingPoint,
+    asked_for,
+    at_point,
+    at_point_in_words,
+    fitted,
+)
 from pipeline.images.rows import Rows
 from pipeline.images.shards import Images, read_facts, read_splits
 from pipeline.nets.backbone import rebuild
@@ -18,13 +26,18 @@ from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import Network, facts_of, from_facts
 from pipeline.probing.probes import read_probes
-from pipeline.scoring.answers import answer_lines
+from pipeline.scoring.answers import Sureness, answer_lines
 from pipeline.stage_runtime.errors import ParamError
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import Out
-from pipeline.statistics.reliability import sure_in_words, sure_threshold
+from pipeline.statistics.reliability import (
+    sure_by_answer,
+    sure_by_answer_in_words,
+    sure_in_words,
+    sure_threshold,
+)
 from pipeline.statistics.significance import accuracy_interval, difference
 from pipeline.statistics.verdict import (
     confusion,
@@ -49,6 +62,7 @@ def evaluate(
     candidates: list[Literal["probe", "stage1", "stage2", "blend"]],
     views: Annotated[int, Interval(ge=1, le=8)],
     tie: Annotated[float, Interval(ge=0, le=5)],
+    operating_point: str,
     sure_accuracy: Annotated[float, Interval(ge=0, le=1)],
     resume: Resume,
 ) -> dict[str, float]:
@@ -56,9 +70,9 @@ def evaluate(
 
     The blend is the weighted mean of the other candidates' calibrated probabilities. The final
     model is the first candidate of blend, stage 2, stage 1 and probe, unless the validation
-    accuracy of another is more than `tie` standard errors higher. Weights, temperatures and the
-    threshold for "not sure" are fitted on the validation split; what is said of that split is of
-    fits to other groups of its images.
+    accuracy of another is more than `tie` standard errors higher. Weights, temperatures, the
+    operating point and the thresholds for "not sure" are fitted on the validation split; what is
+    said of that split is of fits to other groups of its images.
 
     Writes metrics.json, advice.json (the expected and the measured gain of stage 2),
     confusion.csv, per_class.csv, predictions.csv and validation.csv (the predictions on the
@@ -69,32 +83,35 @@ def evaluate(
     _refuse_no_models(candidates)
     (val, test), images = read_splits(prepared, ("val", "test"))
     classes = read_facts(prepared).classes
+    asked = asked_for(operating_point, classes)
     *_, of_codes = read_probes(probe)
     models = scored(images, features, probe, (stage1, stage2), views, classes, resume)
     truth = val.labels, val.groups
     compared = candidates_of(models, candidates, *truth)
     chosen = choose(compared, candidates, *truth, tie)
-    sure = sure_threshold(np.exp(chosen.val), *truth, sure_accuracy)
+    decision, sure, unsupported = _decided(asked, chosen, val, classes, sure_accuracy)
     classifier = Classifier(
-        _members(chosen, of_codes),
-        chosen.mixture.temperature,
-        sure.above,
-        chosen.name,
-        sure_accuracy,
-        sure.images,
+        _members(chosen, of_codes), chosen.mixture.temperature, decision, chosen.name, sure
     )
     val_accuracy = {n: float((c.val.argmax(1) == val.labels).mean()) for n, c in compared.items()}
-    told = {"val_accuracy": val_accuracy[chosen.name], "versions": versions(), **chosen.training}
-    classifier.save(final / "model.safetensors", **told)
+    facts = {"val_accuracy": val_accuracy[chosen.name], "versions": versions(), **chosen.training}
+    classifier.save(final / "model.safetensors", **facts)
 
     metrics: dict[str, Any] = {"test": {}, "chosen": chosen.name, "val": val_accuracy}
     if len(test.labels):
         metrics = {**metrics, **_compared(compared, chosen.name, test)}
-    _write_tables(out, compared, val, test, classes, chosen)
+    if asked:
+        metrics["operating_point"] = _at_point(asked, decision.point, chosen, val, test)
+    _write_tables(out, compared, val, test, classes, chosen, decision)
     write_json(out / "metrics.json", metrics)
     for line in _verdict(metrics, len(test.labels)):
         say(line)
-    say(sure_in_words(sure.above, sure_accuracy, sure.images))
+    if asked and decision.point:
+        told = at_point_in_words(decision.point, metrics["operating_point"], classes)
+        say(f"operating point: {told}")
+    elif asked:
+        say(f"operating point: {unsupported}")
+    say(sure)
     against = _against(advice, metrics)
     write_json(out / "advice.json", {"fine_tuning": against})
     if against["held"] is not None:
@@ -135,6 +152,41 @@ def _members(chosen: Candidate, of_codes: dict[str, Any]) -> list[Member]:
         )
         if weight
     ]
+
+
+def _decided(
+    asked: OperatingPoint | None,
+    chosen: Candidate,
+    val: Rows,
+    classes: Sequence[str],
+    sure_accuracy: float,
+) -> tuple[Decision, str, str]:
+    """Fit how the final model answers, on validation.
+
+    Returns it, when it says "not sure" in words, and why there is no operating point if one was
+    asked for.
+    """
+    p = np.exp(chosen.val)
+    point, unsupported = fitted(asked, p, val.labels) if asked else (None, "")
+    truth = val.labels, val.groups
+    if point is None:
+        sure = sure_threshold(p, *truth, sure_accuracy)
+        words = sure_in_words(sure.above, sure_accuracy, sure.images)
+        return Decision([sure.above] * len(classes)), words, unsupported
+    by_answer = sure_by_answer(p, point.answers(p), *truth, sure_accuracy)
+    words = sure_by_answer_in_words(by_answer, classes, sure_accuracy)
+    return Decision([sure.above for sure in by_answer], point), words, ""
+
+
+def _at_point(
+    asked: OperatingPoint, point: OperatingPoint | None, chosen: Candidate, val: Rows, test: Rows
+) -> dict[str, Any]:
+    """Return the metrics of the operating point on both splits; nothing if it isn't supported."""
+    found: dict[str, Any] = {"asked": asked.asked, "threshold": point and point.threshold}
+    for split, rows, log_p in (("val", val, chosen.val), ("test", test, chosen.test)):
+        if point and len(rows.labels):
+            found[split] = at_point(point, np.exp(log_p), rows.labels, rows.groups)
+    return found
 
 
 def _trunk(meta: dict[str, Any]) -> Network:
@@ -205,12 +257,13 @@ def _write_tables(
     test: Rows,
     classes: Sequence[str],
     chosen: Candidate,
+    decision: Decision,
 ) -> None:
     """Write the tables for the report and the plots: confusion, per class, predictions."""
     answers = [("actual", "predicted")]
     answers += [
         (classes[label], classes[answer])
-        for label, answer in zip(test.labels, chosen.test.argmax(1), strict=True)
+        for label, answer in zip(test.labels, decision.answers(np.exp(chosen.test)), strict=True)
     ]
     write_csv(out / "confusion.csv", answers)
     lines: list[tuple[Any, ...]] = [("model", "class", "images", "recall", "precision")]
@@ -228,8 +281,11 @@ def _write_tables(
     )
     for file, split, rows in splits:
         scores = {name: getattr(candidate, split) for name, candidate in compared.items()}
-        sure = scores[chosen.name], chosen.uncalibrated(split)
-        write_csv(out / file, answer_lines(rows, scores, chosen.name, *sure, classes))
+        log_p = scores[chosen.name]
+        given = decision.answers(np.exp(log_p))
+        sure = Sureness(given, log_p, chosen.uncalibrated(split))
+        more = decision.point.columns(log_p, given, classes) if decision.point else None
+        write_csv(out / file, answer_lines(rows, scores, chosen.name, sure, classes, more))
 
 
 def _verdict(metrics: dict[str, Any], n: int) -> list[str]:

@@ -40,7 +40,7 @@ from pipeline.probing.probes import (
     svm_probe,
     unit,
 )
-from pipeline.scoring.answers import answer_lines
+from pipeline.scoring.answers import Sureness, answer_lines
 from pipeline.scoring.metrics import cross_entropy, fit_temperature, validation
 from pipeline.stage_runtime.errors import DataError
 from pipeline.stage_runtime.files import write_csv, write_json
@@ -158,7 +158,8 @@ def probe(
     out_of_fold = {"probe": held_out, "probe_linear": held_out_linear}
     of_winner = fit_temperature(held_out[seen], train.labels[seen])
     calibrated, raw = (log_softmax(held_out / t, axis=1) for t in (of_winner, 1.0))
-    answers = answer_lines(train, out_of_fold, "probe", calibrated, raw, facts["classes"])
+    sureness = Sureness(held_out.argmax(1), calibrated, raw)
+    answers = answer_lines(train, out_of_fold, "probe", sureness, facts["classes"])
     write_csv(out / "out_of_fold.csv", answers)
     write_json(out / "metrics.json", {"probe": metrics})
     for name, cell, s in (

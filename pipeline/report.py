@@ -15,6 +15,7 @@ from pipeline.dataset.audit_summary import findings
 from pipeline.final_model.classifier import Classifier, load
 from pipeline.final_model.grad_cam import activation_maps, explained_blocks
 from pipeline.final_model.graph import Graph
+from pipeline.final_model.operating_point import POSITIVE, at_point_in_words
 from pipeline.images.shards import read_splits
 from pipeline.nets import checkpoint
 from pipeline.nets.backbone import licence_of
@@ -22,11 +23,11 @@ from pipeline.nets.device import set_up_torch
 from pipeline.pages import charts
 from pipeline.pages.render import evidence_picture, percent, picture, render
 from pipeline.probing.probes import read_probes
-from pipeline.scoring.answers import read_answers
+from pipeline.scoring.answers import ANSWER, read_answers
 from pipeline.stage_runtime.files import Rowwise, reading, write_text
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import STAGES, AllParams, Out, flat
-from pipeline.statistics.reliability import calibration_error, reliability, sure_in_words
+from pipeline.statistics.reliability import calibration_error, reliability
 from pipeline.statistics.verdict import TOO_FEW, verdicts
 
 TEMPLATE = Path(__file__).parent / "pages" / "report.html"
@@ -77,6 +78,7 @@ def report(
     _, (train_images, val_images) = read_splits(prepared, (), ("train", "val"))
     histories = [_rows(folder / "history.csv", folder.name) for folder in (stage1, stage2)]
     chosen = metrics["chosen"]
+    answer = ANSWER if predictions and ANSWER in predictions[0] else chosen
     backbone = classifier.network.backbone.name, classifier.network.backbone.weights
     page = render(
         TEMPLATE,
@@ -95,17 +97,18 @@ def report(
         interpolation=_interpolation(_rows(stage2 / "interpolation.csv", "stage2")),
         profile=_profile(_rows(advice / "profile.csv", "advise")),
         confusion=_confusion(_rows(evaluated / "confusion.csv"), classifier.network.classes),
-        confused=_confused(predictions, chosen),
+        confused=_confused(predictions, answer),
         per_class=sorted(
             (row for row in per_class if row["model"] == chosen),
             key=lambda row: float(row["recall"] or 2),  # lowest first, missing last
         ),
         recall={(row["model"], row["class"]): row["recall"] for row in per_class},
         most_rows=MOST_ROWS,
-        calibration=_calibration(predictions, chosen),
+        calibration=_calibration(predictions, answer),
         classifier=classifier,
         licence=licence_of(*backbone),
-        sure=sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images),
+        sure=classifier.sure_in_words,
+        **_operating_point(metrics, classifier, _rows(evaluated / "validation.csv")),
         galleries=[
             *_galleries(_rows(evaluated / "validation.csv"), val_images, classifier),
             _held_out(_rows(out_of_fold, "probe"), train_images),
@@ -285,6 +288,43 @@ def _calibration(predictions: Sequence[Row], chosen: str) -> dict[str, Any] | No
     return {**found, "right": float(right.mean()), "chart": charts.calibration(rows, described)}
 
 
+def _operating_point(
+    metrics: dict[str, Any], classifier: Classifier, predictions: Sequence[Row]
+) -> dict[str, Any]:
+    """Return what the page says of the operating point, and its curve on validation."""
+    if "operating_point" not in metrics:
+        return {"at_point": None, "curve": None}
+    found, point = metrics["operating_point"], classifier.decision.point
+    if point is None:
+        return {
+            "at_point": f"{found['asked']}: not supported by the validation images",
+            "curve": None,
+        }
+    classes = classifier.network.classes
+    said = at_point_in_words(point, found, classes)
+    if point.positive is None or not predictions:
+        return {"at_point": said, "curve": None}
+    name = classes[point.positive]
+    p = np.array([float(row[POSITIVE]) for row in predictions])
+    right = np.array([row["label"] == name for row in predictions])
+    order = np.argsort(-p, kind="stable")
+    hits, n = right[order].cumsum(), np.arange(1, len(p) + 1)
+    last = np.append(p[order][1:] != p[order][:-1], True)  # a threshold includes all of its images
+    rows = [
+        {
+            "recall": float(100 * h / max(right.sum(), 1)),
+            "precision": float(100 * h / k),
+            "at": bool(t >= point.threshold),
+        }
+        for h, k, t in zip(hits[last], n[last], p[order][last], strict=True)
+    ]
+    described = (
+        f"Precision by recall of {name} on validation: at the operating point recall "
+        f"{percent(found['val']['recall'])}, precision {percent(found['val']['precision'])}"
+    )
+    return {"at_point": said, "curve": charts.operating_curve(rows, described)}
+
+
 def _galleries(
     predictions: Sequence[Row], images: Rowwise, classifier: Classifier
 ) -> list[dict[str, Any]]:
@@ -299,7 +339,7 @@ def _galleries(
         if maps and len(rows):
             found = list(activation_maps(graph, images[rows], asked))
         cards = [
-            _card(predictions[i], answers[i], images[i], classifier.sure_above, evidence)
+            _card(predictions[i], answers[i], images[i], classifier, evidence)
             for i, evidence in zip(rows, found, strict=True)
         ]
         return {"name": name, "about": about, "cards": cards}
@@ -350,7 +390,7 @@ def _card(
     row: Row,
     answer: str,
     pixels: NDArray[np.uint8],
-    sure_above: float | None,
+    classifier: Classifier | None,
     evidence: NDArray[np.float32] | None,
 ) -> dict[str, Any]:
     """Return what the page shows of an image."""
@@ -358,7 +398,11 @@ def _card(
         **row,
         "answer": answer,
         "right": answer == row["label"],
-        "unsure": sure_above is not None and float(row["probability"]) < sure_above,
+        "unsure": classifier is not None
+        and classifier.decision.is_sure(
+            float(row["probability"]), classifier.network.classes.index(answer)
+        )
+        is False,
         "picture": picture(pixels, SIDE),
         "map": None if evidence is None else evidence_picture(pixels, evidence, SIDE),
     }

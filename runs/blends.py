@@ -21,8 +21,8 @@ from scipy.special import log_softmax
 
 from pipeline.commands.table import aligned
 from pipeline.final_model.candidates import SINGLE
+from pipeline.final_model.mixture import Mixture, fit_mixture
 from pipeline.scoring.metrics import cross_entropy
-from pipeline.scoring.mixture import Mixture, fit_mixture
 
 DRAWS = 10
 GREEDY = 20  # models that Caruana's selection adds up

@@ -17,6 +17,7 @@ from pipeline.final_model import onnx as portable
 from pipeline.final_model.classifier import Classifier, Member
 from pipeline.final_model.graph import Graph, SvmHead
 from pipeline.final_model.onnx import Portable
+from pipeline.final_model.operating_point import Decision
 from pipeline.images.shards import read_images, read_rows
 from pipeline.inference.tta import TTA
 from pipeline.nets.backbone import pretrained
@@ -54,7 +55,10 @@ def drawn_classifier(probe, classes, channels, size):
     facts = (backbone, names, size, 64, "crop", channels, "fp32")
     network = Network(fuse(model.eval().requires_grad_(False), "fp32"), *facts)
     return Classifier(
-        [Member("probe", network, probe, "both", TTA("dihedral", 8))], 1.7, 0.6, "probe"
+        [Member("probe", network, probe, "both", TTA("dihedral", 8))],
+        1.7,
+        Decision([0.6] * classes),
+        "probe",
     )
 
 
@@ -91,7 +95,11 @@ def test_onnx_of_a_probe_answers_as_the_classifier_does(tmp_path, channels, size
         assert n == 1 or expected.std(0).min() > 0.05  # else all images would look alike
         np.testing.assert_allclose(read.probabilities(images), expected, atol=1e-4)
     assert read.network.classes == [f"class {i}" for i in range(classes)]
-    assert (read.network.packed_size, read.network.fit, read.sure_above) == (64, "crop", 0.6)
+    assert (read.network.packed_size, read.network.fit, read.decision) == (
+        64,
+        "crop",
+        model.decision,
+    )
 
 
 @pytest.fixture(scope="module")

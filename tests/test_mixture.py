@@ -10,9 +10,9 @@ from test_stages import copied, where
 
 from pipeline.final_model import classifier
 from pipeline.final_model.candidates import SINGLE
+from pipeline.final_model.mixture import IMAGES, cross_fitted, fit_mixture
 from pipeline.images.shards import read_images
 from pipeline.nets import checkpoint
-from pipeline.scoring.mixture import IMAGES, cross_fitted, fit_mixture
 from pipeline.stage_runtime.errors import ParamError
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT, paths
 
 from pipeline.commands.predict import Answer, as_csv, as_table, listed, page, predict
 from pipeline.final_model import classifier
+from pipeline.final_model.operating_point import Decision
 from pipeline.images.shards import read_images, read_rows
 from pipeline.stage_runtime.errors import DataError
 
@@ -47,9 +48,9 @@ def test_files_get_the_probabilities_of_their_packed_pixels(finished, model):
     assert [a.labels for a in found] == [[f"class{i}" for i in row] for row in order]
     sorted_p = np.take_along_axis(expected, order, axis=1)
     assert np.allclose([a.probabilities for a in found], sorted_p, atol=1e-4)
-    assert final.sure_above is None  # so few validation images promise nothing
+    assert final.decision == Decision([None, None])  # so few validation images promise nothing
     assert [a.sure for a in found] == [None] * len(files)
-    sure = predict(replace(final, sure_above=0.9), files)
+    sure = predict(replace(final, decision=Decision([0.9, 0.9])), files)
     assert [a.sure for a in sure] == list(expected.max(1) >= 0.9)
 
 

@@ -18,6 +18,7 @@ from sklearn.calibration import calibration_curve
 from pipeline.final_model import classifier
 from pipeline.final_model.grad_cam import activation_maps, explained_blocks
 from pipeline.final_model.graph import Graph
+from pipeline.final_model.operating_point import Decision
 from pipeline.images.shards import read_images
 from pipeline.inference.taps import Taps
 from pipeline.nets.network import load
@@ -201,7 +202,7 @@ def final_of(finished: Path, name: str) -> classifier.Classifier:
     found = classifier.load(paths(finished)["report"]["final"])
     network, _ = load(paths(finished)[name]["out"] / "model.safetensors")
     member = classifier.Member(name, network, None, "average", found.members[0].tta)
-    return classifier.Classifier([member], 1.0, 0.0, name)
+    return classifier.Classifier([member], 1.0, Decision([0.0, 0.0]), name)
 
 
 def test_where_a_linear_head_follows_averages_the_maps_are_its_weights_on_the_features(

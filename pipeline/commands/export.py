@@ -27,7 +27,6 @@ from pipeline.stage_runtime.errors import CheckpointError, DataError
 from pipeline.stage_runtime.files import whole_folder, write_text
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import load_yaml
-from pipeline.statistics.reliability import sure_in_words
 from pipeline.statistics.verdict import interval_in_words
 
 FINAL, REPORT = Path("models/final/model.safetensors"), Path("models/report/metrics.json")
@@ -62,7 +61,7 @@ def export(*, final: Path, report: Path, prepared: Path, lock: Path, out: Path) 
         shutil.copy(final, folder / "model.safetensors")
         portable.write(classifier, graph, folder / "model.onnx")
         with torch.no_grad():
-            expected = graph(torch.from_numpy(images)).numpy()
+            expected = graph.probabilities(torch.from_numpy(images)).numpy()
         found = portable.Portable(folder / "model.onnx").probabilities(images)
         off = float(np.abs(found - expected).max())
         if not off <= CLOSE:
@@ -141,7 +140,8 @@ def card(
     backbone = network.backbone
     size, colours = network.packed_size, "grey" if network.channels == 1 else "RGB"
     shape = f"(N, {size}, {size})" if network.channels == 1 else f"(N, {size}, {size}, 3)"
-    sure = sure_in_words(classifier.sure_above, classifier.sure_accuracy, classifier.sure_images)
+    sure, point = classifier.sure_in_words, classifier.decision.point
+    answers = "the likeliest class" if point is None else point.words(network.classes)
     tones = f" Before that, {network.tones.words}." if network.tones.words else ""
     changed = " with changes that aren't committed" if origin["changed"] else ""
     lines = [
@@ -158,7 +158,7 @@ def card(
         f"`model.onnx` takes `pixels`, uint8 {shape}: the image turned as its EXIF data say, "
         f"{colours}, {HOW[network.fit]}, resized to {size} x {size} (Pillow's bicubic). All other "
         f"steps are in the graph.{tones} It returns `probabilities`, float32 "
-        f"(N, {len(network.classes)}).",
+        f"(N, {len(network.classes)}), and `answers`, int64 (N,): {answers}.",
         "",
         sure[0].upper() + sure[1:] + ".",
         "",

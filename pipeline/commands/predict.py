@@ -6,9 +6,10 @@
     find new -name '*.jpg' | python -m pipeline predict -  # paths, one per line
     python -m pipeline predict - < a.jpg                   # or an image itself
 
-Predictions below a confidence threshold are "not sure". Above it, the share
-`evaluate.sure_accuracy` is right, as far as the validation images can show; if they can't show it,
-there is no threshold, and `sure` is null. Exit codes: 0 every file was classified, 1 a file isn't
+With `evaluate.operating_point`, the answer is the one that it asks for. Predictions below a
+confidence threshold are "not sure". Above it, the share `evaluate.sure_accuracy` is right, as far
+as the validation images can show; if they can't show it, there is no threshold, and `sure` is null.
+Exit codes: 0 every file was classified, 1 a file isn't
 an image or can't be read, or another error, 2 a wrong command.
 """
 
@@ -49,7 +50,7 @@ Model = classifier.Classifier | portable.Portable
 
 @dataclass(frozen=True)
 class Answer:
-    """The prediction for one image, the likeliest label first; or why it can't be read."""
+    """The prediction for one image, the answer first, then by probability; or why it has none."""
 
     file: str
     labels: list[str] = field(default_factory=list)
@@ -104,12 +105,14 @@ def predict(model: Model, files: Sequence[Path], top: int = 1) -> Iterator[Answe
                     yield Answer(str(file), error=str(one))
                     continue
                 p: NDArray[np.float64] = next(answers)
-                best = np.argsort(-p, kind="stable")[:top]
+                [answer] = model.decision.answers(p[None])
+                # The answer first: with an operating point it need not be the likeliest class.
+                ranked = sorted(range(len(p)), key=lambda i: (i != answer, -p[i]))[:top]
                 yield Answer(
                     str(file),
-                    [network.classes[i] for i in best],
-                    [round(float(p[i]), 4) for i in best],
-                    None if model.sure_above is None else bool(p.max() >= model.sure_above),
+                    [network.classes[i] for i in ranked],
+                    [round(float(p[i]), 4) for i in ranked],
+                    model.decision.is_sure(float(p[answer]), int(answer)),
                     pixels=one.pixels,
                     beyond=None if network.tones.low is None else round(one.clipped, 4),
                 )

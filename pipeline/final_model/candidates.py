@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.final_model.classifier import Scores
+from pipeline.final_model.mixture import Mixture, cross_fitted, fit_mixture, mean_log
 from pipeline.images.augment import Flips
 from pipeline.images.shards import Images
 from pipeline.inference.tta import TTA, logits_from
@@ -15,7 +16,6 @@ from pipeline.nets.checkpoint import refuse_other_classes
 from pipeline.nets.network import Network, load
 from pipeline.probing.codes import read_codes
 from pipeline.probing.probes import Ints, Probe, read_probes
-from pipeline.scoring.mixture import Mixture, cross_fitted, fit_mixture, mean_log
 from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.resume import Resume
 from pipeline.statistics.verdict import first_unless_clearly_worse

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.final_model.mixture import Mixture
+from pipeline.final_model.operating_point import Decision
 from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import TTA, averaged, logits
 from pipeline.nets import checkpoint
@@ -15,9 +17,9 @@ from pipeline.nets.batches import run_in_batches
 from pipeline.nets.network import Network, from_checkpoint
 from pipeline.probing.codes import JOIN
 from pipeline.probing.probes import Probe
-from pipeline.scoring.mixture import Mixture
 from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.files import Rowwise
+from pipeline.statistics.reliability import sure_in_words
 
 Scores = NDArray[np.float64]
 
@@ -89,10 +91,9 @@ class Classifier:
 
     members: Sequence[Member]  # of which the weighted mean of the probabilities is taken
     temperature: float  # of this mean
-    sure_above: float | None  # below this probability it says "not sure"; None: never
+    decision: Decision
     chosen: str  # the model that evaluate chose
-    sure_accuracy: float = 0.95  # the share that has to be right above `sure_above`
-    sure_images: int | None = None  # validation images that a threshold would take, if known
+    sure_in_words: str = ""  # when it says "not sure"
 
     @property
     def network(self) -> Network:
@@ -131,9 +132,8 @@ class Classifier:
             **first.facts(),
             "members": [member.facts() for member in others],
             "temperature": self.temperature,
-            "sure_above": self.sure_above,
-            "sure_accuracy": self.sure_accuracy,
-            "sure_images": self.sure_images,
+            **self.decision.facts(),
+            "sure_in_words": self.sure_in_words,
             "chosen": self.chosen,
             **more,
         }
@@ -155,11 +155,17 @@ def load(file: Path) -> Classifier:
         return Classifier(
             members,
             meta["temperature"],
-            meta["sure_above"],
+            Decision.of_facts(meta, len(members[0].network.classes)),
             meta["chosen"],
-            meta.get("sure_accuracy", Classifier.sure_accuracy),
-            meta.get("sure_images"),
+            meta.get("sure_in_words") or _sure_in_words(meta),
         )
+
+
+def _sure_in_words(meta: dict[str, Any]) -> str:
+    """Say it of a file of an earlier version."""
+    return sure_in_words(
+        meta["sure_above"], meta.get("sure_accuracy", 0.95), meta.get("sure_images")
+    )
 
 
 def _member(tensors: dict[str, NDArray[Any]], meta: dict[str, Any], file: Path) -> Member:

@@ -84,14 +84,33 @@ class Graph(nn.Module):
         self.parts = [Part(member) for member in classifier.members]
         self.registered = nn.ModuleList(self.parts)  # with PyTorch, which ignores plain lists
         self.temperature = classifier.temperature
+        self.point = classifier.decision.point
         self.eval()
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return probabilities (N, C) and answers (N,) of packed uint8 pixels (N, H, W[, 3])."""
+        p = self.probabilities(pixels)
+        return p, self._answers(p)
+
+    def probabilities(self, pixels: Tensor) -> Tensor:
         """Return probabilities (N, C) of packed uint8 pixels (N, H, W) or (N, H, W, 3)."""
         # log(weight x probability) of each part, of which the sum over parts is taken.
         each = [part(pixels) + math.log(part.weight) for part in self.parts]
         mean = torch.logsumexp(torch.stack(each), 0) if len(each) > 1 else each[0]
         return torch.softmax(mean / self.temperature, 1).float()
+
+    def _answers(self, p: Tensor) -> Tensor:
+        """Return what `Decision.answers` does."""
+        if self.point is None:
+            return p.argmax(1)
+        if self.point.costs is not None:
+            return (p.double() @ torch.tensor(self.point.costs, dtype=torch.float64)).argmin(1)
+        positive, threshold = self.point.positive, self.point.threshold
+        assert positive is not None
+        assert threshold is not None
+        is_other = torch.tensor([i != positive for i in range(p.shape[1])])
+        others = torch.where(is_other, p, -1.0).argmax(1)
+        return torch.where(p[:, positive] >= threshold, positive, others)
 
 
 class SvmHead:

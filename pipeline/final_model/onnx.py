@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.final_model.classifier import Classifier
 from pipeline.final_model.graph import Graph, Inputs
+from pipeline.final_model.operating_point import Decision
 from pipeline.images.tones import of_facts
 from pipeline.nets.batches import EVAL_BATCH
 from pipeline.stage_runtime.errors import CheckpointError, one_line
@@ -26,13 +27,13 @@ def write(classifier: Classifier, graph: Graph, file: Path) -> None:
             graph,
             (torch.zeros((2, *graph.inputs.shape), dtype=torch.uint8),),
             input_names=["pixels"],
-            output_names=["probabilities"],
+            output_names=["probabilities", "answers"],
             dynamic_shapes={"pixels": {0: torch.export.Dim("n", min=1, max=65536)}},
             dynamo=True,
             verbose=False,
         )
     assert program is not None
-    more = {"sure_above": classifier.sure_above, "chosen": classifier.chosen}
+    more = {**classifier.decision.facts(), "chosen": classifier.chosen}
     inputs = {name: value for name, value in vars(graph.inputs).items() if name != "tones"}
     facts = {**inputs, **graph.inputs.tones.facts(), **more}
     program.model.metadata_props[KEY] = json.dumps(facts, sort_keys=True, ensure_ascii=False)
@@ -54,7 +55,8 @@ class Portable:
         if found is None:
             raise CheckpointError(f"{file}: not written by `python -m pipeline export`")
         facts: dict[str, Any] = json.loads(found)
-        self.sure_above: float | None = facts.pop("sure_above")
+        decision = {key: facts.pop(key, None) for key in ("sure_above", "point")}
+        self.decision = Decision.of_facts(decision, len(facts["classes"]))
         self.chosen: str = facts.pop("chosen")
         tones = of_facts(facts)
         self.network = Inputs(**facts, tones=tones)
@@ -62,5 +64,8 @@ class Portable:
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Return calibrated probabilities (N, C) of packed images (N, H, W[, 3])."""
         batches = np.array_split(images, max(1, -(-len(images) // EVAL_BATCH)))
-        parts = [self.session.run(None, {"pixels": np.ascontiguousarray(b)})[0] for b in batches]
+        parts = [
+            self.session.run(["probabilities"], {"pixels": np.ascontiguousarray(b)})[0]
+            for b in batches
+        ]
         return np.concatenate(parts).astype(np.float64)

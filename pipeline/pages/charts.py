@@ -136,6 +136,31 @@ def steps(rows: Sequence[Row], x: str, y: str, described: str, *, ordered: bool 
     return draw(spec, described)
 
 
+def operating_curve(rows: Sequence[Row], described: str) -> Markup:
+    """Draw precision by recall in percent; `at` marks the thresholds from the chosen one on."""
+    x, y = (
+        {
+            "field": name,
+            "type": "quantitative",
+            "title": f"{name}, %",
+            "scale": {"domain": [0, 100]},
+        }
+        for name in ("recall", "precision")
+    )
+    chosen = max((row for row in rows if row["at"]), key=lambda row: row["recall"], default=None)
+    line = {"mark": {"type": "line", "color": BLUE, "interpolate": "linear"}}
+    dot = {
+        "data": {"values": [chosen] if chosen else []},
+        "mark": {"type": "point", "filled": True, "size": 90, "color": VERMILION},
+    }
+    spec = {
+        "data": {"values": list(rows)},
+        "encoding": {"x": {**x, "axis": {"grid": False}}, "y": {**y, "axis": {"grid": False}}},
+        "layer": [line, dot],
+    }
+    return draw(spec, described)
+
+
 def confusion(rows: Sequence[Row], described: str) -> Markup:
     """Draw a confusion matrix: rows of actual, predicted, images and share of the actual class."""
     side = {"step": max(34, 200 // math.isqrt(len(rows)))}

@@ -1,5 +1,6 @@
 """Calibration: the accuracy by confidence, and the confidence threshold for "not sure"."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,12 @@ class Sure:
 
 
 def sure_threshold(probabilities: Floats, labels: Ints, groups: Ints, wanted: float) -> Sure:
+    """Find the threshold of the likeliest class: see `sure_from`. Probabilities are (N, C)."""
+    answers = probabilities.argmax(1)
+    return sure_from(probabilities.max(1), answers == labels, groups, wanted)
+
+
+def sure_from(confidence: Floats, right: NDArray[np.bool_], groups: Ints, wanted: float) -> Sure:
     """Find the lowest confidence above which the share `wanted` of images will be right.
 
     The promise holds in nine of ten cases: a threshold is accepted if the lower bound of the
@@ -65,12 +72,12 @@ def sure_threshold(probabilities: Floats, labels: Ints, groups: Ints, wanted: fl
     the one that is expected to call most images sure, and the first failure ends the search (fixed
     sequence testing, as in Angelopoulos et al. 2021, arXiv 2110.01052).
 
-    Probabilities are (N, C), labels and groups (N,).
+    All are (N,): the answers' probabilities, which answers are right, and the images' groups.
     """
-    n = len(labels)
-    order = np.argsort(-probabilities.max(1), kind="stable")
-    confidence = probabilities.max(1)[order].astype(np.float64)
-    right, groups = (probabilities.argmax(1) == labels)[order], groups[order]
+    if not (n := len(right)):
+        return Sure(None, None)
+    order = np.argsort(-confidence, kind="stable")
+    confidence, right, groups = confidence[order].astype(np.float64), right[order], groups[order]
     steps = int(np.log(max(n, 2)) / np.log(STEP)) + 2
     # A threshold includes all images of its confidence.
     tried = np.minimum(np.ceil(STEP ** np.arange(steps)).astype(int), n)
@@ -118,3 +125,27 @@ def sure_in_words(above: float | None, wanted: float, images: int | None) -> str
         f'the model never says "not sure": no confidence threshold is certain to have {wanted:.0%} '
         f"of the answers above it right; this would take {needed}"
     )
+
+
+def sure_by_answer(
+    probabilities: Floats, answers: Ints, labels: Ints, groups: Ints, wanted: float
+) -> list[Sure]:
+    """Find a threshold for each of the answers (N,), from the images that got it."""
+    found = []
+    for answer in range(probabilities.shape[1]):
+        given = answers == answer
+        right = labels[given] == answer
+        found.append(sure_from(probabilities[given, answer], right, groups[given], wanted))
+    return found
+
+
+def sure_by_answer_in_words(found: Sequence[Sure], classes: Sequence[str], wanted: float) -> str:
+    """Return in words from which probability on each answer is sure."""
+    told = []
+    for name, one in zip(classes, found, strict=True):
+        needed = f"; it would take about {one.images:,} answers of it" if one.images else ""
+        said = f"never called unsure, as nothing can be promised{needed}"
+        if one.above is not None:
+            said = f"sure from {one.above:.4f} on" if one.above else "always sure"
+        told.append(f"{name}: {said}")
+    return f"answers of which {wanted:.0%} are right: {', '.join(told)}"

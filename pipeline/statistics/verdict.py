@@ -74,11 +74,16 @@ def verdicts(metrics: dict[str, Any]) -> list[str]:
     They are from the metrics that evaluate writes.
     """
     chosen = metrics["chosen"]
-    said = [_verdict("fine-tuning", "stage 2 minus probe", metrics["stage2_minus_probe"])]
+    said = [fine_tuning_verdict(metrics["stage2_minus_probe"])]
     if chosen not in ("probe", "stage2"):
         gain = metrics["chosen_minus_probe"]
         said.append(_verdict(f"the final model ({chosen})", "it minus probe", gain))
     return said
+
+
+def fine_tuning_verdict(found: dict[str, float | None]) -> str:
+    """Return a sentence on whether fine-tuning helped, from `difference` of stage 2 and probe."""
+    return _verdict("fine-tuning", "stage 2 minus probe", found)
 
 
 def _verdict(what: str, difference: str, found: dict[str, float | None]) -> str:
