@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.final_model.mixture import Mixture
 from pipeline.final_model.operating_point import Decision
+from pipeline.images.augment import views
 from pipeline.inference.taps import Pooling, Taps
 from pipeline.inference.tta import TTA, averaged, logits
 from pipeline.nets import checkpoint
@@ -57,11 +58,9 @@ class Member:
     @property
     def words(self) -> str:
         """Say what it is."""
-        head = f"{self.probe.kind} on the codes of {self.probe.depth}" if self.probe else "own head"
-        return (
-            f"{self.name}: {head} at {self.network.image_size} px, averaged over at most "
-            f"{self.tta.most} views (flips: {self.tta.flips})"
-        )
+        head = f"{self.probe.kind} on codes of {self.probe.depth}" if self.probe else "its own head"
+        n_views = len(views(self.tta.flips, self.tta.most))
+        return f"{self.name}, {head}, {self.network.image_size} px, {n_views} views"
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Return the arrays of a file."""
@@ -115,7 +114,7 @@ class Classifier:
     def words(self) -> str:
         """Say what it is made of."""
         return "; ".join(
-            member.words + (f" (weight {member.weight:.2f})" if len(self.members) > 1 else "")
+            member.words + (f", weight {member.weight:.2f}" if len(self.members) > 1 else "")
             for member in self.members
         )
 

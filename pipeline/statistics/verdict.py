@@ -77,7 +77,7 @@ def verdicts(metrics: dict[str, Any]) -> list[str]:
     said = [fine_tuning_verdict(metrics["stage2_minus_probe"])]
     if chosen not in ("probe", "stage2"):
         gain = metrics["chosen_minus_probe"]
-        said.append(_verdict(f"the final model ({chosen})", "it minus probe", gain))
+        said.append(_verdict(f"the final model, {chosen},", f"{chosen} minus probe", gain))
     return said
 
 
