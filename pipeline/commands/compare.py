@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from pipeline.commands.differences import Against, corrected, interval, paired
 from pipeline.commands.revision import (
+    BLEND,
     HERE,
     MODELS,
     OUT_OF_FOLD,
@@ -166,8 +167,9 @@ def table(runs: Sequence[Run], judge: Judge = "validation") -> list[str]:
 
 
 def _models(runs: Iterable[Run]) -> list[str]:
-    """Return the models that any of the runs has."""
-    return [model for model in MODELS if any(model in run.accuracies for run in runs)]
+    """Return the models to compare; earlier runs have no blend."""
+    blended = any(BLEND in run.accuracies for run in runs)
+    return [model for model in MODELS if blended or model != BLEND]
 
 
 def _with_interval(run: Run, model: str, judge: Judge) -> str:

@@ -18,7 +18,8 @@ from pipeline.stage_runtime.schema import STAGES, load_yaml
 HERE = "."
 INDEX = "data/prepared/index.csv"
 OUT_OF_FOLD = "models/probe/out_of_fold.csv"
-MODELS = ("probe_linear", "probe", "stage1", "stage2", "blend")  # runs before it have no blend
+BLEND = "blend"
+MODELS = ("probe_linear", "probe", "stage1", "stage2", BLEND)
 SHOWN = 8  # changed params that are named
 Text = Callable[[str], str]  # the text of a file, by its path in the project
 

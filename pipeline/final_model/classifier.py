@@ -169,9 +169,10 @@ def _sure_in_words(meta: dict[str, Any]) -> str:
 
 def _member(tensors: dict[str, NDArray[Any]], meta: dict[str, Any], file: Path) -> Member:
     of_network, of_probe = (checkpoint.strip_prefix(tensors, f"{p}.") for p in ("network", "probe"))
+    network = from_checkpoint(of_network, meta, file, n_outputs=meta["n_outputs"])
     return Member(
         meta.get("member") or meta["chosen"],
-        from_checkpoint(of_network, meta, file, n_outputs=meta["n_outputs"]),
+        network,
         Probe(**meta["probe"], arrays=of_probe) if meta["probe"] else None,
         meta["pooling"],
         TTA(**meta["viewing"]),
