@@ -26,7 +26,8 @@ from pipeline.scoring.metrics import cross_entropy
 
 DRAWS = 10
 GREEDY = 20  # models that Caruana's selection adds up
-Scores = list[NDArray[np.float64]]  # (N, C) of each model
+Floats = NDArray[np.float64]
+Scores = list[Floats]  # (N, C) of each model
 Ints = NDArray[np.int64]
 
 
@@ -38,12 +39,15 @@ class Judged:
     loss: float
 
 
+def calibrated(val: Scores, labels: Ints, weights: Sequence[float] | Floats) -> Mixture:
+    """Average the models, each calibrated alone, with these weights."""
+    fits = [fit_mixture([s], labels).temperatures[0] for s in val]
+    return Mixture([float(weight) for weight in weights], fits, 1.0)
+
+
 def alone(model: str, val: Scores, labels: Ints) -> Mixture:
     """Take one model, calibrated."""
-    place = SINGLE.index(model)
-    weights = np.eye(len(SINGLE))[place].tolist()
-    [temperature] = fit_mixture([val[place]], labels).temperatures
-    return Mixture(weights, [temperature] * len(SINGLE), 1.0)
+    return calibrated(val, labels, [float(name == model) for name in SINGLE])
 
 
 def simplest(val: Scores, labels: Ints) -> Mixture:
@@ -66,28 +70,26 @@ def most_accurate(val: Scores, labels: Ints) -> Mixture:
 
 def lowest_loss(val: Scores, labels: Ints) -> Mixture:
     """Take the model with the lowest log loss once it is calibrated."""
-    fits = [fit_mixture([s], labels).temperatures[0] for s in val]
+    fits = calibrated(val, labels, [1.0] * len(val)).temperatures
     losses = [cross_entropy(s, labels, t) for s, t in zip(val, fits, strict=True)]
     return alone(SINGLE[int(np.argmin(losses))], val, labels)
 
 
 def uniform(val: Scores, labels: Ints) -> Mixture:
     """Average all, calibrated, with equal weights."""
-    fits = [fit_mixture([s], labels).temperatures[0] for s in val]
-    return Mixture([1 / len(val)] * len(val), fits, 1.0)
+    return calibrated(val, labels, [1 / len(val)] * len(val))
 
 
 def greedy(val: Scores, labels: Ints) -> Mixture:
     """Add the model that lowers the log loss most, again and again (Caruana et al. 2004)."""
-    fits = [fit_mixture([s], labels).temperatures[0] for s in val]
     rows = np.arange(len(labels))
-    each = zip(val, fits, strict=True)
+    each = zip(val, calibrated(val, labels, [1.0] * len(val)).temperatures, strict=True)
     p = np.stack([np.exp(log_softmax(s / t, axis=1)[rows, labels]) for s, t in each])
     counts = np.zeros(len(val))
     for taken in range(GREEDY):
         mixed = (counts @ p + p) / (taken + 1)
         counts[int(np.log(np.maximum(mixed, 1e-12)).mean(1).argmax())] += 1
-    return Mixture((counts / GREEDY).tolist(), fits, 1.0)
+    return calibrated(val, labels, counts / GREEDY)
 
 
 RULES: dict[str, Callable[[Scores, Ints], Mixture]] = {

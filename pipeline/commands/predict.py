@@ -9,8 +9,8 @@
 With `evaluate.operating_point`, the answer is the one that it asks for. Predictions below a
 confidence threshold are "not sure". Above it, the share `evaluate.sure_accuracy` is right, as far
 as the validation images can show; if they can't show it, there is no threshold, and `sure` is null.
-Exit codes: 0 every file was classified, 1 a file isn't
-an image or can't be read, or another error, 2 a wrong command.
+Exit codes: 0 every file was classified, 1 a file isn't an image or can't be read, or another error,
+2 a wrong command.
 """
 
 import csv
