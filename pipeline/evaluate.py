@@ -27,26 +27,33 @@ from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import Network, facts_of, from_facts
 from pipeline.probing.probes import read_probes
 from pipeline.scoring.answers import Sureness, answer_lines
+from pipeline.scoring.metrics import Floats, Measure, by_image, undefined
 from pipeline.stage_runtime.errors import ParamError
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.schema import Out
+from pipeline.stage_runtime.schema import Key, Out
 from pipeline.statistics.reliability import (
     sure_by_answer,
     sure_by_answer_in_words,
     sure_in_words,
     sure_threshold,
 )
-from pipeline.statistics.significance import accuracy_interval, difference
+from pipeline.statistics.significance import (
+    accuracy_interval,
+    difference,
+    measure_difference,
+    measure_interval,
+)
 from pipeline.statistics.verdict import (
     confusion,
     interval_in_words,
+    measure_in_words,
     model_scores,
     verdicts,
 )
 
-TIMED = 64  # images
+TIMED = 24  # images
 
 
 def evaluate(
@@ -64,13 +71,14 @@ def evaluate(
     tie: Annotated[float, Interval(ge=0, le=5)],
     operating_point: str,
     sure_accuracy: Annotated[float, Interval(ge=0, le=1)],
+    measure: Annotated[Measure, Key("measure")],
     resume: Resume,
 ) -> dict[str, float]:
     """Score the models of all stages and their blend on test, and write the final model.
 
     The blend is the weighted mean of the other candidates' calibrated probabilities. The final
-    model is the first candidate of blend, stage 2, stage 1 and probe, unless the validation
-    accuracy of another is more than `tie` standard errors higher. Weights, temperatures, the
+    model is the first candidate of blend, stage 2, stage 1 and probe, unless another is better on
+    validation, by the measure, by more than `tie` standard errors. Weights, temperatures, the
     operating point and the thresholds for "not sure" are fitted on the validation split; what is
     said of that split is of fits to other groups of its images.
 
@@ -88,7 +96,9 @@ def evaluate(
     models = scored(images, features, probe, (stage1, stage2), views, classes, resume)
     truth = val.labels, val.groups
     compared = candidates_of(models, candidates, *truth)
-    chosen = choose(compared, candidates, *truth, tie)
+    if doubt := undefined(measure, val.labels, classes, "validation"):
+        say(doubt)
+    chosen = choose(compared, candidates, *truth, tie, measure)
     decision, sure, unsupported = _decided(asked, chosen, val, classes, sure_accuracy)
     classifier = Classifier(
         _members(chosen, of_codes), chosen.mixture.temperature, decision, chosen.name, sure
@@ -100,6 +110,8 @@ def evaluate(
     metrics: dict[str, Any] = {"test": {}, "chosen": chosen.name, "val": val_accuracy}
     if len(test.labels):
         metrics = {**metrics, **_compared(compared, chosen.name, test)}
+    if len(test.labels) or measure != "accuracy":
+        metrics["measure"] = _measured(measure, compared, chosen.name, val, test)
     if asked:
         metrics["operating_point"] = _at_point(asked, decision.point, chosen, val, test)
     _write_tables(out, compared, val, test, classes, chosen, decision)
@@ -233,6 +245,41 @@ def _compared(compared: dict[str, Candidate], chosen: str, test: Rows) -> dict[s
     return {"test": table, **gains}
 
 
+def _measured(
+    measure: Measure, compared: dict[str, Candidate], chosen: str, val: Rows, test: Rows
+) -> dict[str, Any]:
+    """Return the final model's measure on test with its interval, and on validation.
+
+    If that isn't the accuracy, which the other keys tell, also that of each model on test, and the
+    gains over the probe. What isn't defined is null.
+    """
+    sign = -1 if measure == "log_loss" else 1
+
+    def mean(values: Floats | None) -> float | None:
+        return None if values is None or not len(values) else sign * float(values.mean())
+
+    on_val = by_image(measure, compared[chosen].val, val.labels)
+    found: dict[str, Any] = {"name": measure, "value": None, "low": None, "high": None}
+    found["val"] = mean(on_val)
+    if not len(test.labels):
+        return found
+    values = {name: by_image(measure, c.test, test.labels) for name, c in compared.items()}
+    of_chosen, of_probe = values[chosen], values["probe"]
+    found["value"] = mean(of_chosen)
+    if of_chosen is None or of_probe is None:
+        return found
+    truth = test.labels, test.groups
+    found["low"], found["high"] = measure_interval(measure, of_chosen, *truth) or (None, None)
+    if measure == "accuracy":
+        return found
+    found["test"] = {name: mean(v) for name, v in values.items()}
+    for name, model in (("stage2", "stage2"), ("chosen", chosen)):
+        ours = values[model]
+        assert ours is not None
+        found[f"{name}_minus_probe"] = measure_difference(measure, ours, of_probe, *truth)
+    return found
+
+
 def _against(advice: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the expected gain of fine-tuning and the measured gain on the test split."""
     expected = json.loads(advice.read_text(encoding="utf-8"))["advice"]["expected_gain"]
@@ -301,4 +348,6 @@ def _verdict(metrics: dict[str, Any], n: int) -> list[str]:
             f"({interval_in_words(m['accuracy_low'], m['accuracy_high'])})   "
             f"{m['balanced_accuracy']:.4f}    {auroc}"
         )
+    if metrics["measure"]["name"] != "accuracy":
+        lines.append(measure_in_words(metrics["measure"]))
     return [*lines, *verdicts(metrics), f"final model: {chosen}"]

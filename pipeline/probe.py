@@ -1,7 +1,8 @@
 """Probe: linear, LDA and SVM classifiers on the codes, chosen by cross-validation on train.
 
-The criterion is the cross-entropy of the out-of-fold predictions. Accuracy is noisier: on a few
-hundred images, many cells have the same accuracy.
+Of the cells whose measure is within a standard error of the best, the one with the lowest
+cross-entropy of the out-of-fold predictions is chosen: on a few hundred images, a smaller lead in
+accuracy is mostly luck.
 """
 
 import warnings
@@ -41,7 +42,14 @@ from pipeline.probing.probes import (
     unit,
 )
 from pipeline.scoring.answers import Sureness, answer_lines
-from pipeline.scoring.metrics import cross_entropy, fit_temperature, validation
+from pipeline.scoring.metrics import (
+    MEASURES,
+    Measure,
+    by_image,
+    cross_entropy,
+    fit_temperature,
+    validation,
+)
 from pipeline.stage_runtime.errors import DataError
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say, track
@@ -50,6 +58,7 @@ from pipeline.stage_runtime.schema import Key, Out, Seed
 from pipeline.stage_runtime.settings import threads
 
 Positive = Annotated[float, Gt(0)]
+ROUNDING = 1e-12  # of a difference of two measures
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Cell:
     c: float  # of lda, the shrinkage
     loss: float  # cross-entropy of the held-out images, calibrated by one temperature
     accuracies: list[float]  # one per fold
+    measured: list[float] | None = None  # one per fold; none if the loss alone decides
 
     @property
     def accuracy(self) -> float:
@@ -83,6 +93,7 @@ def probe(
     svm_max_images: Annotated[int, Interval(ge=10, le=50_000)],
     sample_weight: Annotated[bool, Key("sample_weight")],
     class_weight: Annotated[Literal["none", "balanced"], Key("class_weight")],
+    measure: Annotated[Measure, Key("measure")],
     seed: Seed,
     resume: Resume,
 ) -> dict[str, float]:
@@ -111,7 +122,7 @@ def probe(
             **{"linear": linear_c, "lda": lda_shrinkage},
             **{"svm_linear": svm_linear_c, "svm_rbf": svm_rbf_c},
         }
-        search = _Search(train, weights, balance, folds, seed, some, grid, l2)
+        search = _Search(train, weights, balance, folds, seed, some, grid, l2, measure)
         cells: list[Cell] = []
         depths = [*facts["depths"], *_joined(facts["depths"], join)]
         tasks = [(kind, depth) for depth in depths for kind in ("linear", *kinds)]
@@ -130,6 +141,8 @@ def probe(
         with ThreadPoolExecutor(threads()) as pool:
             for found in track(pool.map(searched, tasks), len(tasks), "probe"):
                 cells += found
+        if measure != "log_loss" and any(cell.measured is None for cell in cells):
+            say(f"a fold lacks a class, so {MEASURES[measure]} isn't defined: log loss decides")
         best = best_cell([cell for cell in cells if cell.kind in kinds])
         best_linear = best_cell([c for c in cells if c.kind == "linear" and c.depth == LAST])
         linear = search.fit(best_linear, read_codes(features, "train", LAST))
@@ -144,16 +157,18 @@ def probe(
         for name, p in (("winner", winner), ("linear", linear))
     }
     temperature = fit_temperature(scores["winner"], val.labels)
-    of_linear = validation(scores["linear"], val.labels)
+    of_linear = validation(scores["linear"], val.labels, 1.0, measure)
+    of_measure = {} if best.measured is None else {f"cv_{measure}": float(np.mean(best.measured))}
     metrics = {
-        "val": validation(scores["winner"], val.labels, temperature),
+        "val": validation(scores["winner"], val.labels, temperature, measure),
+        **of_measure,
         "cv_accuracy": best.accuracy,
         "linear_cv_accuracy": best_linear.accuracy,
         "linear_val_accuracy": of_linear["accuracy"],
         "svm_images": len(some),
     }
     save_probes(out / "probe.safetensors", winner, linear, {**facts, "val": of_linear})
-    write_csv(out / "grid.csv", _grid(cells))
+    write_csv(out / "grid.csv", _grid(cells, measure))
     seen = ~np.isnan(held_out[:, 0])
     out_of_fold = {"probe": held_out, "probe_linear": held_out_linear}
     of_winner = fit_temperature(held_out[seen], train.labels[seen])
@@ -177,8 +192,21 @@ def probe(
 
 
 def best_cell(cells: list[Cell]) -> Cell:
-    """Return the cell with the lowest loss; ties go to the simpler kind, then the smaller C."""
+    """Return the cell with the lowest loss of those that tie with the best by the measure.
+
+    Two cells tie if their difference over the folds is within its standard error. Of equal losses,
+    the simpler kind counts, then the smaller C.
+    """
+    measured = [np.array(cell.measured) for cell in cells if cell.measured is not None]
+    if len(measured) == len(cells):
+        best = max(measured, key=lambda values: float(values.mean()))
+        cells = [cell for cell, v in zip(cells, measured, strict=True) if _ties(best - v)]
     return min(cells, key=lambda cell: (cell.loss, KINDS.index(cell.kind), cell.c))
+
+
+def _ties(lead: Floats) -> bool:
+    """Return whether a lead, by fold, is within its standard error."""
+    return bool(lead.mean() <= lead.std(ddof=1) / np.sqrt(len(lead)) + ROUNDING)
 
 
 class _Search:
@@ -194,10 +222,12 @@ class _Search:
         some: Ints,
         grid: dict[str, list[float]],
         l2: bool,
+        measure: Measure,
     ) -> None:
         self.labels, self.groups, self.weights = train.labels, train.groups, weights
         self.balance, self.folds, self.seed, self.some = balance, folds, seed, some
         self.grid, self.n_classes, self.l2 = grid, int(train.labels.max()) + 1, l2
+        self.measure: Measure = measure
 
     def cells(self, kind: Kind, depth: str, codes: Any) -> Iterator[Cell]:
         """Cross-validate one kind at one depth for each C, in ascending order.
@@ -208,12 +238,23 @@ class _Search:
         before = np.inf
         for c, scores, folds in self._held_out(kind, depth, codes, sorted(self.grid[kind])):
             y = self.labels[self.rows(kind)]
-            loss = cross_entropy(scores, y, fit_temperature(scores, y))
+            temperature = fit_temperature(scores, y)
+            loss = cross_entropy(scores, y, temperature)
             right = scores.argmax(1) == y
-            yield Cell(kind, depth, c, loss, [float(right[held].mean()) for held in folds])
+            accuracies = [float(right[held].mean()) for held in folds]
+            measured = self._measured(scores / temperature, y, folds)
+            yield Cell(kind, depth, c, loss, accuracies, measured)
             if kind == "linear" and loss > before:
                 return
             before = loss
+
+    def _measured(self, scores: Floats, y: Ints, folds: list[Ints]) -> list[float] | None:
+        """Return the measure of each fold; none if the loss decides, or if a fold lacks a class."""
+        if self.measure == "log_loss":
+            return None
+        values = [by_image(self.measure, scores[held], y[held]) for held in folds]
+        found = [float(of_fold.mean()) for of_fold in values if of_fold is not None]
+        return found if len(found) == len(folds) else None
 
     def held_out(self, cell: Cell, codes: Any) -> Floats:
         """Return the out-of-fold scores of the training images, (N, C); NaN if in no fold."""
@@ -316,8 +357,14 @@ def _subsample(labels: Ints, most: int, seed: int) -> Ints:
     return np.sort(np.argsort(place, kind="stable")[:most])
 
 
-def _grid(cells: list[Cell]) -> Iterator[tuple[str, ...]]:
-    yield "kind", "depth", "c", "loss", "accuracy", "accuracy_std"
+def _grid(cells: list[Cell], measure: Measure) -> Iterator[tuple[str, ...]]:
+    own = measure not in ("accuracy", "log_loss")
+    more = (measure, f"{measure}_std") if own else ()
+    yield "kind", "depth", "c", "loss", "accuracy", "accuracy_std", *more
     for cell in cells:
-        numbers = (cell.loss, cell.accuracy, np.std(cell.accuracies))
-        yield cell.kind, cell.depth, f"{cell.c:g}", *(f"{number:.6f}" for number in numbers)
+        numbers = [cell.loss, cell.accuracy, np.std(cell.accuracies)]
+        if own and cell.measured:
+            numbers += [np.mean(cell.measured), np.std(cell.measured)]
+        blank = ("", "") if own and not cell.measured else ()
+        texts = (f"{number:.6f}" for number in numbers)
+        yield cell.kind, cell.depth, f"{cell.c:g}", *texts, *blank

@@ -24,11 +24,12 @@ from pipeline.pages import charts
 from pipeline.pages.render import evidence_picture, percent, picture, render
 from pipeline.probing.probes import read_probes
 from pipeline.scoring.answers import ANSWER, read_answers
+from pipeline.scoring.metrics import MEASURES
 from pipeline.stage_runtime.files import Rowwise, reading, write_text
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.schema import STAGES, AllParams, Out, flat
 from pipeline.statistics.reliability import calibration_error, reliability
-from pipeline.statistics.verdict import TOO_FEW, verdicts
+from pipeline.statistics.verdict import TOO_FEW, measure_in_words, verdicts
 
 TEMPLATE = Path(__file__).parent / "pages" / "report.html"
 MISTAKES, UNSURE, SURE = 12, 12, 8  # pictures
@@ -87,6 +88,8 @@ def report(
         chosen=chosen,
         winner=winner,
         verdicts=verdicts(metrics) if predictions else [],
+        measure=MEASURES[params["measure"]],
+        measured=_measured(metrics) if predictions else "",
         most_frequent=_most_frequent(predictions),
         images=len(predictions),
         comparison=_comparison(metrics["test"]),
@@ -139,6 +142,12 @@ def _text(file: Path, stage: str) -> str:
 def _rows(file: Path, stage: str = "evaluate") -> list[Row]:
     with reading(file, stage), file.open(newline="", encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
+
+
+def _measured(metrics: dict[str, Any]) -> str:
+    """Return what the page says of the measure, if that isn't the accuracy."""
+    measured = metrics["measure"]
+    return "" if measured["name"] == "accuracy" else measure_in_words(measured)
 
 
 def _most_frequent(predictions: Sequence[Row]) -> float | None:

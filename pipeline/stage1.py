@@ -15,11 +15,11 @@ from pipeline.nets.checkpoint import versions
 from pipeline.nets.device import set_up_torch
 from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.fuse import Precision, resolved
-from pipeline.scoring.metrics import validation
+from pipeline.scoring.metrics import undefined, validation
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import Auto, Key, Out, Seed
-from pipeline.training.best_epoch import Stop, Validation, best_epoch
+from pipeline.training.best_epoch import Stop, Validation, best_epoch, in_words
 from pipeline.training.cut import cut_below
 from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import freeze_all_but, refuse_shared_statistics
@@ -82,6 +82,9 @@ def stage1(
     )
     trunk_seconds = time.perf_counter() - start
 
+    if doubt := undefined(stop.measure, val_rows.labels, packed.classes, "validation"):
+        say(doubt)
+
     def validate() -> Validation:
         network.model.eval()
         with torch.no_grad():
@@ -89,7 +92,7 @@ def stage1(
                 len(val_images), lambda chosen: [cut.top(val_batch(1, chosen)).cpu().numpy()]
             )
             scores = np.concatenate([part for (part,) in parts])
-        return validation(scores, val_rows.labels)
+        return validation(scores, val_rows.labels, measure=stop.measure)
 
     from_probe = head_init == "probe" and network.backbone.weights != "none"
     refit = from_probe and network.image_size != of_probe["image_size"]
@@ -110,7 +113,7 @@ def stage1(
     )
     before = validate()
     about = _about_the_head(of_probe, network.image_size, refit) if from_probe else ""
-    say(f"epoch   0  val loss {before['loss']:.4f} acc {before['accuracy']:.4f}{about}")
+    say(f"epoch   0  val {in_words(before, stop.measure)}{about}")
     best = best_epoch(
         *("stage1", out, network.model, epochs_run, validate, [before], stop, resume_state),
         len(val_images),

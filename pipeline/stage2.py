@@ -19,13 +19,21 @@ from pipeline.nets.device import set_up_torch
 from pipeline.nets.device_images import DeviceImages
 from pipeline.nets.fuse import Precision, resolved
 from pipeline.nets.network import Network, load
-from pipeline.scoring.metrics import validation
+from pipeline.scoring.metrics import undefined, validation
 from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.files import write_csv
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import Auto, Key, Out, Seed
-from pipeline.training.best_epoch import Stop, Validation, best_epoch, state_of, write_metrics
+from pipeline.training.best_epoch import (
+    Stop,
+    Validation,
+    best_epoch,
+    in_words,
+    own_column,
+    state_of,
+    write_metrics,
+)
 from pipeline.training.fit import Recipe, SampleWeights, fit, training_weights
 from pipeline.training.freeze import everything, freeze_all_but, refuse_shared_statistics
 from pipeline.training.interpolate import between, choose_factor, interpolation
@@ -73,8 +81,12 @@ def stage2(
 
     _refuse_other_contents(meta, network, val_images.key_with(val_rows.labels), stage1)
 
+    if doubt := undefined(stop.measure, val_rows.labels, packed.classes, "validation"):
+        say(doubt)
+
     def validate() -> Validation:
-        return validation(logits(network, val_images, TTA("none", 1)), val_rows.labels)
+        scores = logits(network, val_images, TTA("none", 1))
+        return validation(scores, val_rows.labels, measure=stop.measure)
 
     before = [validate()]
     _refuse_other_score(before[0], meta, stage1, len(val_images))
@@ -85,7 +97,7 @@ def stage2(
         before.append(validate())
         gain = before[1]["accuracy"] - before[0]["accuracy"]
         say(f"from {sizes}, before training: {100 * gain:+.1f} points on validation")
-    say(f"epoch   0  val loss {before[-1]['loss']:.4f} acc {before[-1]['accuracy']:.4f}")
+    say(f"epoch   0  val {in_words(before[-1], stop.measure)}")
 
     feed = DeviceImages(images, network.device)
     start_state = state_of(network.model)
@@ -116,8 +128,9 @@ def stage2(
         curve = [(0.0, before[-1]), *inner, *curve]
     factor, val = choose_factor(curve, stop, len(val_images))
     network.model.load_state_dict(between(start_state, best.state, factor))
-    lines = [(f"{f:.2f}", f"{v['accuracy']:.6f}", f"{v['loss']:.6f}") for f, v in curve]
-    write_csv(out / "interpolation.csv", [("factor", "val_accuracy", "val_loss"), *lines])
+    names = ("accuracy", "loss", *own_column(stop.measure))
+    lines = [(f"{f:.2f}", *(f"{v[n]:.6f}" if n in v else "" for n in names)) for f, v in curve]
+    write_csv(out / "interpolation.csv", [("factor", *(f"val_{n}" for n in names)), *lines])
     said = "stage 2 didn't help" if factor == 0 else f"val acc {val['accuracy']:.4f}"
     say(f"interpolated from stage 1 to stage 2 by factor {factor:.2f}: {said}")
     ran = sum(1 for _ in (out / "history.csv").open()) - 1 - len(before)

@@ -1,6 +1,7 @@
 """Check by simulation what intervals, p-values and "not sure" promise.
 
     python -m runs.simulate intervals --draws 2000    # the tables of docs/intervals.md
+    python -m runs.simulate measures --draws 1000
     python -m runs.simulate sure --draws 1000
 
 Answers within a group are correlated: each group has its own accuracy, drawn from a beta
@@ -18,8 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, t
 
+from pipeline.commands.differences import NOISE
+from pipeline.scoring.metrics import MEASURES, Measure, by_image
 from pipeline.statistics.reliability import sure_threshold
-from pipeline.statistics.significance import accuracy_interval, difference
+from pipeline.statistics.significance import (
+    accuracy_interval,
+    difference,
+    measure_difference,
+    measure_interval,
+)
 
 ACCURACIES, CORRELATIONS = (0.6, 0.85, 0.97), (0.0, 0.1, 0.3)
 GROUPS, SIZES = (5, 8, 12, 30), ("equal", "log-normal")
@@ -190,6 +198,55 @@ def promises(draws: int, seed: int = 0) -> Iterator[Promise]:
         yield Promise(shape, images, float(np.mean(held)), float(np.mean(used)), none)
 
 
+MEASURED: tuple[Measure, ...] = ("balanced_accuracy", "f1_macro", "auroc")
+IMAGES, RARE = ((30, 0), (100, 0), (300, 0), (600, 12), (600, 30)), (0.5, 0.2, 0.05)
+
+
+@dataclass(frozen=True)
+class Promised:
+    """The results of a measure's intervals in one setting."""
+
+    covered: float  # share of intervals that contain the measure of all images
+    width: float  # mean
+    false: float  # share of pairs of equally good models that are reported as different
+
+
+def two_classes(
+    random: np.random.Generator, n: int, rare: float, groups: int
+) -> tuple[list[Floats], Ints, Ints]:
+    """Draw scores (N, 2) of two equally good models, labels and groups; 0 groups: single images.
+
+    Groups are harder or easier for both. The rare class has two images at least.
+    """
+    labels = (random.random(n) < rare).astype(int)
+    labels[:4] = (0, 1, 0, 1)
+    of = np.arange(n) if groups == 0 else random.integers(0, groups, n)
+    hard = random.normal(0, 0.5, of.max() + 1)[of] if groups else np.zeros(n)
+    sign, both = 2 * labels - 1, random.normal(0, 0.7, n)
+    lines = (sign * (1.2 - hard) + both + random.normal(0, 0.7, n) for _ in range(2))
+    return [np.stack([-line, line], 1) / 2 for line in lines], labels, of
+
+
+def promised(measure: Measure, n: int, rare: float, groups: int, draws: int) -> Promised:
+    """Simulate a measure's intervals and differences."""
+    random = np.random.default_rng([n, groups, round(100 * rare)])
+    (many, _), truth, _ = two_classes(random, 200_000, rare, 4000 if groups else 0)
+    wanted = by_image(measure, many, truth)
+    assert wanted is not None
+    covered, widths, false = [], [], []
+    for _ in range(draws):
+        scores, labels, of = two_classes(random, n, rare, groups)
+        a, b = (by_image(measure, of_model, labels) for of_model in scores)
+        assert a is not None
+        assert b is not None
+        low, high = measure_interval(measure, a, labels, of) or (0.0, 1.0)
+        covered.append(low <= wanted.mean() <= high)
+        widths.append(high - low)
+        p = measure_difference(measure, a, b, labels, of)["p_value"]
+        false.append(p is not None and p < NOISE)
+    return Promised(float(np.mean(covered)), float(np.mean(widths)), float(np.mean(false)))
+
+
 def table(found: list[Cell], value: Any, form: str) -> list[str]:
     """Return one figure of all cells as a Markdown table."""
     columns = list(product(GROUPS, SIZES))
@@ -207,9 +264,17 @@ def table(found: list[Cell], value: Any, form: str) -> list[str]:
 def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("what", choices=("intervals", "sure"))
+    parser.add_argument("what", choices=("intervals", "measures", "sure"))
     parser.add_argument("--draws", type=int, default=2000)
     options = parser.parse_args()
+    if options.what == "measures":
+        print("| measure | share of the rarer class | images | groups | covered | width | false |")
+        print("|---|---|---|---|---|---|---|")
+        for measure, rare, (n, groups) in product(MEASURED, RARE, IMAGES):
+            m = promised(measure, n, rare, groups, options.draws)
+            cells_of = f"{m.covered:.3f} | {m.width:.3f} | {m.false:.3f}"
+            print(f"| {MEASURES[measure]} | {rare} | {n} | {groups or 'none'} | {cells_of} |")
+        return
     if options.what == "sure":
         print(
             "| confidences | images | promise held | used | no threshold |\n|---|---|---|---|---|"

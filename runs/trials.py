@@ -38,7 +38,7 @@ ATTEMPTS = 100  # at a part with enough images of each class
 # The sections of the params that each of what is kept depends on.
 OF_PACKED = ("prepare",)
 OF_CODES = (*OF_PACKED, "backbone", "extract", "flips", "precision")
-OF_PROBES = (*OF_CODES, "probe", "sample_weight", "class_weight")
+OF_PROBES = (*OF_CODES, "probe", "measure", "sample_weight", "class_weight")
 
 Row = dict[str, str]
 

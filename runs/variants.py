@@ -230,14 +230,15 @@ def read(run: Run) -> Scores:
     """Read a run's scores, and what evaluate would make of them: the blend and the final model."""
     folder = once(run.folder, run.params(), lambda out: None)  # refuses one of other params
     arrays = dict(np.load(folder / "scores.npz"))
-    params, none = run.params()["evaluate"], TTA("none", 1)
+    whole, none = run.params(), TTA("none", 1)
+    params = whole["evaluate"]
     models = [
         Scored(name, None, None, none, arrays[f"{name}-val"], arrays[f"{name}-test"], {})
         for name in SINGLE
     ]
     truth = arrays["labels-val"], arrays["groups-val"]
     found = candidates_of(models, params["candidates"], *truth)
-    chosen = choose(found, params["candidates"], *truth, params["tie"])
+    chosen = choose(found, params["candidates"], *truth, params["tie"], whole["measure"])
     of_models = {**found, "chosen": chosen}
     return arrays | {
         f"{name}-{split}": getattr(of_models[name], split) for name in MODELS for split in SPLITS

@@ -16,6 +16,7 @@ from pipeline.nets.checkpoint import refuse_other_classes
 from pipeline.nets.network import Network, load
 from pipeline.probing.codes import read_codes
 from pipeline.probing.probes import Ints, Probe, read_probes
+from pipeline.scoring.metrics import Measure, cross_entropy, judged_by
 from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.resume import Resume
 from pipeline.statistics.verdict import first_unless_clearly_worse
@@ -88,12 +89,18 @@ def candidates_of(
 
 
 def choose(
-    found: dict[str, Candidate], names: Sequence[str], labels: Ints, groups: Ints, tie: float
+    found: dict[str, Candidate],
+    names: Sequence[str],
+    labels: Ints,
+    groups: Ints,
+    tie: float,
+    measure: Measure = "accuracy",
 ) -> Candidate:
     """Return the final model: the most trusted one that is named, unless it is clearly worse."""
     asked = [found[name] for name in TRUSTED if name in names]
-    right = [candidate.val.argmax(1) == labels for candidate in asked]
-    return asked[first_unless_clearly_worse(right, groups, tie)]
+    values = [judged_by(measure, candidate.val, labels)[1] for candidate in asked]
+    losses = [cross_entropy(candidate.val, labels) for candidate in asked]
+    return asked[first_unless_clearly_worse(values, groups, tie, losses)]
 
 
 def scored(

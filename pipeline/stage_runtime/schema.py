@@ -42,7 +42,7 @@ class Key:
 STAGES = ("prepare", "extract", "probe", "advise", "stage1", "stage2", "evaluate", "report")
 # The top level of params.yaml: single values, and one section per stage or subject.
 TOP = (
-    *("seed", "precision", "sample_weight", "class_weight", "flips", "augment"),
+    *("seed", "precision", "measure", "sample_weight", "class_weight", "flips", "augment"),
     *("prepare", "backbone", "extract", "probe", "stage1", "stage2", "evaluate"),
 )
 READS = "reads"  # marks a param that names files, which the stage reads as data

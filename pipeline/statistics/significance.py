@@ -1,4 +1,4 @@
-"""Intervals and p-values of an accuracy, and of a difference of two accuracies.
+"""Intervals and p-values of an accuracy or another measure, and of a difference of two.
 
 Predictions for images of one group (a patient, a module, near duplicates) are correlated, so the
 precision depends on the number of groups, not of images. All results here use one statistic, the
@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, norm, t
+
+from pipeline.scoring.metrics import Measure
 
 Values = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
@@ -56,13 +58,78 @@ def accuracy_interval(right: Bools, groups: Ints) -> Interval | None:
     This is Wilson's score interval (1927) with the number of images divided by the design effect,
     which is 1 if each image is its own group. It is None for fewer than three groups.
     """
-    if (found := _design(right.astype(float), right, groups)) is None:
+    if (found := _design(right.astype(float), _rarer(right), groups)) is None:
         return None
-    share, z2 = float(right.mean()), found.quantile(CONFIDENCE) ** 2
-    n = len(right) / found.effect
+    return _wilson(float(right.mean()), len(right) / found.effect, found)
+
+
+def _wilson(share: float, n: float, design: Design) -> Interval:
+    """Return Wilson's score interval of a share of so many images."""
+    z2 = design.quantile(CONFIDENCE) ** 2
     middle, arm = share + z2 / (2 * n), np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2)))
     low, high = (middle - arm) / (1 + z2 / n), (middle + arm) / (1 + z2 / n)
     return max(0.0, min(share, float(low))), min(1.0, max(share, float(high)))
+
+
+def measure_interval(
+    measure: Measure, values: Values, labels: Ints, groups: Ints
+) -> Interval | None:
+    """Return the 95 % interval of a measure from its `by_image` values (N,), or None.
+
+    Balanced accuracy, macro F1 and AUROC have Wilson's interval for the number of images that
+    explains their variance, but at most the number that would if all classes were recognised
+    equally well: a rare class without an error is not known well. Log loss has a t-interval. It is
+    None for fewer than three groups.
+    """
+    if measure == "accuracy":
+        return accuracy_interval(values > 0, groups)
+    mean = float(values.mean())
+    if (found := _design(values, (values - mean) ** 2, groups)) is None:
+        return None
+    variance = float(values.var()) * found.effect / len(values)
+    if measure == "log_loss":
+        arm = found.quantile(CONFIDENCE) * float(np.sqrt(variance))
+        return max(0.0, -mean - arm), -mean + arm
+    most = _images_of_equal_classes(labels) / found.effect
+    n = min(most, mean * (1 - mean) / variance) if variance > TINY else most
+    return _wilson(mean, n, found)
+
+
+def _images_of_equal_classes(labels: Ints) -> float:
+    """Return how many images of equally frequent classes say as much about the mean recall."""
+    images = np.bincount(labels)
+    images = images[images > 0]
+    return float(len(images) ** 2 / (1 / images).sum())
+
+
+def measure_difference(
+    measure: Measure, a: Values, b: Values, labels: Ints, groups: Ints
+) -> dict[str, float | None]:
+    """Compare two models by a measure from their `by_image` values (N,), as `difference` does.
+
+    The value is that of `a` minus that of `b`, of log loss too, where less is better.
+    """
+    if measure == "accuracy":
+        found = difference(a > 0, b > 0, groups)
+        return {"value": found.pop("accuracy"), **found}
+    change = b - a if measure == "log_loss" else a - b
+    mean, n = float(change.mean()), len(change)
+    if (design := _design(change, (change - mean) ** 2, groups)) is None:
+        return {"value": mean, "low": None, "high": None, "p_value": None}
+    variance = float(change.var()) / n
+    if measure != "log_loss":
+        variance += PSEUDO / _images_of_equal_classes(labels) ** 2
+    low, high, p_value = _t_test(mean, variance, design)
+    return {"value": mean, "low": low, "high": high, "p_value": p_value}
+
+
+def _t_test(mean: float, variance: float, design: Design) -> Tested:
+    """Test a mean against 0, from its variance if images were independent."""
+    error = float(np.sqrt(variance * design.effect))
+    if error == 0:
+        return mean, mean, float(mean == 0)
+    arm = design.quantile(CONFIDENCE) * error
+    return mean - arm, mean + arm, float(2 * t.sf(abs(mean) / error, design.freedom))
 
 
 def difference(a: Bools, b: Bools, groups: Ints) -> dict[str, float | None]:
@@ -74,16 +141,14 @@ def difference(a: Bools, b: Bools, groups: Ints) -> dict[str, float | None]:
     """
     change = a.astype(float) - b.astype(float)
     mean, n, differing = float(change.mean()), len(change), change != 0
-    if (found := _design(change, differing, groups)) is None:
+    if (found := _design(change, _rarer(differing), groups)) is None:
         return {"accuracy": mean, "low": None, "high": None, "p_value": None}
     variance = (differing.sum() + PSEUDO) / (n + PSEUDO) - (mean * n / (n + PSEUDO)) ** 2
-    error = float(np.sqrt(variance * found.effect / n))
-    arm = found.quantile(CONFIDENCE) * error
-    p_value = float(2 * t.sf(abs(mean) / error, found.freedom))
+    low, high, p_value = _t_test(mean, variance / n, found)
     return {
         "accuracy": mean,
-        "low": max(-1.0, mean - arm),
-        "high": min(1.0, mean + arm),
+        "low": max(-1.0, low),
+        "high": min(1.0, high),
         "p_value": p_value,
     }
 
@@ -130,7 +195,7 @@ def least_accuracy(right: Bools, groups: Ints, confidence: float) -> float | Non
     This is the one-sided bound of Clopper and Pearson (1934) for the effective number of images
     (Korn and Graubard 1998). It is exact if each image is its own group.
     """
-    if (found := _design(right.astype(float), right, groups)) is None:
+    if (found := _design(right.astype(float), _rarer(right), groups)) is None:
         return None
     normal = float(norm.ppf(confidence))
     n = len(right) / found.effect * (normal / float(t.ppf(confidence, found.freedom))) ** 2
@@ -148,11 +213,16 @@ def _size_seen(sizes: NDArray[Any]) -> float:
     return float((sizes.astype(float) ** 2).sum() / sizes.sum())
 
 
-def _design(values: Values, events: Bools, groups: Ints) -> Design | None:
+def _rarer(events: Bools) -> Bools:
+    """Return the images (N,) that make an answer vary: those with it, or without, if fewer."""
+    return events if 2 * events.sum() <= len(events) else ~events
+
+
+def _design(values: Values, varies: Values | Bools, groups: Ints) -> Design | None:
     """Estimate the effect of groups on the mean of values (N,); None for too few groups.
 
-    `events` (N,) marks the images that make the values vary: those that are right (or wrong, if
-    those are rarer), or those on which two models differ.
+    `varies` (N,) says how much each image makes the values vary: of answers that are right or
+    wrong, 1 for the rarer ones; of other values, the squared distance to the mean.
     """
     _, of = np.unique(groups, return_inverse=True)
     sizes = np.bincount(of)
@@ -167,9 +237,8 @@ def _design(values: Values, events: Bools, groups: Ints) -> Design | None:
     measured = 1.0
     if variance > 0:
         measured = float((residuals**2 / (1 - shares)).sum()) / (n * variance)
-    # Only the groups with the rarer answer contribute to the estimate of the correlation.
-    rare = events if 2 * events.sum() <= n else ~events
-    counts = np.bincount(of, weights=rare)
+    # Only the groups with images that vary contribute to the estimate of the correlation.
+    counts = np.bincount(of, weights=varies)
     from_groups = float(counts.sum() ** 2 / (counts**2).sum()) if counts.any() else 0.0
     known = max(0.0, min(_freedom(shares), from_groups - 1))
     usual = (size - 1) * USUAL_CORRELATION

@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
-from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import confusion_matrix
 
-from pipeline.scoring.metrics import balanced_accuracy
+from pipeline.scoring.metrics import MEASURES, Measure, by_image
 
 Scores = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
@@ -18,25 +17,18 @@ TOO_FEW = "too few groups for an interval"
 
 def model_scores(scores: Scores, labels: Ints, weights: NDArray[np.float64]) -> dict[str, Any]:
     """Return the test metrics of one model; AUROC is null if a class is missing."""
-    predicted, n_classes = scores.argmax(1), scores.shape[1]
-    right = predicted == labels
-    auroc = None
-    if len(np.unique(labels)) == n_classes:
-        p = softmax(scores, axis=1)
-        auroc = float(
-            roc_auc_score(labels, p[:, 1])
-            if n_classes == 2
-            # One class at a time, as a matrix of all images and classes could be large.
-            else np.mean([roc_auc_score(labels == c, p[:, c]) for c in range(n_classes)])
-        )
+    right = scores.argmax(1) == labels
+
+    def of(measure: Measure) -> float | None:
+        values = by_image(measure, scores, labels)
+        return None if values is None else float(values.mean())
+
     return {
         "accuracy": float(right.mean()),
         "accuracy_weighted": float((right * weights).sum() / weights.sum()),
-        "balanced_accuracy": balanced_accuracy(labels, predicted),
-        "f1_macro": float(
-            f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)
-        ),
-        "auroc": auroc,
+        "balanced_accuracy": of("balanced_accuracy"),
+        "f1_macro": of("f1_macro"),
+        "auroc": of("auroc"),
     }
 
 
@@ -48,36 +40,48 @@ def confusion(scores: Scores, labels: Ints) -> NDArray[np.int64]:
     return counts
 
 
-def first_unless_clearly_worse(right: Sequence[Bools], groups: Ints, tie: float) -> int:
-    """Choose among models, the one to trust most first, by which images (N,) each has right.
+def first_unless_clearly_worse(
+    values: Sequence[Bools | Scores], groups: Ints, tie: float, losses: Sequence[float] = ()
+) -> int:
+    """Choose among models, the one to trust most first, by a measure's value for each image (N,).
 
-    Returns the position of the first model, unless the accuracy of others is more than `tie`
-    standard errors higher: then of the best of them. A few hundred validation images can't tell
-    good models apart, so a smaller lead is mostly luck. The standard error is that of the paired
-    difference, over groups of images.
+    Returns the position of the first model, unless others are more than `tie` standard errors
+    better: then of the best of them, and of equals the one with the lowest loss. A few hundred
+    validation images can't tell good models apart, so a smaller lead is mostly luck. The standard
+    error is that of the paired difference, over groups of images.
     """
-    first = right[0].astype(float)
+    first = values[0].astype(float)
     _, of = np.unique(groups, return_inverse=True)
 
-    def is_clearly_better(model: Bools) -> bool:
+    def is_clearly_better(model: Bools | Scores) -> bool:
         lead = model - first
         deviations = np.bincount(of, weights=lead - lead.mean())
         return bool(lead.mean() > tie * np.sqrt((deviations**2).sum()) / len(first))
 
-    better = [place for place, model in enumerate(right) if is_clearly_better(model)]
-    return max(better, key=lambda place: float(right[place].mean()), default=0)
+    def quality(place: int) -> tuple[float, float]:
+        return float(values[place].mean()), -losses[place] if losses else 0.0
+
+    better = [place for place, model in enumerate(values) if is_clearly_better(model)]
+    return max(better, key=quality, default=0)
 
 
 def verdicts(metrics: dict[str, Any]) -> list[str]:
     """Return sentences on whether fine-tuning and the final model are better than the best probe.
 
-    They are from the metrics that evaluate writes.
+    They are from the metrics that evaluate writes: by the measure, if that isn't the accuracy, and
+    by the accuracy.
     """
-    chosen = metrics["chosen"]
-    said = [fine_tuning_verdict(metrics["stage2_minus_probe"])]
+    chosen, measured = metrics["chosen"], metrics["measure"]
+    asked = measured["name"]
+    of_measure = measured.get("stage2_minus_probe")
+    pairs = {"stage2_minus_probe": ("fine-tuning", "stage 2 minus probe")}
     if chosen not in ("probe", "stage2"):
-        gain = metrics["chosen_minus_probe"]
-        said.append(_verdict(f"the final model, {chosen},", f"{chosen} minus probe", gain))
+        pairs["chosen_minus_probe"] = (f"the final model, {chosen},", f"{chosen} minus probe")
+    said = []
+    for key, what in pairs.items():
+        if of_measure:
+            said.append(_verdict(*what, measured[key], asked))
+        said.append(_verdict(*what, metrics[key], "accuracy" if of_measure else ""))
     return said
 
 
@@ -86,17 +90,34 @@ def fine_tuning_verdict(found: dict[str, float | None]) -> str:
     return _verdict("fine-tuning", "stage 2 minus probe", found)
 
 
-def _verdict(what: str, difference: str, found: dict[str, float | None]) -> str:
-    accuracy, low, high = (found[key] for key in ("accuracy", "low", "high"))
-    assert accuracy is not None
-    measured = f"{difference} {100 * accuracy:+.1f} points"
+def _verdict(what: str, difference: str, found: dict[str, float | None], measure: str = "") -> str:
+    """Return a sentence on a difference of accuracies, or of another measure."""
+    value, low, high = found.get("value", found.get("accuracy")), found["low"], found["high"]
+    assert value is not None
+    is_loss = measure == "log_loss"
+    scale, unit = (1, f"nats of {MEASURES['log_loss']}") if is_loss else (100, "points")
+    if measure and not is_loss:
+        unit += f" of {MEASURES[measure]}"
+    form = "+.3f" if is_loss else "+.1f"
+    measured = f"{difference} {scale * value:{form}} {unit}"
     if low is None or high is None:
         return f"{what}: {measured}; {TOO_FEW}, so this says nothing about other images"
-    better = "helped" if low > 0 else "hurt" if high < 0 else "made no significant difference"
+    up, down = ("hurt", "helped") if is_loss else ("helped", "hurt")
+    better = up if low > 0 else down if high < 0 else "made no significant difference"
     return (
-        f"{what} {better}: {measured} (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
-        f"p = {found['p_value']:.3f})"
+        f"{what} {better}: {measured} (95 % interval {scale * low:{form}} to "
+        f"{scale * high:{form}}, p = {found['p_value']:.3f})"
     )
+
+
+def measure_in_words(measured: dict[str, Any]) -> str:
+    """Return the final model's measure on test with its interval as text."""
+    value, low, high = (measured[key] for key in ("value", "low", "high"))
+    said = f"{MEASURES[measured['name']]} of the final model"
+    if value is None:
+        return f"{said}: not defined, as a class has no test image"
+    ends = TOO_FEW if low is None else f"95 % interval {low:.4f} to {high:.4f}"
+    return f"{said}: {value:.4f} ({ends})"
 
 
 def interval_in_words(low: float | None, high: float | None) -> str:

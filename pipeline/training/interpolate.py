@@ -43,5 +43,5 @@ def choose_factor(
     curve: list[tuple[float, Validation]], stop: Stop, images: int
 ) -> tuple[float, Validation]:
     """Choose the last point, or the best one if `stop` prefers it; of equals the smaller factor."""
-    best = max(curve, key=lambda point: (quality(point[1]), -point[0]))
+    best = max(curve, key=lambda point: (quality(point[1], stop.measure), -point[0]))
     return best if stop.prefers(best[1], curve[-1][1], images) else curve[-1]
