@@ -4,7 +4,7 @@ import csv
 import shutil
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from pipeline.dataset.layout import Item
 from pipeline.dataset.near_duplicates import clusters
 from pipeline.dataset.pack import Survey, pack, survey
 from pipeline.dataset.sources import Source
-from pipeline.dataset.split import draw, linked_groups, numbered
+from pipeline.dataset.split import draw, fold, linked_groups, numbered
 from pipeline.dataset.table import is_table
 from pipeline.dataset.torchvision_sets import published
 from pipeline.images.shards import SPLITS, Facts, Fit, Images, Storage
@@ -33,6 +33,14 @@ from pipeline.stage_runtime.resume import Resume
 from pipeline.stage_runtime.schema import READS, Key, Out, Seed
 
 TORCHVISION = "torchvision/"
+MOST_FOLDS = 100
+# The sources that read a param.
+READ_BY = {
+    "url": ("folder", "csv"),
+    "splits": ("folder",),
+    "table": ("csv",),
+    "columns": ("csv",),
+}
 
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 
@@ -55,6 +63,7 @@ def prepare(
     storage: Storage,
     split_by: Literal["group", "image"],
     test_fraction: Fraction,
+    test_fold: str,
     val_fraction: Annotated[float, Interval(gt=0, lt=1)],
     val_as: Literal["val", "test"],
     least_per_class: Annotated[int, Ge(2)],
@@ -67,6 +76,8 @@ def prepare(
 
     Raises DataError naming the file or the class if the data set can't be used.
     """
+    folds = _folds(test_fold)
+    _say_unused(source, {"url": url, "splits": splits, "table": table, "columns": columns})
     found = _source(source, Path(path), url, sha256, splits, table, columns)
     _refuse_not_images(found, not_images)
     classes = sorted({item.label for item in found.items})
@@ -94,7 +105,8 @@ def prepare(
         number = {name: i for i, name in enumerate(classes)}
         labels = np.fromiter((number[item.label] for item in items), np.int64)
         ties = _ties(items, copies, alike, split_by)
-        drawn = _splits(items, labels, ties, test_fraction, val_fraction, val_as, seed)
+        shares = {"test": test_fraction, "val": val_fraction}
+        drawn = _splits(items, labels, ties, shares, folds, val_as, seed)
         drawn = _without_copies(drawn, copies)
         _refuse_small(labels[drawn == 0], classes, least_per_class)
 
@@ -144,6 +156,14 @@ def _source(
         hint = suggest(name, [*known, f"{TORCHVISION}CIFAR10"])
         raise ParamError(f"params.yaml: prepare.source = {name!r}: {hint}")
     return known[name]()
+
+
+def _say_unused(source: str, given: Mapping[str, str]) -> None:
+    """Print which params are set though this source doesn't read them."""
+    for name, value in given.items():
+        if value not in ("", "auto") and source not in READ_BY[name]:
+            others = " or ".join(READ_BY[name])
+            say(f"prepare.{name}: {value} is not used by source: {source}, only by {others}")
 
 
 def _refuse_not_images(found: Source, not_images: Literal["refuse", "skip"]) -> None:
@@ -229,12 +249,15 @@ def _splits(
     items: Sequence[Item],
     labels: NDArray[np.int64],
     ties: NDArray[np.int64],
-    test_fraction: float,
-    val_fraction: float,
+    shares: Mapping[str, float],
+    folds: tuple[int, int] | None,
     val_as: str,
     seed: int,
 ) -> NDArray[np.int64]:
-    """Return each image's split, an index into SPLITS: named by its folder, or else drawn."""
+    """Return each image's split, an index into SPLITS: named by its folder, or else drawn.
+
+    With `folds`, the test split is the first number's part of the second number's parts.
+    """
     names = {item.split for item in items}
     if val_as == "test" and "test" in names:
         raise DataError("prepare.val_as: test, but there is a test folder already; use val")
@@ -242,8 +265,14 @@ def _splits(
     place["val"] = place[val_as]
     given = {place[name] for name in names}
     splits = np.fromiter((place[item.split] for item in items), np.int64)
-    for split, fraction in (("test", test_fraction), ("val", val_fraction)):
-        if SPLITS.index(split) in given or fraction == 0:
+    if folds and SPLITS.index("test") in given:
+        raise DataError(
+            "prepare.test_fold is set, but the images have a test split already; leave it empty, "
+            "or set prepare.splits: none"
+        )
+    for split, fraction in shares.items():
+        in_folds = folds if split == "test" else None
+        if SPLITS.index(split) in given or (fraction == 0 and not in_folds):
             continue
         train = np.flatnonzero(splits == 0)
         if len(np.unique(ties[train])) < 2:
@@ -251,9 +280,44 @@ def _splits(
                 f"all training images are in one group, so no {split} split can be cut from them; "
                 "set prepare.split_by: image, or give split folders"
             )
-        chosen = draw(labels[train], ties[train], fraction, seed)
+        if in_folds:
+            chosen = _one_fold(labels[train], ties[train], *in_folds, seed)
+        else:
+            chosen = draw(labels[train], ties[train], fraction, seed)
         splits[train[chosen]] = SPLITS.index(split)
     return splits
+
+
+def _folds(text: str) -> tuple[int, int] | None:
+    """Read prepare.test_fold, such as 3/10; None if it is off.
+
+    Raises ParamError if it is anything else.
+    """
+    if not text:
+        return None
+    number, slash, folds = text.partition("/")
+    numbers = (number, folds) if slash and number.isdecimal() and folds.isdecimal() else ("0", "0")
+    first, last = (int(part) for part in numbers)
+    if not 1 <= first <= last or not 2 <= last <= MOST_FOLDS:
+        raise ParamError(
+            f"params.yaml: prepare.test_fold = {text!r}: expected a fold and the number of folds, "
+            f"such as 3/10, with at most {MOST_FOLDS} folds; or nothing"
+        )
+    return first, last
+
+
+def _one_fold(
+    labels: NDArray[np.int64], ties: NDArray[np.int64], number: int, folds: int, seed: int
+) -> NDArray[np.bool_]:
+    """Return the mask (N,) of a fold; raises DataError if there are too few images for as many."""
+    try:
+        return fold(labels, ties, number, folds, seed)
+    except ValueError:
+        groups, most = len(np.unique(ties)), int(np.bincount(labels).max())
+        raise DataError(
+            f"prepare.test_fold: {groups} groups of images, and at most {most} images of a class, "
+            f"are too few for {folds} folds; use fewer"
+        ) from None
 
 
 def _without_copies(splits: NDArray[np.int64], copies: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from repository import dvc, git, tool
+from conftest import read_params, write_photos
+from repository import commit, dvc, git, new_repository, tool
 from scipy.stats import binomtest
 
 from pipeline.commands.compare import (
@@ -26,7 +27,9 @@ from pipeline.commands.compare import (
     seeds,
     table,
 )
-from pipeline.statistics.significance import difference, holm, over_resplits
+from pipeline.commands.differences import interval
+from pipeline.commands.folds import differences_of, folds_of, of_folds, pooled
+from pipeline.statistics.significance import accuracy_interval, difference, holm, over_resplits
 
 
 def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
@@ -46,6 +49,107 @@ def run_of(name: str, right: str, seed: int = 0, groups: int = 40, start: int = 
         of,
         {"train": 120, "val": len(right)},
     )
+
+
+def fold_of(number: int, of: int, right: str, chosen: str = "stage1", lr: float = 5e-5) -> Run:
+    """A run that tests one fold, of images in pairs, and whose models are right where there is a 1.
+
+    Stage 2 has the opposite ones right.
+    """
+    names = [f"{number}-{i}" for i in range(len(right))]
+    answers = {name: c == "1" for name, c in zip(names, right, strict=True)}
+    other = {name: not found for name, found in answers.items()}
+    # As in index.csv, the groups are those of all images of the set.
+    groups = {f"{n}-{i}": 100 * n + i // 2 for n in range(1, of + 1) for i in range(len(right))}
+    return Run(
+        f"fold {number} at {lr}",
+        {"prepare.test_fold": f"{number}/{of}", "seed": 0, "stage2.lr": lr},
+        chosen,
+        {"stage1": right.count("1") / len(right), "stage2": right.count("0") / len(right)},
+        {"test": {"stage1": answers, "stage2": other}},
+        groups,
+        {"train": 10, "val": 2, "test": len(right)},
+    )
+
+
+def test_folds_are_put_together_into_one_accuracy_with_one_interval():
+    rights = ["1110", "1111", "1100"]
+    runs = [fold_of(i, 3, right) for i, right in enumerate(rights, 1)]
+    runs.append(run_of("no fold", "1110"))
+    [folds] = folds_of(runs)
+    found = folds.facts()
+    pooled_right = np.array([c == "1" for right in rights for c in right])
+    low, high = accuracy_interval(pooled_right, np.arange(12) // 2)
+    assert found["accuracy"]["stage1"] == {"accuracy": 9 / 12, "low": low, "high": high}
+    assert found["accuracy"]["stage2"]["accuracy"] == 3 / 12
+    assert (found["folds"], found["of"], found["images"], found["groups"]) == (3, 3, 12, 6)
+    lines = pooled([folds])
+    assert "3 of 3" in lines[1]
+    assert "12 in 6 groups" in lines[2]
+    assert "share training images" in lines[-1]
+
+
+def test_the_final_model_of_each_fold_is_its_own_and_a_missing_fold_is_told():
+    runs = [fold_of(1, 4, "1110"), fold_of(2, 4, "0001", chosen="stage2"), fold_of(4, 4, "1100")]
+    [folds] = folds_of(runs)
+    assert folds.facts()["accuracy"]["chosen"]["accuracy"] == (3 + 3 + 2) / 12
+    assert "3 of 4" in pooled([folds])[1]
+    # One alone is no group, and neither are folds of two different numbers.
+    assert folds_of(runs[:1]) == []
+    assert folds_of([runs[0], fold_of(2, 5, "1110")]) == []
+
+
+def test_two_groups_of_folds_are_compared_image_by_image():
+    ours = [fold_of(i, 3, "1111" * 20, lr=1e-5) for i in (1, 2, 3)]
+    base = [fold_of(i, 3, "1110" * 20) for i in (1, 2, 3)]
+    groups = folds_of([*base, *ours])
+    [one] = of_folds(groups)
+    assert one.accuracy == pytest.approx(0.25)
+    assert one.noise is False
+    assert one.on == "240 test images of all folds"
+    first, second = differences_of(groups, [one])
+    assert "stage2.lr 5e-05 → 1e-05" in first
+    assert "test_fold" not in first
+    assert "more than noise" in second
+    # Other images can't be compared.
+    assert of_folds(folds_of([*base, *ours[:2]])) == []
+
+
+def test_ten_folds_of_the_same_accuracy_have_half_of_ones_interval():
+    chance = np.random.default_rng(0)
+    rights = ["".join(chance.choice(["1", "0"], 262, p=[0.85, 0.15])) for _ in range(10)]
+    runs = [fold_of(i, 10, right) for i, right in enumerate(rights, 1)]
+    [folds] = folds_of(runs)
+    of_all = folds.facts()["accuracy"]["stage1"]
+    widths = []
+    for run in runs:
+        right = run.right["test"]["stage1"]
+        low, high = interval(right, run.groups)
+        widths.append(high - low)
+    assert of_all["high"] - of_all["low"] < np.mean(widths) / 2
+
+
+@pytest.mark.long
+def test_a_sweep_over_folds_tests_each_image_once(tmp_path):
+    write_photos(tmp_path / "photos", each=12)
+    params = read_params(
+        prepare={"path": str(tmp_path / "photos")}, stage1={"epochs": 1}, stage2={"epochs": 1}
+    )
+    new_repository(tmp_path / "repo", params)
+    repo = tmp_path / "repo"
+    dvc(repo, "repro")
+    commit(repo, "run")
+    swept = tool(repo, "sweep", "-S", "prepare.test_fold=*/3")
+    assert swept.returncode == 0, swept.stdout + swept.stderr
+    done = compare(repo, "--experiments", "--test", "--json")
+    assert done.returncode == 0, done.stderr
+    [folds] = json.loads(done.stdout)["folds"]
+    assert (folds["folds"], folds["of"], folds["images"]) == (3, 3, 24)
+    lines = compare(repo, "--experiments", "--test").stdout.splitlines()
+    assert any(line.split()[:1] == ["folds"] and "3 of 3" in line for line in lines)
+    without = compare(repo, "--experiments")
+    assert "--test puts their test images together" in without.stderr
+    assert "all folds together" not in without.stdout
 
 
 def test_a_commit_and_the_folder_are_compared_by_their_validation_figures(repo):

@@ -23,7 +23,7 @@ from pipeline.dataset.decode import decode, decoded, header
 from pipeline.dataset.split import draw, linked_groups, numbered
 from pipeline.images.shards import SPLITS, read_images
 from pipeline.images.tones import Tones
-from pipeline.stage_runtime.errors import DataError
+from pipeline.stage_runtime.errors import DataError, ParamError
 from pipeline.stage_runtime.files import files_below
 
 # The ants and bees of PyTorch's transfer-learning tutorial, where a copy is at hand.
@@ -563,6 +563,68 @@ def test_without_a_test_fraction_there_is_no_test_split(photos, tmp_path):
     rows = prepared(tmp_path, path=str(photos), test_fraction=0)
     assert {"train", "val"} == {row["split"] for row in rows}
     assert pixels(tmp_path, "test").shape == (0, 64, 64, 3)
+
+
+@pytest.mark.parametrize("split_by", ["image", "group"])
+def test_each_image_is_in_one_of_the_test_folds(tmp_path, split_by):
+    """Groups are files with the same content, of two or three images."""
+    photos = write_photos(tmp_path / "photos", each=30)
+    for label in range(2):
+        folder = photos / f"class{label}"
+        for i in range(0, 30, 3):
+            shutil.copy(folder / f"{i:03d}.png", folder / f"{i:03d}copy.png")
+    tested, groups = Counter(), {}
+    for number in range(1, 6):
+        fold = f"{number}/5"
+        rows = prepared(
+            tmp_path, path=str(photos), split_by=split_by, test_fold=fold, val_fraction=0.2
+        )
+        tested.update(row["path"] for row in of_split(rows, "test"))
+        for row in rows:
+            groups.setdefault(row["path"], set()).add(row["group"])
+        by_group = splits_by(rows, "group")
+        assert all(len(splits) == 1 for splits in by_group.values())
+        counts = Counter((row["split"], row["label"]) for row in rows)
+        for label in ("class0", "class1"):
+            assert counts["test", label] == pytest.approx(40 / 5, abs=2)
+            assert counts["val", label] == pytest.approx(32 / 5, abs=2)
+    assert len(tested) == 80
+    assert set(tested.values()) == {1}
+    assert all(len(numbers) == 1 for numbers in groups.values())  # the same in each fold
+
+
+def test_other_seeds_draw_other_folds(photos, tmp_path):
+    def tests(seed: int, fold: str) -> set[str]:
+        rows = prepared(tmp_path, seed, path=str(photos), test_fold=fold)
+        return {row["path"] for row in of_split(rows, "test")}
+
+    assert tests(0, "1/4") == tests(0, "1/4")
+    assert tests(0, "1/4") != tests(1, "1/4")
+
+
+@pytest.mark.parametrize(
+    "fold", ["3", "0/10", "11/10", "1/1", "3/10 ", "-1/10", "a/b", "3/101", "1/2/3", "1.5/3", "/"]
+)
+def test_what_is_no_fold_is_refused(photos, tmp_path, fold):
+    with pytest.raises(ParamError, match=r"prepare\.test_fold = .*such as 3/10"):
+        prepared(tmp_path, path=str(photos), test_fold=fold)
+
+
+def test_a_param_that_the_source_does_not_read_is_named(photos, tmp_path, capsys):
+    prepared(tmp_path, path=str(photos), table="labels.csv", splits="none")
+    said = capsys.readouterr().out
+    assert "prepare.table: labels.csv is not used by source: folder, only by csv" in said
+    assert "prepare.splits" not in said
+
+
+def test_folds_of_given_test_images_or_of_too_few_are_refused(photos, tmp_path):
+    with pytest.raises(DataError, match="at most 16 images of a class, are too few for 20 folds"):
+        prepared(tmp_path, path=str(photos), test_fold="1/20")
+    with pytest.raises(DataError, match="32 groups of images"):
+        prepared(tmp_path, path=str(photos), test_fold="1/40")
+    given = into_splits(photos, "train", "test")
+    with pytest.raises(DataError, match="a test split already"):
+        prepared(tmp_path, path=str(given), test_fold="1/4")
 
 
 def test_fractions_are_of_all_then_of_the_rest(tmp_path):

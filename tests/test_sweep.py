@@ -29,7 +29,7 @@ from ruamel.yaml import YAML
 from pipeline.commands.sweep import planned
 from pipeline.stage_runtime.errors import ParamError
 
-KNOWN = ["seed", "stage1.unfreeze", "stage2.lr", "backbone.name"]
+KNOWN = ["seed", "stage1.unfreeze", "stage2.lr", "backbone.name", "prepare.test_fold"]
 
 
 def names(*settings: str, to: str = "") -> list[str]:
@@ -52,6 +52,17 @@ def test_commas_in_brackets_and_quotes_part_nothing():
     runs = planned(["stage1.unfreeze=[],[a,b],['*']", "backbone.name='x,y'"], KNOWN)
     assert [run.settings[0].partition("=")[2] for run in runs] == ["[]", "[a,b]", "['*']"]
     assert len({run.name for run in runs}) == 3
+
+
+def test_all_folds_are_named_by_a_star():
+    runs = planned(["prepare.test_fold=*/3", "seed=0,1"], KNOWN)
+    assert [run.settings for run in runs] == [
+        (f"prepare.test_fold={number}/3", f"seed={seed}") for number in (1, 2, 3) for seed in (0, 1)
+    ]
+    assert len({run.name for run in runs}) == 6
+    assert [run.settings[0] for run in planned(["prepare.test_fold=*/1"], KNOWN)] == [
+        "prepare.test_fold=*/1"  # which prepare refuses
+    ]
 
 
 @pytest.mark.parametrize(

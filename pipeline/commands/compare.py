@@ -15,100 +15,41 @@ images and DVC's cache holds these; otherwise by their accuracies alone, which c
 distinguished from noise. Runs that differ only in `seed` are shown as mean and standard deviation,
 and compared as re-splits of one data set. P-values of several comparisons are raised by Holm's
 method (Holm 1979).
+
+Runs that differ only in `prepare.test_fold` test different images with one procedure. With `--test`
+their answers are put together into one accuracy with one interval, and two such sets of runs are
+compared image by image.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from statistics import mean, stdev
-from typing import Any, Literal
 
-from pipeline.commands.differences import Against, corrected, interval, paired
-from pipeline.commands.revision import (
-    BLEND,
-    HERE,
-    MODELS,
-    OUT_OF_FOLD,
-    SHOWN,
-    Text,
-    experiments,
-    files_of,
-    images_of,
-    note,
-    right_of,
-    shown,
-    stale,
+from pipeline.commands.differences import Against, corrected, interval, paired, said
+from pipeline.commands.finished import (
+    ANSWERS,
+    SPLIT_OF,
+    Judge,
+    Run,
+    changed,
+    models_of,
+    read,
 )
+from pipeline.commands.folds import differences_of, folds_of, of_folds, pooled
+from pipeline.commands.revision import HERE, MODELS, SHOWN, experiments, note
 from pipeline.commands.table import aligned
 from pipeline.launcher.command import one_line_errors, parser_of
+from pipeline.scoring.metrics import MEASURES
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.schema import flat, load_yaml
 from pipeline.statistics.significance import over_resplits
 from pipeline.statistics.verdict import interval_in_words
 
-Judge = Literal["validation", "test"]
-REPORT = "models/report/metrics.json"
-# The predictions for each kind of images, and the name of these images.
-ANSWERS = {
-    "out-of-fold": (OUT_OF_FOLD, "training images, out of fold"),
-    "validation": ("models/report/validation.csv", "validation images"),
-    "test": ("models/report/predictions.csv", "test images"),
-}
-SPLIT_OF = {"validation": "val", "test": "test"}  # as index.csv and metrics.json call them
 MANY = 4  # from this number of runs on, each has a line
 COST = (
     "compared on the test images: if you choose a model by its test accuracy, that accuracy is too "
     "high; choose by validation (without --test), and use --test once"
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """The results of a finished run."""
-
-    name: str
-    params: dict[str, Any]  # flat
-    chosen: str
-    accuracies: dict[str, float]  # of each model, on the images to compare on; empty without any
-    # By kind of images and model: whether each image (path and content) is classified correctly.
-    right: dict[str, dict[str, dict[str, bool]]]
-    groups: dict[str, int] = field(default_factory=dict)  # by image
-    images: dict[str, int] = field(default_factory=dict)  # by split
-    stale: list[str] = field(default_factory=list)  # params it ran with, if params.yaml has others
-
-
-def read(revision: str, judge: Judge = "validation") -> Run:
-    """Read the run of a revision, or of the working tree.
-
-    Raises RunError if there is none.
-    """
-    with files_of(revision) as text:
-        report = json.loads(text(REPORT))
-        params = dict(flat(load_yaml(text("params.yaml"))))
-        tested = report[SPLIT_OF[judge]]
-        run = Run(
-            shown(revision),
-            params,
-            report["chosen"],
-            {m: v["accuracy"] if judge == "test" else v for m, v in tested.items()},
-            {},
-            stale=stale(revision, params, text),
-        )
-        return _with_answers(run, text, judge)
-
-
-def _with_answers(run: Run, text: Text, judge: Judge) -> Run:
-    """Add the predictions of a run's models, as far as DVC's cache has them."""
-    images = images_of(run.name, text)
-    kinds = ("test",) if judge == "test" else ("out-of-fold", "validation")
-    found = {kind: right_of(run.name, text, ANSWERS[kind][0], images) for kind in kinds}
-    return replace(
-        run,
-        right={kind: right for kind, right in found.items() if right is not None},
-        groups={image.key: image.group for image in images.values()},
-        images=dict(Counter(image.split for image in images.values())),
-    )
 
 
 def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Against]:
@@ -139,20 +80,9 @@ def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def changed(run: Run, base: Run) -> list[str]:
-    """Describe which params differ, the old value first."""
-    keys = [key for key in {**base.params, **run.params} if _value(base, key) != _value(run, key)]
-    said = [f"{key} {_value(base, key)} → {_value(run, key)}" for key in keys]
-    return said if len(said) <= SHOWN else [*said[:SHOWN], f"and {len(said) - SHOWN} more"]
-
-
-def _value(run: Run, key: str) -> str:
-    return json.dumps(run.params[key], default=str) if key in run.params else "none"
-
-
 def table(runs: Sequence[Run], judge: Judge = "validation") -> list[str]:
     """Return a table of the runs' accuracies; for many runs, one line each without intervals."""
-    title, models = f"{judge} accuracy", _models(runs)
+    title, models = f"{judge} accuracy", models_of(runs)
     if len(runs) >= MANY:
         lines = [[title, *models, "chosen", f"against {runs[0].name}"]]
         for run in runs:
@@ -163,13 +93,9 @@ def table(runs: Sequence[Run], judge: Judge = "validation") -> list[str]:
     rows = [[title, *(run.name for run in runs)]]
     rows += [[model, *(_with_interval(run, model, judge) for run in runs)] for model in models]
     rows.append(["chosen", *(run.chosen for run in runs)])
+    for name in dict.fromkeys(name for run in runs for name in run.measured):
+        rows.append([f"its {MEASURES[name]}", *(run.measured.get(name, "-") for run in runs)])
     return aligned(rows)
-
-
-def _models(runs: Iterable[Run]) -> list[str]:
-    """Return the models to compare; earlier runs have no blend."""
-    blended = any(BLEND in run.accuracies for run in runs)
-    return [model for model in MODELS if blended or model != BLEND]
 
 
 def _with_interval(run: Run, model: str, judge: Judge) -> str:
@@ -180,15 +106,6 @@ def _with_interval(run: Run, model: str, judge: Judge) -> str:
     if not right:
         return said
     return f"{said} ({interval_in_words(*interval(right, run.groups))})"
-
-
-def said(one: Against) -> str:
-    """Describe a comparison in a line."""
-    points = f"{one.model:<13} {100 * one.accuracy:+5.1f} points "
-    if one.low is None or one.high is None or one.p_value is None:
-        return f"{points}({one.on}): {one.verdict}"
-    ends = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}; p = {one.p_value:.3f}"
-    return f"{points}({ends}; {one.on}): {one.verdict}"
 
 
 def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> list[Against]:
@@ -218,7 +135,7 @@ def of_seeds(groups: Sequence[Sequence[Run]], judge: Judge = "validation") -> li
 
 def seeds(groups: Sequence[Sequence[Run]], found: Sequence[Against]) -> list[str]:
     """Return each group's means and standard deviations over its seeds, one line per group."""
-    base, models = groups[0][0], _models([run for group in groups for run in group])
+    base, models = groups[0][0], models_of([run for group in groups for run in group])
     rows = [["over seeds", "n", *models, "chosen", "", ""]]
     for group in groups:
         judged = [run for run in group if run.accuracies]
@@ -266,12 +183,18 @@ def main() -> None:
         several = any(len(group) > 1 for group in groups) and len({r.name for r in runs}) > 2
         by_image = [one for run in others for one in against(run, base, judge)]
         over_seeds = of_seeds(groups, judge) if several else []
-        found = corrected([*by_image, *over_seeds])
-        by_image, over_seeds = found[: len(by_image)], found[len(by_image) :]
+        all_folds = folds_of(runs)
+        over_folds = of_folds(all_folds) if options.test else []
+        found = corrected([*by_image, *over_seeds, *over_folds])
+        ends = len(by_image), len(by_image) + len(over_seeds)
+        by_image, over_seeds = found[: ends[0]], found[ends[0] : ends[1]]
+        over_folds = found[ends[1] :]
         if options.json:
             judged = {r.name: {"chosen": r.chosen, "accuracy": r.accuracies} for r in runs}
             comparisons = [{**asdict(one), "noise": one.noise} for one in found]
             all_of_it = {"judged_by": judge, "runs": judged, "against": comparisons}
+            if options.test and all_folds:
+                all_of_it["folds"] = [folds.facts() for folds in all_folds]
             print(json.dumps(all_of_it, indent=2))
             return
         for line in (*table(runs, judge), *_differences(runs, by_image)):
@@ -280,6 +203,12 @@ def main() -> None:
             say("")
             for line in seeds(groups, over_seeds):
                 say(line)
+        if all_folds and options.test:
+            say("")
+            for line in (*pooled(all_folds), *differences_of(all_folds, over_folds)):
+                say(line)
+        elif all_folds:
+            note("these are folds of one data set: --test puts their test images together")
 
 
 def _differences(runs: Sequence[Run], found: Sequence[Against]) -> Iterator[str]:

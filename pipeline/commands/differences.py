@@ -64,6 +64,15 @@ def _groups_of(images: Sequence[str], groups: Groups) -> NDArray[np.int64]:
     return np.array([groups[image] for image in images])
 
 
+def said(one: Against) -> str:
+    """Describe a comparison in a line."""
+    points = f"{one.model:<13} {100 * one.accuracy:+5.1f} points "
+    if one.low is None or one.high is None or one.p_value is None:
+        return f"{points}({one.on}): {one.verdict}"
+    ends = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}; p = {one.p_value:.3f}"
+    return f"{points}({ends}; {one.on}): {one.verdict}"
+
+
 def corrected(found: Sequence[Against]) -> list[Against]:
     """Correct the p-values of comparisons that are made together."""
     tested = [one.p_value for one in found if one.p_value is not None]

@@ -18,6 +18,7 @@ from pipeline.stage_runtime.schema import STAGES, load_yaml
 HERE = "."
 INDEX = "data/prepared/index.csv"
 OUT_OF_FOLD = "models/probe/out_of_fold.csv"
+FOLD = "prepare.test_fold"
 BLEND = "blend"
 MODELS = ("probe_linear", "probe", "stage1", "stage2", BLEND)
 SHOWN = 8  # changed params that are named

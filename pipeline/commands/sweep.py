@@ -3,6 +3,7 @@
     python -m pipeline sweep -S seed=0,1,2
     python -m pipeline sweep -S stage2.lr=1e-5,5e-5 -S 'stage1.unfreeze=[],[conv_head]' --jobs 2
     python -m pipeline sweep -S backbone.name=torchvision/resnet18,torchvision/resnet50 --to probe
+    python -m pipeline sweep -S 'prepare.test_fold=*/10'    # each image in one of ten test splits
 
 Runs start from the last commit, each worker in its own clone below the cache folder. The clones
 share DVC's cache, so results that don't depend on the changed params are computed once. If a sweep
@@ -29,6 +30,7 @@ from queue import SimpleQueue
 from filelock import FileLock, Timeout
 
 from pipeline.commands.repository import RepositoryError, git
+from pipeline.commands.revision import FOLD
 from pipeline.launcher.command import one_line_errors, parser_of
 from pipeline.launcher.supervise import dying_with_us, interrupt
 from pipeline.stage_runtime.errors import ParamError, PipelineError, one_line, suggest
@@ -65,12 +67,21 @@ def planned(settings: Sequence[str], known: Sequence[str], to: str = "") -> list
             raise ParamError(f"-S {setting}: expected KEY=VALUE, or KEY=VALUE,VALUE,...")
         if key not in known:
             raise ParamError(f"-S {setting}: no {key!r} in params.yaml; {suggest(key, known)}")
-        choices.append([f"{key}={value}" for value in _values(values)])
+        found = [value for given in _values(values) for value in _all_folds(key, given)]
+        choices.append([f"{key}={value}" for value in found])
     runs = [Planned(_name(chosen, to), chosen) for chosen in itertools.product(*choices)]
     twice = {run.name for run in runs if sum(other.name == run.name for other in runs) > 1}
     if twice:
         raise ParamError(f"-S {' '.join(settings)}: {min(twice)} twice; give each value once")
     return runs
+
+
+def _all_folds(key: str, value: str) -> list[str]:
+    """Return all folds, such as the ten of */10, and any other value as it is."""
+    folds = value.removeprefix("*/")
+    if key != FOLD or folds == value or not folds.isdecimal() or int(folds) < 2:
+        return [value]
+    return [f"{number}/{folds}" for number in range(1, int(folds) + 1)]
 
 
 def _values(text: str) -> list[str]:

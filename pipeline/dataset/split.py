@@ -1,6 +1,8 @@
 """Split images into train, validation and test, without dividing groups."""
 
+import warnings
 from collections.abc import Iterable
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +47,33 @@ def draw(
         if off < best:
             best, chosen = off, drawn
     return chosen[group_of]
+
+
+def fold(
+    labels: NDArray[np.int64], groups: NDArray[np.int64], number: int, folds: int, seed: int
+) -> NDArray[np.bool_]:
+    """Choose whole groups: one of `folds` parts, numbered from 1, that together hold all images.
+
+    Each part holds about the same number of images of each class. Labels and groups are (N,);
+    returns a mask (N,).
+
+    Raises ValueError if there are fewer groups than folds, or if no class has an image for each
+    fold.
+    """
+    # Takes a second to import, and is seldom needed.
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    n_groups = len(np.unique(groups))
+    if n_groups < folds:
+        raise ValueError(f"{folds} folds of {n_groups} groups")
+    each = StratifiedKFold if n_groups == len(groups) else StratifiedGroupKFold
+    cut = each(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
+        _, chosen = next(islice(cut.split(labels, labels, groups), number - 1, None))
+    mask = np.zeros(len(labels), bool)
+    mask[chosen] = True
+    return mask
 
 
 def _stratified(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
