@@ -27,12 +27,12 @@ from pipeline.nets.device import set_up_torch
 from pipeline.nets.network import Network, facts_of, from_facts
 from pipeline.probing.probes import read_probes
 from pipeline.scoring.answers import Sureness, answer_lines
-from pipeline.scoring.metrics import Floats, Measure, by_image, undefined
+from pipeline.scoring.metrics import Floats, by_image, undefined
 from pipeline.stage_runtime.errors import ParamError
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.schema import Key, Out
+from pipeline.stage_runtime.schema import Key, Measure, Out
 from pipeline.statistics.reliability import (
     sure_by_answer,
     sure_by_answer_in_words,

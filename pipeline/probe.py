@@ -44,7 +44,6 @@ from pipeline.probing.probes import (
 from pipeline.scoring.answers import Sureness, answer_lines
 from pipeline.scoring.metrics import (
     MEASURES,
-    Measure,
     by_image,
     cross_entropy,
     fit_temperature,
@@ -54,7 +53,7 @@ from pipeline.stage_runtime.errors import DataError
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say, track
 from pipeline.stage_runtime.resume import Resume
-from pipeline.stage_runtime.schema import Key, Out, Seed
+from pipeline.stage_runtime.schema import Key, Measure, Out, Seed
 from pipeline.stage_runtime.settings import threads
 
 Positive = Annotated[float, Gt(0)]

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from scipy.stats import beta, t
 
 from pipeline.commands.differences import NOISE
-from pipeline.scoring.metrics import MEASURES, Measure, by_image
+from pipeline.scoring.metrics import MEASURES, by_image
+from pipeline.stage_runtime.schema import Measure
 from pipeline.statistics.reliability import sure_threshold
 from pipeline.statistics.significance import (
     accuracy_interval,

@@ -16,9 +16,10 @@ from pipeline.nets.checkpoint import refuse_other_classes
 from pipeline.nets.network import Network, load
 from pipeline.probing.codes import read_codes
 from pipeline.probing.probes import Ints, Probe, read_probes
-from pipeline.scoring.metrics import Measure, cross_entropy, judged_by
+from pipeline.scoring.metrics import cross_entropy, judged_by
 from pipeline.stage_runtime.errors import CheckpointError
 from pipeline.stage_runtime.resume import Resume
+from pipeline.stage_runtime.schema import Measure
 from pipeline.statistics.verdict import first_unless_clearly_worse
 
 BLEND = "blend"

@@ -1,6 +1,6 @@
 """Measures, validation metrics and calibration, from class scores (N, C) and labels (N,)."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,11 +8,11 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.stats import rankdata
 
+from pipeline.stage_runtime.schema import Measure
+
 Scores = NDArray[np.floating[Any]]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-# What "better" means where a choice is made.
-Measure = Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc", "log_loss"]
 MEASURES: dict[str, str] = {  # in words
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",

@@ -24,6 +24,8 @@ from pipeline.stage_runtime.resume import Resume
 
 Out = Annotated[Path, "written"]  # a path that the stage writes; it reads any other
 Auto = Literal["auto"]  # a value that follows from the data or the network
+# What "better" means where a choice is made.
+Measure = Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc", "log_loss"]
 AllParams = Annotated[dict[str, Any], "all"]  # of params.yaml, to be shown
 Stage = Callable[..., dict[str, float]]
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)  # no number from a string, no NaN

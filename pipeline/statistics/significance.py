@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, norm, t
 
-from pipeline.scoring.metrics import Measure
+from pipeline.stage_runtime.schema import Measure
 
 Values = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]

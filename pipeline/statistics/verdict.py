@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix
 
-from pipeline.scoring.metrics import MEASURES, Measure, by_image
+from pipeline.scoring.metrics import MEASURES, by_image
+from pipeline.stage_runtime.schema import Measure
 
 Scores = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]

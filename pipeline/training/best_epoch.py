@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from pipeline.scoring.metrics import MEASURES, Measure
 from pipeline.stage_runtime.files import write_csv, write_json
 from pipeline.stage_runtime.progress import say
-from pipeline.stage_runtime.schema import Key
+from pipeline.stage_runtime.schema import Key, Measure
 from pipeline.training.fit import EXPLODED, DivergedError, Epoch
 from pipeline.training.resume_state import Kept, ResumeState
 
@@ -142,8 +141,8 @@ def clearly_better(
 
 def in_words(val: Validation, measure: Measure) -> str:
     """Return the loss, the accuracy and the measure as text."""
-    more = f" {MEASURES[measure]} {val[measure]:.4f}" if measure in val else ""
-    more = "" if measure == "accuracy" else more
+    own = measure in val and measure != "accuracy"
+    more = f" {measure} {val[measure]:.4f}" if own else ""
     return f"loss {val['loss']:.4f} acc {val['accuracy']:.4f}{more}"
 
 
