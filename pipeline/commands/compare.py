@@ -32,6 +32,7 @@ from pipeline.commands.finished import (
     SPLIT_OF,
     Judge,
     Run,
+    alike_but_for,
     changed,
     models_of,
     read,
@@ -73,11 +74,7 @@ def against(run: Run, base: Run, judge: Judge = "validation") -> Iterator[Agains
 
 def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     """Group the runs that differ only in their seed."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        rest = {key: value for key, value in run.params.items() if key != "seed"}
-        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
-    return list(groups.values())
+    return alike_but_for("seed", runs)
 
 
 def table(runs: Sequence[Run], judge: Judge = "validation") -> list[str]:

@@ -93,6 +93,15 @@ def _with_answers(run: Run, text: Text, judge: Judge) -> Run:
     )
 
 
+def alike_but_for(name: str, runs: Iterable[Run]) -> list[list[Run]]:
+    """Group the runs that differ only in one param."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.params.items() if key != name}
+        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
 def changed(run: Run, base: Run) -> list[str]:
     """Describe which params differ, the old value first."""
     keys = [key for key in {**base.params, **run.params} if _value(base, key) != _value(run, key)]

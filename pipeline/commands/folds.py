@@ -1,12 +1,11 @@
 """Runs that differ only in their fold: their test images together."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.commands.differences import Against, interval, paired, said
-from pipeline.commands.finished import Run, changed, models_of
+from pipeline.commands.finished import Run, alike_but_for, changed, models_of
 from pipeline.commands.revision import FOLD
 from pipeline.commands.table import aligned
 from pipeline.statistics.verdict import interval_in_words
@@ -67,15 +66,14 @@ class Folds:
 
 def folds_of(runs: Sequence[Run]) -> list[Folds]:
     """Group the runs that differ only in their fold; a run alone is no group."""
-    groups: dict[str, dict[str, Run]] = {}
-    for run in runs:
-        number, _, of = str(run.params.get(FOLD) or "").partition("/")
-        if of:
-            rest = {key: value for key, value in run.params.items() if key != FOLD}
-            key = json.dumps([of, rest], sort_keys=True, default=str)
-            groups.setdefault(key, {}).setdefault(number, run)
-    found = [list(group.values()) for group in groups.values() if len(group) > 1]
-    return [Folds(group, int(group[0].params[FOLD].partition("/")[2])) for group in found]
+    found = []
+    for alike in alike_but_for(FOLD, [run for run in runs if run.params.get(FOLD)]):
+        by_number: dict[str, dict[str, Run]] = {}
+        for run in alike:
+            number, _, of = str(run.params[FOLD]).partition("/")
+            by_number.setdefault(of, {}).setdefault(number, run)
+        found += [Folds(list(g.values()), int(of)) for of, g in by_number.items() if len(g) > 1]
+    return found
 
 
 def pooled(all_folds: Sequence[Folds]) -> list[str]:
